@@ -1,0 +1,55 @@
+"""A FIFO queue of past embeddings, negatives beyond the batch, without a dataset index (MoCo, arXiv 1911.05722)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+NO_LABEL = -1
+
+
+class Queue(nn.Module):
+    """The last ``size`` embedding pairs of one tap, with their labels.
+
+    Args:
+        size: entries kept. It starts empty and is used as far as it is filled.
+        embed_dim: ``D``.
+    """
+
+    embeddings_b: Tensor
+    embeddings_f: Tensor
+    labels: Tensor
+    pushed: Tensor
+
+    def __init__(self, size: int, embed_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("embeddings_b", torch.zeros(size, embed_dim))
+        self.register_buffer("embeddings_f", torch.zeros(size, embed_dim))
+        self.register_buffer("labels", torch.full((size,), NO_LABEL))
+        # The count lives on the CPU side of things: a Python number would not travel with state_dict().
+        self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
+        self._pushed = 0
+
+    def contents(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Copies of what is queued: embeddings of both sides ``(Q, D)`` and labels ``(Q,)``.
+
+        Copies, because the loss keeps them for its backward pass and :meth:`push` overwrites in place before that.
+        """
+        filled = min(self._pushed, len(self.labels))
+        return self.embeddings_b[:filled].clone(), self.embeddings_f[:filled].clone(), self.labels[:filled].clone()
+
+    @torch.no_grad()
+    def push(self, z_b: Tensor, z_f: Tensor, labels: Tensor | None) -> None:
+        """Put a batch ``(n, D)`` in, the oldest entries out. ``labels``: ``(n,)`` integers or None."""
+        size = len(self.labels)
+        z_b, z_f = z_b[-size:], z_f[-size:]
+        at = (self._pushed + torch.arange(len(z_b), device=self.labels.device)) % size
+        self.embeddings_b[at] = z_b.to(self.embeddings_b.dtype)
+        self.embeddings_f[at] = z_f.to(self.embeddings_f.dtype)
+        self.labels[at] = NO_LABEL if labels is None else labels[-size:].to(self.labels.dtype)
+        self._pushed += len(z_b)
+        self.pushed.fill_(self._pushed)
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+        self._pushed = int(self.pushed)

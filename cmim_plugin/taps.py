@@ -1,0 +1,316 @@
+"""Hooks that hand over the instances of both sides of every tap, and take nothing else out of the forward pass.
+
+What is kept of an activation is (n, C): pooled or sampled inside the hook, because in-place functions may overwrite the
+activation right after it. A pair passes through here only in training: the model in training mode, gradients enabled,
+within a forward pass of the model that was attached to.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from .discovery import BinaryActivation
+from .errors import CMIMError
+from .instances import Layout, spread
+from .probe import Site
+
+BINARY, LATENT = 0, 1
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A binary activation that is contrasted.
+
+    Attributes:
+        name: qualified name of the module that binarizes, "#2" for its second binarization in one forward.
+        channels: channels of a_B.
+        latent_channels: channels of what it is contrasted with: a_F, or the teacher's activation.
+    """
+
+    name: str
+    channels: int
+    latent_channels: int
+    module: str
+    binary: Site
+    latent: Site | None
+    layouts: tuple[Layout, Layout]
+
+    @classmethod
+    def of(cls, found: BinaryActivation) -> Tap:
+        """The tap of a binary activation that can be tapped."""
+        assert found.binary and found.binary_layout and found.latent_layout
+        layouts = (found.binary_layout, found.latent_layout)
+        return cls(found.name, found.channels, found.latent_channels, found.module, found.binary, found.latent, layouts)
+
+
+@dataclass
+class Pair:
+    """What one forward pass left of one tap.
+
+    Attributes:
+        rows: ``(n, C_b)`` of a_B and ``(n, C_f)`` of a_F, in the autograd graph; None until seen.
+        index: ``(n,)`` the positions that the rows come from, counted over the whole batch; None for pooled samples.
+        samples: ``(n,)`` which sample of the batch each row belongs to; None where the rows are the samples in order.
+        batch: samples in the batch.
+    """
+
+    rows: list[Tensor | None]
+    index: Tensor | None = None
+    samples: Tensor | None = None
+    batch: int = 0
+
+
+@dataclass(frozen=True)
+class _Capture:
+    tap: int
+    side: int
+    site: Site
+    layout: Layout
+
+
+class Taps:
+    """The hooks of one plug-in on one model.
+
+    Args:
+        model: the model; not kept alive by this object.
+        taps: what to tap.
+        draws: ``(taps, n + 1)`` uniform numbers in [0, 1) from which positions are drawn, refilled by the owner between
+            steps; None to pool over all positions.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        taps: tuple[Tap, ...],
+        draws: Tensor | None,
+    ) -> None:
+        self.taps = taps
+        self.draws = draws
+        self.pairs: list[Pair] = []
+        # A complete forward pass was captured and not asked for yet.
+        self.fresh = False
+        # Within a forward pass of the model that is captured.
+        self.active = False
+        # Within a capture: our own torch calls must not count as the model's.
+        self.muted = False
+        # Called with the positional and keyword inputs of the model before each captured forward.
+        self.before: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
+        self._model = weakref.ref(model)
+        self._hooks: list[_Hook] = []
+        self._handles: list[RemovableHandle] = []
+        self._plan: dict[str, dict[int, list[_Capture]]] = defaultdict(lambda: defaultdict(list))
+        for index, tap in enumerate(taps):
+            for side, site in ((BINARY, tap.binary), (LATENT, tap.latent)):
+                if site is not None:
+                    self._plan[site.module][site.call].append(_Capture(index, side, site, tap.layouts[side]))
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are on the model."""
+        return bool(self._handles)
+
+    def attach(self) -> None:
+        """Put the hooks on the model."""
+        model = self._model()
+        if model is None or self.attached:
+            return
+        modules = dict(model.named_modules(remove_duplicate=False))
+        around = _RootHook(self, model)
+        # Around all others: first in, last out.
+        self._handles.append(model.register_forward_pre_hook(around.enter, prepend=True, with_kwargs=True))
+        self._hooks = [around]
+        for name, plan in self._plan.items():
+            hook = _ModuleHook(self, modules[name], {call: tuple(captures) for call, captures in plan.items()})
+            self._hooks.append(hook)
+            self._handles.append(modules[name].register_forward_pre_hook(hook.enter, with_kwargs=True))
+            self._handles.append(modules[name].register_forward_hook(hook.leave, with_kwargs=True, always_call=True))
+        self._handles.append(model.register_forward_hook(around.leave, with_kwargs=True, always_call=True))
+
+    def detach(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._hooks.clear()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was captured."""
+        self.pairs = []
+        self.fresh = False
+        self.active = False
+
+    def take(self) -> list[Pair]:
+        """The pairs of the last forward pass, which are then forgotten here. Empty where there was none."""
+        pairs = self.pairs if self.fresh else []
+        self.clear()
+        return pairs
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pass of the model starts that is to be captured."""
+        self.pairs = [Pair([None, None]) for _ in self.taps]
+        self.fresh = False
+        self.active = True
+        for hook in self._hooks:
+            hook.reset()
+        if self.before is not None:
+            self.before(args, kwargs)
+
+    def keep(self, tap: int, side: int, activation: Tensor, layout: Layout) -> None:
+        """Take the instances of one side out of an activation."""
+        pair = self.pairs[tap]
+        shape = activation.shape
+        pair.batch = shape[0] // layout.fold
+        if self.draws is None:
+            pair.rows[side] = layout.pooled(activation)
+            return
+        if pair.index is None:
+            draw = self.draws[tap].to(activation.device)
+            pair.index = spread(draw, shape[0] * layout.positions(shape))
+            pair.samples = layout.sample_of(pair.index, shape)
+        pair.rows[side] = layout.sampled(activation, pair.index)
+
+
+class _Hook:
+    """Bound methods of it are what a model holds.
+
+    Copied or pickled with the model it turns into a hook without effect: the copy is a plain model and never writes
+    into the original's plug-in.
+    """
+
+    def __init__(self, taps: Taps | None = None, module: nn.Module | None = None) -> None:
+        self.taps = taps
+        self._module = None if module is None else weakref.ref(module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return type(self)()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+    def serves(self, module: nn.Module) -> bool:
+        """Whether this is the module that it was made for: a replica shares its hooks with the original."""
+        return self._module is not None and self._module() is module
+
+    def reset(self) -> None:
+        """A forward pass of the model starts."""
+
+
+class _RootHook(_Hook):
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.taps is not None and self.serves(module) and module.training and torch.is_grad_enabled():
+            self.taps.begin(args, kwargs)
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        taps = self.taps
+        if taps is None or not taps.active or not self.serves(module):
+            return
+        taps.active = False
+        # No output: the forward raised, and this is the call that is made always.
+        taps.fresh = output is not None
+        if not taps.fresh:
+            taps.clear()
+
+
+class _ModuleHook(_Hook):
+    def __init__(
+        self,
+        taps: Taps | None = None,
+        module: nn.Module | None = None,
+        plan: dict[int, tuple[_Capture, ...]] | None = None,
+    ) -> None:
+        super().__init__(taps, module)
+        self._plan = plan or {}
+        self._calls = 0
+        self._running: list[tuple[tuple[_Capture, ...], _Listener | None]] = []
+
+    def reset(self) -> None:
+        self._calls = 0
+        self._running = []
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        taps = self.taps
+        if taps is None or not taps.active or not self.serves(module):
+            return
+        captures = self._plan.get(self._calls, ())
+        self._calls += 1
+        _capture(taps, captures, "input", (args, kwargs))
+        listener = None
+        if any(c.site.function is not None for c in captures):
+            listener = _Listener(taps, captures)
+            listener.__enter__()
+        self._running.append((captures, listener))
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        taps = self.taps
+        if taps is None or not self._running or not self.serves(module):
+            return
+        captures, listener = self._running.pop()
+        if listener is not None:
+            listener.__exit__(None, None, None)
+        if output is not None:
+            _capture(taps, captures, "output", output)
+
+
+class _Listener(TorchFunctionMode):
+    """Sees the torch functions called while one module runs, and picks up the operands that were planned."""
+
+    def __init__(self, taps: Taps, captures: tuple[_Capture, ...]) -> None:
+        super().__init__()
+        self._taps = taps
+        self._captures = captures
+        self._wanted = tuple({c.site.function for c in captures if c.site.function is not None})
+        self._calls = [0] * len(self._wanted)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._taps.muted or func not in self._wanted:
+            return func(*args, **kwargs)
+        which = self._wanted.index(func)
+        nth = self._calls[which]
+        self._calls[which] += 1
+        captures = tuple(c for c in self._captures if c.site.function == func and c.site.nth == nth)
+        _capture(self._taps, captures, "argument", (args, kwargs))
+        result = func(*args, **kwargs)
+        _capture(self._taps, captures, "result", result)
+        return result
+
+
+def _capture(taps: Taps, captures: tuple[_Capture, ...], kind: str, tree: Any) -> None:
+    for c in captures:
+        if c.site.kind == kind:
+            taps.muted = True
+            try:
+                taps.keep(c.tap, c.side, _at(tree, c.site.path), c.layout)
+            finally:
+                taps.muted = False
+
+
+def _at(tree: Any, path: tuple[Any, ...]) -> Tensor:
+    for key in path:
+        tree = tree[key]
+    if not isinstance(tree, Tensor):
+        raise CMIMError(
+            f"The forward of the model took another way than in the dry run: a tensor was expected, found "
+            f"{type(tree).__name__}. Attach again with an example_input like the training batches."
+        )
+    return tree
+
+
+def attached_to(model: nn.Module) -> bool:
+    """Whether hooks of a living plug-in are on this very model or a part of it."""
+    for module in model.modules():
+        for hook in module._forward_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, _Hook) and owner.serves(module):
+                return True
+    return False

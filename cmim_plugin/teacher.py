@@ -1,0 +1,103 @@
+"""The second form of the contrast: a full-precision network's activation in place of the latent one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CMIMError
+from .instances import Layout
+from .probe import as_inputs, tensors_in
+from .taps import LATENT, Tap, Taps
+
+
+class Teacher:
+    """A full-precision network that runs beside the binary one, without gradients, on the same input.
+
+    What is taken at a module of the teacher is what a convolution or linear layer would consume there: the *input* of a
+    module that has a weight of two or more dimensions, the *output* of any other (an activation).
+
+    Args:
+        model: the teacher. It is put into eval mode, here and nowhere else, and is not trained.
+        example_input: as for the binary network.
+        taps: the binary network's taps.
+        modules: tap name to teacher module name; the module that binarizes has the same name where a tap is not listed.
+
+    Raises:
+        CMIMError: a module is not in the teacher or does not run, or its activation does not pair with the tap's.
+    """
+
+    def __init__(
+        self, model: nn.Module, example_input: Any, taps: tuple[Tap, ...], modules: Mapping[str, str] | None
+    ) -> None:
+        self.model = model.eval()
+        modules = dict(modules or {})
+        known = dict(model.named_modules(remove_duplicate=False))
+        unknown = sorted(set(modules) - {tap.name for tap in taps})
+        if unknown:
+            raise CMIMError(f"teacher_modules names taps that do not exist: {unknown}. {_listed('Taps', taps)}")
+        self._names = [modules.get(tap.name, tap.module) for tap in taps]
+        missing = {tap.name: name for tap, name in zip(taps, self._names, strict=True) if name not in known}
+        if missing:
+            raise CMIMError(
+                f"The teacher has no module for these taps: {missing}. Say which it is with "
+                f"teacher_modules={{tap name: teacher module name}}. The teacher's modules: {list(known)[1:]}."
+            )
+        self._modules = [known[name] for name in self._names]
+        # Which call of the teacher's module: the same as of the module that binarizes.
+        self._calls = [tap.binary.call for tap in taps]
+        self.seen = self._run(*as_inputs(example_input))
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        counts: dict[nn.Module, int] = {}
+        seen: dict[int, Tensor] = {}
+
+        def pick(module: nn.Module, inputs: Any, keywords: Any, output: Any) -> None:
+            call = counts.get(module, 0)
+            counts[module] = call + 1
+            weight = getattr(module, "weight", None)
+            source = (inputs, keywords) if isinstance(weight, Tensor) and weight.ndim >= 2 else output
+            for tap, wanted in enumerate(self._modules):
+                if wanted is module and (self._calls[tap] == call or tap not in seen):
+                    seen[tap] = next(t for _, t in tensors_in(source))
+
+        handles = [m.register_forward_hook(pick, with_kwargs=True) for m in set(self._modules)]
+        try:
+            with torch.no_grad():
+                self.model(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        silent = [name for tap, name in enumerate(self._names) if tap not in seen]
+        if silent:
+            raise CMIMError(f"These modules of the teacher did not run in its forward: {silent}.")
+        return [seen[tap] for tap in range(len(self._names))]
+
+    def deliver(self, taps: Taps, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run the teacher on a batch and hand its activations over as the latent side."""
+        if self.model.training:
+            raise CMIMError("The teacher is in training mode: leave it out of model.train(), or call teacher.eval().")
+        for tap, activation in enumerate(self._run(args, kwargs)):
+            taps.keep(tap, LATENT, activation, taps.taps[tap].layouts[LATENT])
+
+
+def _listed(what: str, taps: tuple[Tap, ...]) -> str:
+    return f"{what}: {[tap.name for tap in taps]}."
+
+
+def latent_layout(tap: Tap, activation: Tensor) -> Layout:
+    """The layout of the teacher's activation beside the tap's own.
+
+    Raises:
+        CMIMError: it has another number of dimensions.
+    """
+    layout = tap.layouts[0]
+    if layout.spatial is not None and activation.ndim <= layout.spatial:
+        raise CMIMError(
+            f"The teacher's activation for tap {tap.name} has shape {tuple(activation.shape)}; "
+            f"one with {layout.spatial} spatial dimensions is needed."
+        )
+    return layout
