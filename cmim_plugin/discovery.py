@@ -52,8 +52,9 @@ class BinaryActivation:
     """One distinct binary activation tensor of a model's forward pass.
 
     Attributes:
-        name: qualified name of the innermost module in whose forward the binarization happens; "#2", "#3", ... for
-            further ones of the same module, by a second call or by a second sign in one forward.
+        name: qualified name of the innermost module in whose forward the binarization happens ("(model)" for the
+            model itself); "#2", "#3", ... for further ones of the same module that can be tapped, by a second call or
+            by a second sign in one forward.
         channels: channels of the binary tensor (0 where unknown).
         reason: why it cannot be tapped, None where it can.
         module: qualified name of that module ("" for the model itself).
@@ -185,8 +186,8 @@ class _Analysis:
         for event in self.first.events:
             for operand in self._operands(event):
                 if self._is_code_of_the_input(operand):
-                    source = self._source(operand)
-                    found.setdefault(id(source.value), (source, event, operand))
+                    for source in self._sources(operand):
+                        found.setdefault(id(source.value), (source, event, operand))
         inner = self._first_product()
         ordered = sorted(found.values(), key=lambda entry: entry[0].seq)
         used: dict[str, int] = defaultdict(int)
@@ -216,6 +217,22 @@ class _Analysis:
 
     # -- 2. source -----------------------------------------------------------------------------------------------
 
+    def _sources(self, operand: Sighting) -> list[Sighting]:
+        """The source of the operand, or those of its parts where it joins what several modules binarized."""
+        source = self._source(operand)
+        parts = self._parts(source)
+        births = [self._birth(part) for part in parts]
+        if len({(b.module, b.call) for b in births if b}) > 1:
+            return [s for part in parts for s in self._sources(part)]
+        return [source]
+
+    def _parts(self, source: Sighting) -> list[Sighting]:
+        """The binary tensors that a join put together, none for any other tensor."""
+        event = self._producer(source)
+        if event is None or event.name not in _JOINS:
+            return []
+        return [self._source(a) for a in event.arguments if self._pattern(a) is not None]
+
     def _source(self, operand: Sighting) -> Sighting:
         """The earliest tensor with the operand's codes that is in the graph on the way to the operand."""
         current = operand
@@ -224,7 +241,7 @@ class _Analysis:
             if event is None or (event.name in _JOINS and len(event.arguments) > 1):
                 break
             before = [a for a in event.arguments if a.in_graph or not current.in_graph]
-            before = [a for a in before if 2 * a.value.numel() > current.value.numel() and self._pattern(a) is not None]
+            before = [a for a in before if self._pattern(a) is not None]
             # An in-place function's argument is the tensor that it returns: the codes before it are another value.
             before = [a for a in before if a.seq < current.seq and a.value is not current.value]
             if not before:
@@ -262,9 +279,8 @@ class _Analysis:
         events = [event for event, result in self.births.get(_key(pattern), ()) if result.seq <= source.seq]
         events = [e for e in events if e.name not in _SUMS] or events
         if not events:
-            joined = self._producer(source)
-            parts = [a for a in joined.arguments if self._pattern(a) is not None] if joined else []
-            return self._birth(self._source(parts[0])) if parts else None
+            parts = self._parts(source)
+            return self._birth(parts[0]) if parts else None
         last = events[-1]
         return next(e for e in events if (e.module, e.call) == (last.module, last.call))
 
@@ -324,12 +340,10 @@ class _Analysis:
     ) -> BinaryActivation:
         birth = self._birth(source)
         module = birth.module if birth else source.site.module
-        used[module] += 1
         label = module or "(model)"
-        name = label if used[module] == 1 else f"{label}#{used[module]}"
 
         def untapped(reason: str) -> BinaryActivation:
-            return BinaryActivation(name, 0, reason, module)
+            return BinaryActivation(label, 0, reason, module)
 
         if source.seq < inner:
             return untapped("it is the network's input that is binarized, not an activation")
@@ -349,8 +363,9 @@ class _Analysis:
         if isinstance(layouts, str):
             return untapped(layouts)
         b, f = layouts
+        used[module] += 1
         return BinaryActivation(
-            name,
+            label if used[module] == 1 else f"{label}#{used[module]}",
             b.channels(binary.value.shape),
             None,
             module,

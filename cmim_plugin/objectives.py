@@ -131,7 +131,7 @@ def _info_nce_direction(scores: Tensor, negatives: Tensor) -> Tensor:
 def _nce_direction(scores: Tensor, negatives: Tensor, num_samples: int) -> Tensor:
     count = negatives.sum(1, keepdim=True)
     # An anchor without negatives: N = 0 makes h = 1 and its loss 0, in the limit. The logarithm is not asked for it.
-    shifted = scores - (count.clamp_min(1) / num_samples).to(scores.dtype).log()
+    shifted = scores - (count.clamp_min(1).to(scores.dtype) / num_samples).log()
     positive = F.softplus(-shifted.diagonal()) * (count.squeeze(1) > 0)
     return (positive + (F.softplus(shifted) * negatives).sum(1)).mean()
 

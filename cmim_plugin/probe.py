@@ -271,15 +271,17 @@ def same(a: Tensor, b: Tensor) -> bool:
 @contextlib.contextmanager
 def _left_as_found(model: nn.Module) -> Iterator[None]:
     """Everything that a forward pass can change in a model and around it is put back."""
-    attributes = {module: dict(vars(module)) for module in model.modules()}
-    # Containers are put back in place, not replaced: handles of the user's hooks point at the very dictionaries.
-    containers = [(c, c.copy()) for a in attributes.values() for c in a.values() if isinstance(c, (dict, list, set))]
     tensors = {
         id(t): (t, t.data, t.detach().clone())
-        for module in attributes
+        for module in model.modules()
         for t in _own_tensors(vars(module))
         if not nn.parameter.is_lazy(t)
     }
+    # Tensors too: BinaryNet keeps the real weight in an attribute of the parameter.
+    owners = [*model.modules(), *(t for t, _, _ in tensors.values())]
+    attributes = [(owner, dict(vars(owner))) for owner in owners]
+    # Containers are put back in place, not replaced: handles of the user's hooks point at the very dictionaries.
+    containers = [(c, c.copy()) for _, a in attributes for c in a.values() if isinstance(c, (dict, list, set))]
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy is not None else None  # type: ignore[attr-defined]
     python_state = random.getstate()
@@ -291,9 +293,9 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
         random.setstate(python_state)
         if numpy is not None:
             numpy.random.set_state(numpy_state)  # type: ignore[attr-defined]
-        for module, before in attributes.items():
-            vars(module).clear()
-            vars(module).update(before)
+        for owner, before in attributes:
+            vars(owner).clear()
+            vars(owner).update(before)
         for container, contents in containers:
             container.clear()
             (container.extend if isinstance(container, list) else container.update)(contents)
