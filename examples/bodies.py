@@ -1,0 +1,142 @@
+"""Network bodies that do not know how they are binarized: a method is a `Recipe`, a body is built from it.
+
+The same body built from `full_precision(recipe)` has the same module names, so that it can serve as a teacher
+matched by name. The stem, the shape-changing shortcuts and the classifier stay in full precision.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+
+class Sign(torch.autograd.Function):
+    """Forward: sign(x), with sign(0) = 1. Backward: the gradient times `slope(x)`.
+
+    Straight-through estimators differ in their slope only, so each method brings its own.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, slope: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.slope = slope
+        return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return grad * ctx.slope(x), None
+
+
+def identity(channels: int) -> nn.Module:
+    return nn.Identity()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a method binarizes: what stands at, before and after each inner convolution.
+
+    conv: (in_channels, out_channels, kernel_size, stride, padding) -> the convolution
+    binary: channels -> activation module before it (none where the convolution binarizes its own input)
+    nonlinearity: channels -> module after the shortcut
+    """
+
+    conv: Callable[[int, int, int, int, int], nn.Module]
+    binary: Callable[[int], nn.Module] = identity
+    nonlinearity: Callable[[int], nn.Module] = identity
+
+
+def full_precision(recipe: Recipe) -> Recipe:
+    """The recipe without its binarizations: plain convolutions, ReLU where an activation was binarized."""
+    binary = identity if recipe.binary is identity else lambda channels: nn.ReLU()
+    return replace(recipe, conv=partial(nn.Conv2d, bias=False), binary=binary)
+
+
+class Unit(nn.Module):
+    """binary -> conv -> batch norm -> + shortcut -> nonlinearity: a shortcut around *every* convolution."""
+
+    def __init__(self, recipe: Recipe, in_channels: int, out_channels: int, stride: int = 1):
+        super().__init__()
+        self.binary = recipe.binary(in_channels)
+        self.conv = recipe.conv(in_channels, out_channels, 3, stride, 1)
+        self.bn = nn.BatchNorm2d(out_channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.AvgPool2d(stride, ceil_mode=True),
+                nn.Conv2d(in_channels, out_channels, 1, bias=False),
+                nn.BatchNorm2d(out_channels),
+            )
+        self.nonlinearity = recipe.nonlinearity(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.nonlinearity(self.bn(self.conv(self.binary(x))) + self.shortcut(x))
+
+
+def stem(recipe: Recipe, in_channels: int, width: int) -> dict[str, nn.Module]:
+    return {
+        "conv1": nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
+        "bn1": nn.BatchNorm2d(width),
+        "nonlinearity1": recipe.nonlinearity(width),
+    }
+
+
+def classifier(channels: int, size: int, num_classes: int) -> dict[str, nn.Module]:
+    """Pool to `size` x `size` places, then one linear layer."""
+    return {
+        "pool": nn.AdaptiveAvgPool2d(size),
+        "flatten": nn.Flatten(),
+        "fc": nn.Linear(channels * size**2, num_classes),
+    }
+
+
+def resnet(
+    recipe: Recipe, num_classes: int, in_channels: int = 3, *, stages: int, units: int, width: int
+) -> nn.Sequential:
+    """ResNet for small images (He et al., arXiv 1512.03385): `units` convolutions a stage, widths doubling.
+
+    Input (batch, in_channels, height, width) float, output (batch, num_classes).
+    """
+    modules = stem(recipe, in_channels, width)
+    in_width = width
+    for stage in range(stages):
+        out_width = width * 2**stage
+        first = Unit(recipe, in_width, out_width, stride=1 if stage == 0 else 2)
+        rest = [Unit(recipe, out_width, out_width) for _ in range(units - 1)]
+        modules[f"layer{stage + 1}"] = nn.Sequential(first, *rest)
+        in_width = out_width
+    modules.update(classifier(in_width, 1, num_classes))
+    return nn.Sequential(OrderedDict(modules))
+
+
+def vgg_small(recipe: Recipe, num_classes: int, in_channels: int = 3, *, width: int) -> nn.Sequential:
+    """The VGG of BinaryConnect with one classifier layer, as binary networks have it; shapes as above."""
+    modules = stem(recipe, in_channels, width)
+    widths = [width, width, 2 * width, 2 * width, 4 * width, 4 * width]
+    for i in range(1, 6):
+        modules[f"layer{i}"] = nn.Sequential(
+            OrderedDict(
+                binary=recipe.binary(widths[i - 1]),
+                conv=recipe.conv(widths[i - 1], widths[i], 3, 1, 1),
+                # Pooled before the next sign: nearly every maximum of signs would be +1.
+                pool=nn.MaxPool2d(2) if i % 2 else nn.Identity(),
+                bn=nn.BatchNorm2d(widths[i]),
+                nonlinearity=recipe.nonlinearity(widths[i]),
+            )
+        )
+    modules.update(classifier(widths[-1], 4, num_classes))
+    return nn.Sequential(OrderedDict(modules))
+
+
+# Each takes (recipe, num_classes, in_channels=3) and, by keyword, another width.
+BODIES = {
+    "resnet8": partial(resnet, stages=3, units=2, width=16),
+    "resnet20": partial(resnet, stages=3, units=6, width=16),
+    "resnet18": partial(resnet, stages=4, units=4, width=64),
+    "vgg_small": partial(vgg_small, width=128),
+}
