@@ -1,0 +1,49 @@
+# Everything is installed into .venv once; a target run again starts at once.
+PYTHON ?= python3
+VENV ?= .venv
+# Further pip requirements, to pin torch: make test VENV=.venv-2.6 TORCH="torch==2.6.* torchvision==0.21.*"
+TORCH ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow format bench-accuracy tables clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 18
+
+demo: $(INSTALLED) ## train IR-Net and Bi-Real without and with CMIM, and compare (DEMO_ARGS=--quick for a short one)
+	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+test: $(INSTALLED) ## lint, check types, run the tests (PYTEST_ARGS="-k name" for some of them)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED) ## run the tests that take minutes
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+format: $(INSTALLED) ## let ruff fix and format what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-accuracy: $(INSTALLED) ## compare accuracies over several seeds (BENCH_ARGS=--help for its options)
+	$(BIN)/python benchmarks/accuracy.py $(BENCH_ARGS)
+
+tables: $(INSTALLED) ## rewrite the README's tables from benchmarks/results
+	$(BIN)/python benchmarks/tables.py
+
+clean: ## remove the environment, caches and build outputs
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml
+	@echo "Installing into $(VENV): once, some minutes, mostly torch."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --progress-bar off -e ".[dev]" $(foreach requirement,$(TORCH),"$(requirement)")
+	touch $@
