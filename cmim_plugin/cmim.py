@@ -86,6 +86,9 @@ class CMIM(nn.Module):
         model = _plain(model)
         if attached_to(model):
             raise CMIMError("A CMIM is attached to this model already: call remove() on it first.")
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if (ranks := torch.distributed.get_world_size()) > 1:
+                raise CMIMError(f"Training on {ranks} ranks is not supported yet: heads would differ between them.")
         self.weight = weight
         self.instances = instances
         self.num_positions = num_positions

@@ -167,6 +167,12 @@ class Taps:
 
     def keep(self, tap: int, side: int, activation: Tensor, layout: Layout) -> None:
         """Take the instances of one side out of an activation."""
+        if side == BINARY and not activation.requires_grad:
+            raise CMIMError(
+                f"The binary activation of tap {self.taps[tap].name} came without a gradient, which it had in the dry "
+                "run. Reentrant activation checkpointing does that (pass use_reentrant=False to checkpoint), or layers "
+                "frozen since (attach again, after freezing them)."
+            )
         pair = self.pairs[tap]
         shape = activation.shape
         pair.batch = shape[0] // layout.fold

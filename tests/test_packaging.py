@@ -1,0 +1,94 @@
+"""What a user installs: torch and packaging are all it needs, it is typed, and it has one version."""
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+import textwrap
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.version import Version
+
+import cmim_plugin
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "cmim_plugin"
+ALLOWED = {"torch", "packaging", "cmim_plugin"}
+
+
+def run_python(code: str, python: str = sys.executable, cwd: Path = ROOT) -> str:
+    result = subprocess.run([python, "-c", textwrap.dedent(code)], cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def imported_packages(source: str) -> set[str]:
+    """Top-level names of everything that `source` imports, at whatever depth of its code."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name)
+def test_source_imports_only_torch_and_packaging(path: Path) -> None:
+    foreign = imported_packages(path.read_text()) - ALLOWED - sys.stdlib_module_names
+    assert not foreign, f"{path.name} imports {sorted(foreign)}, which the library does not depend on"
+
+
+def test_import_loads_no_extra() -> None:
+    # Against torch alone, because torch loads numpy (and what it finds useful) itself.
+    loaded = run_python(
+        """
+        import sys
+        import torch, packaging.version
+        before = set(sys.modules)
+        import cmim_plugin
+        print(*{name.partition(".")[0] for name in set(sys.modules) - before})
+        """
+    ).split()
+    extras = {"torchvision", "timm", "tqdm", "matplotlib", "sklearn", "scipy", "numpy", "PIL", "torchmetrics"}
+    assert "cmim_plugin" in loaded
+    assert not extras & set(loaded)
+
+
+def test_typed() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def test_version() -> None:
+    assert str(Version(cmim_plugin.__version__)) == cmim_plugin.__version__
+    try:
+        installed = importlib.metadata.version("cmim-plugin")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("cmim-plugin is not installed here, only importable")
+    assert installed == cmim_plugin.__version__, "the version changed since the install: run `make clean`"
+
+
+@pytest.mark.slow
+def test_installs_beside_torch_alone(tmp_path: Path) -> None:
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    site = Path(run_python("import sysconfig; print(sysconfig.get_path('purelib'))", python, tmp_path))
+    # The torch of this environment stands in for a second download of it; --no-deps keeps pip from one.
+    (site / "torch.pth").write_text(str(Path(torch.__file__).parent.parent))
+    subprocess.run([python, "-m", "pip", "install", "--no-deps", str(ROOT)], check=True, cwd=tmp_path, timeout=280)
+
+    location, version = run_python(
+        """
+        import importlib.metadata, cmim_plugin
+        print(cmim_plugin.__file__, importlib.metadata.version("cmim-plugin"))
+        """,
+        python,
+        tmp_path,
+    ).split()
+    assert Path(location).is_relative_to(tmp_path), "imported from the checkout, not from the install"
+    assert version == cmim_plugin.__version__
+    for file in [*PACKAGE.rglob("*.py"), PACKAGE / "py.typed"]:
+        assert (Path(location).parent / file.relative_to(PACKAGE)).is_file(), f"{file.name} is not shipped"

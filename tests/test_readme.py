@@ -1,0 +1,71 @@
+"""Every Python block of the documentation runs, and every diff shows code that runs.
+
+The blocks of one file share their names, in the order of the file, as a reader meets them. What a
+```diff block leads to (its lines without the removed ones) has to stand in one of them, in that order.
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1``` *$", re.MULTILINE | re.DOTALL)
+
+
+class Block(NamedTuple):
+    language: str
+    line: int
+    code: str
+
+
+def blocks(path: Path) -> list[Block]:
+    text = path.read_text(encoding="utf-8")
+    return [
+        Block(
+            fence[2],
+            line=text.count("\n", 0, fence.start(3)) + 1,
+            code="\n".join(line.removeprefix(fence[1]) for line in fence[3].splitlines()),
+        )
+        for fence in FENCE.finditer(text)
+    ]
+
+
+DOCUMENTS = [
+    path
+    for pattern in ("*.md", "docs/**/*.md", "examples/*.md", "benchmarks/*.md", "tests/**/*.md")
+    for path in sorted(ROOT.glob(pattern))
+    if {"python", "diff"} & {block.language for block in blocks(path)}
+]
+each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def test_readme_has_snippets() -> None:
+    assert {"python", "diff"} <= {block.language for block in blocks(ROOT / "README.md")}
+
+
+@each_document
+def test_python_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks(path):
+        if block.language == "python":
+            # The empty lines make a traceback point at the line of the document.
+            exec(compile("\n" * (block.line - 1) + block.code, str(path), "exec"), namespace)
+
+
+@each_document
+def test_diff_leads_to_code_that_runs(path: Path) -> None:
+    programs = [block.code for block in blocks(path) if block.language == "python"]
+    for block in blocks(path):
+        if block.language == "diff":
+            after = [line[1:].rstrip() for line in block.code.splitlines() if line[:1] in ("+", " ")]
+            assert any(line.startswith("+") for line in block.code.splitlines())
+            found = any(occur_in_order(after, program) for program in programs)
+            assert found, f"no Python block has the lines of {path.name}:{block.line}, in its order"
+
+
+def occur_in_order(lines: list[str], program: str) -> bool:
+    rest = iter([line.rstrip() for line in program.splitlines()])
+    return all(line in rest for line in lines if line)
