@@ -266,7 +266,7 @@ def check_same(done: dict[Run, dict[str, Any]], config: Config, path: Path) -> N
 
 
 def make_queue(methods: list[str], arms: list[str], seeds: list[int]) -> list[Run]:
-    """All arms of one seed, then of the next: whatever has run when time is up is paired. Teachers before their arms."""
+    """All arms of one seed, then of the next: what has run when time is up is paired. Teachers before their arms."""
     if any(needs_teacher(arm_options(arm)) for arm in arms):
         arms = ["full_precision", *(arm for arm in arms if arm != "full_precision")]
     return [Run(method, arm, seed) for seed in seeds for method in methods for arm in arms]

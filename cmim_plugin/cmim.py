@@ -86,9 +86,8 @@ class CMIM(nn.Module):
         model = _plain(model)
         if attached_to(model):
             raise CMIMError("A CMIM is attached to this model already: call remove() on it first.")
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if (ranks := torch.distributed.get_world_size()) > 1:
-                raise CMIMError(f"Training on {ranks} ranks is not supported yet: heads would differ between them.")
+        if (ranks := _ranks()) > 1:
+            raise CMIMError(f"Training on {ranks} ranks is not supported yet: heads would differ between them.")
         self.weight = weight
         self.instances = instances
         self.num_positions = num_positions
@@ -309,6 +308,12 @@ class _HeadsWatch:
                 "The network is being trained, the heads of CMIM are not: "
                 'optimizer.add_param_group({"params": cmim.parameters()}) was forgotten.'
             )
+
+
+def _ranks() -> int:
+    distributed = torch.distributed
+    running = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if running else 1
 
 
 def _plain(model: nn.Module) -> nn.Module:
