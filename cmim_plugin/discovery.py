@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .instances import Layout
-from .probe import Event, Sighting, Site, Trace, same, watch
+from .probe import Event, Sample, Sighting, Site, Trace, same, watch
 
 # What consumes an activation, by the name of the torch function, and how many of its leading arguments are activations.
 _CONVOLUTIONS = {f"conv{t}{d}d": d for t in ("", "_transpose") for d in (1, 2, 3)}
@@ -89,78 +89,67 @@ def find_binary_activations(model: nn.Module, example_input: Any) -> list[Binary
     Raises:
         CMIMError: the example is of another type, or the forward fails on it.
     """
-    first, second = watch(model, example_input)
-    try:
-        return _Analysis(first, second).run()
-    finally:
-        # Sightings and events refer to each other: without this the activations would wait for the garbage collector.
-        first.forget()
-        second.forget()
+    return _Analysis(*watch(model, example_input)).run()
 
 
-def codes(value: Tensor) -> Tensor | None:
+def codes(value: Sample) -> Tensor | None:
     """The pattern of a two-valued tensor: -1 and +1, 0 for zeros between symmetric codes; None if it has more values.
 
     The two values may differ by sample, by channel (dimension 1 or the last) or by (sample, channel). Zeros between
     ``-a`` and ``a`` come from dropout, padding or ``sign(0)``.
 
-    Args:
-        value: any strided tensor.
-
     Returns:
-        int8, the shape of ``value``; constant groups count as their sign.
+        int8, ``(n,)`` for the ``n`` values of the sample; groups of one value count as its sign.
     """
     if value.dtype == torch.bool:
-        both = bool(value.any()) and not bool(value.all())
-        return value.to(torch.int8) * 2 - 1 if both else None
-    if value.numel() < _SMALLEST_GROUP:
-        return None
-    tolerance = _TOLERANCE.get(value.dtype, _DEFAULT_TOLERANCE)
-    value = value.double() if value.dtype == torch.float64 else value.float()
-    dims = range(value.ndim)
-    for shared in ((), (0,), (1,), (value.ndim - 1,), (0, 1)):
-        if all(d in dims for d in shared) and len(shared) < value.ndim:
-            pattern = _codes_by_group(value, shared, tolerance)
+        both = bool(value.values.any()) and not bool(value.values.all())
+        return value.values.to(torch.int8) * 2 - 1 if both else None
+    last = len(value.shape) - 1
+    for shared in ((), (0,), (1,), (last,), (0, 1)):
+        if len(value.values) >= _SMALLEST_GROUP and all(0 <= d <= last for d in shared) and len(shared) <= last:
+            pattern = _codes_by_group(value, shared)
             if pattern is not None:
                 return pattern
     return None
 
 
-def _codes_by_group(value: Tensor, shared: tuple[int, ...], tolerance: float) -> Tensor | None:
+def _codes_by_group(value: Sample, shared: tuple[int, ...]) -> Tensor | None:
     """:func:`codes` where elements with the same index in the dimensions ``shared`` have the same two values."""
-    within = [d for d in range(value.ndim) if d not in shared]
-    if torch.Size([value.shape[d] for d in within]).numel() < _SMALLEST_GROUP:
+    x = value.values if value.dtype == torch.float64 else value.values.float()
+    group = torch.zeros_like(value.index)
+    groups = 1
+    for d in shared:
+        group = group * value.shape[d] + value.index // value.shape[d + 1 :].numel() % value.shape[d]
+        groups *= value.shape[d]
+    counts = torch.bincount(group, minlength=groups)
+    if counts[counts > 0].min() < _SMALLEST_GROUP:
         return None
-    low, high = value.amin(within, keepdim=True), value.amax(within, keepdim=True)
-    noise = tolerance * torch.maximum(low.abs(), high.abs())
-    is_low, is_high = (value - low).abs() <= noise, (value - high).abs() <= noise
-    symmetric = (low + high).abs() <= 2 * noise
-    is_zero = symmetric & (value.abs() <= noise)
-    two = (high - low) > 10 * noise
+    low = x.new_full((groups,), float("inf")).scatter_reduce(0, group, x, "amin")
+    high = x.new_full((groups,), -float("inf")).scatter_reduce(0, group, x, "amax")
+    noise = _TOLERANCE.get(value.dtype, _DEFAULT_TOLERANCE) * torch.maximum(low.abs(), high.abs())
+    two = (high - low > 10 * noise)[counts > 0].float().mean()
+    low, high, noise = low[group], high[group], noise[group]
+    is_low, is_high = (x - low).abs() <= noise, (x - high).abs() <= noise
+    is_zero = ((low + high).abs() <= 2 * noise) & (x.abs() <= noise)
     # NaN compares false, and so is never a code.
-    if not bool((is_low | is_high | is_zero).all()) or two.float().mean() < 0.125:
+    if two < 0.125 or not bool((is_low | is_high | is_zero).all()):
         return None
     pattern = torch.where(is_high, 1, -1).masked_fill(is_zero, 0)
-    return torch.where(two, pattern, value.sign()).to(torch.int8)
+    return torch.where(high - low > 10 * noise, pattern, x.sign()).to(torch.int8)
 
 
-def _quickly_many_valued(value: Tensor) -> bool:
-    """More than three distinct values in a small sample: true of almost every tensor, and cheap."""
-    if value.dtype == torch.bool or value.numel() == 0:
-        return False
-    flat = value.flatten()
-    sample = flat[:: max(1, flat.numel() // 64)][:64].float()
-    return sample.unique().numel() > 6
+def _quickly_many_valued(value: Sample) -> bool:
+    """More than a few distinct values among the first ones: true of almost every tensor, and cheap."""
+    return value.values[:64].unique().numel() > 6
 
 
-def _key(pattern: Tensor) -> tuple[int, int]:
+def _key(value: Sample, pattern: Tensor) -> tuple[int, int]:
     """Equal for equal patterns of any shape, also where the two codes changed places."""
-    flat = pattern.flatten()
-    nonzero = flat[flat != 0]
+    nonzero = pattern[pattern != 0]
     if len(nonzero) and nonzero[0] < 0:
-        flat = -flat
-    weights = torch.randint(2**62, (len(flat),), generator=torch.Generator().manual_seed(len(flat)))
-    return len(flat), int((flat.cpu() * weights).sum())
+        pattern = -pattern
+    weights = torch.randint(2**62, (len(pattern),), generator=torch.Generator().manual_seed(0))
+    return value.numel, int((pattern.cpu() * weights).sum())
 
 
 class _Analysis:
@@ -172,7 +161,7 @@ class _Analysis:
         self.by_value: dict[tuple[int, tuple[float, ...]], list[Sighting]] = defaultdict(list)
         self._codes: dict[int, Tensor | None] = {}
         for sighting in first.sightings:
-            self.by_tensor[id(sighting.tensor)].append(sighting)
+            self.by_tensor[sighting.tensor].append(sighting)
             self.by_value[self._fingerprint(sighting.value)].append(sighting)
         self.births: dict[tuple[int, int], list[tuple[Event, Sighting]]] = defaultdict(list)
         for event in first.events:
@@ -185,9 +174,10 @@ class _Analysis:
         found: dict[int, tuple[Sighting, Event, Sighting]] = {}
         for event in self.first.events:
             for operand in self._operands(event):
-                if self._is_code_of_the_input(operand):
+                if self._is_code(operand):
                     for source in self._sources(operand):
-                        found.setdefault(id(source.value), (source, event, operand))
+                        if self._varies(operand) or self._latent_varies(source):
+                            found.setdefault(id(source.value), (source, event, operand))
         inner = self._first_product()
         ordered = sorted(found.values(), key=lambda entry: entry[0].seq)
         used: dict[str, int] = defaultdict(int)
@@ -195,23 +185,34 @@ class _Analysis:
 
     def _operands(self, event: Event) -> list[Sighting]:
         if event.name in _CONVOLUTIONS or event.name == "linear":
-            return [s for s in event.arguments if s.site.path in ((0, 0), (1, "input"))]
+            # The first tensor of it where the input is a tuple: a value with its scale (brevitas).
+            return [s for s in event.arguments if s.site.path[:2] in ((0, 0), (1, "input"))][:1]
         return event.arguments if event.name in _PRODUCTS else []
 
-    def _is_code_of_the_input(self, sighting: Sighting) -> bool:
-        """Two-valued on both random inputs, and different on them: not a weight, not a coincidence."""
+    def _is_code(self, sighting: Sighting) -> bool:
+        """Two-valued on both random inputs: not a coincidence."""
         again = self.again.get(sighting.site)
-        if again is None or self._pattern(sighting) is None or codes(again.value) is None:
-            return False
-        if self.first.batch != self.second.batch:
-            return sighting.value.shape != again.value.shape
-        return not same(sighting.value, again.value)
+        return again is not None and self._pattern(sighting) is not None and codes(again.value) is not None
+
+    def _varies(self, sighting: Sighting) -> bool:
+        """Different on the two random inputs: not a weight, a mask or a learned token."""
+        again = self.again.get(sighting.site)
+        if again is None or again.value.shape[1:] != sighting.value.shape[1:]:
+            return True
+        # The two batches may differ in size: the samples that both have.
+        one, other = sighting.value, again.value
+        shared = torch.isin(one.index, other.index), torch.isin(other.index, one.index)
+        return not same(one.values[shared[0]], other.values[shared[1]])
+
+    def _latent_varies(self, source: Sighting) -> bool:
+        """Whether codes that happen to be the same on both inputs were made from something that is not."""
+        return any(self._varies(latent) for latent in self._latent(source, self._birth(source)))
 
     def _first_product(self) -> int:
         """When the first trained product or lookup happened: what is binarized before is the network's input."""
         for event in self.first.events:
             mixes = event.name in _CONVOLUTIONS or event.name in _PRODUCTS | _LOOKUPS | {"linear"}
-            if mixes and any(result.tensor.requires_grad for result in event.results):
+            if mixes and any(result.in_graph for result in event.results):
                 return event.seq
         return len(self.first.sightings)
 
@@ -247,36 +248,38 @@ class _Analysis:
             if not before:
                 break
             current = before[0]
-        sightings = [s for s in self.by_tensor[id(current.tensor)] if s.value is current.value]
+        sightings = [s for s in self.by_tensor[current.tensor] if s.value is current.value]
         return sightings[0]
 
     def _producer(self, sighting: Sighting) -> Event | None:
         """The function call that returned this tensor with this value."""
         results = [
             s
-            for s in self.by_tensor[id(sighting.tensor)]
+            for s in self.by_tensor[sighting.tensor]
             if s.site.kind == "result" and s.value is sighting.value and s.seq <= sighting.seq
         ]
-        return results[0].event if results else None
+        return self.first.events[results[0].event] if results and results[0].event is not None else None
 
     # -- 3. birth and latent -------------------------------------------------------------------------------------
 
     def _note_birth(self, event: Event, result: Sighting) -> None:
-        if _quickly_many_valued(result.value) or result.value.numel() < _SMALLEST_GROUP:
+        if _quickly_many_valued(result.value) or result.value.numel < _SMALLEST_GROUP:
             return
-        size = result.value.numel()
-        candidates = [a for a in event.arguments if a.value.numel() == size and a.value is not result.value]
+        size = result.value.numel
+        candidates = [a for a in event.arguments if a.value.numel == size and a.value is not result.value]
         if not candidates or any(self._pattern(a) is not None for a in candidates):
             return
         pattern = self._pattern(result)
         if pattern is not None:
-            self.births[_key(pattern)].append((event, result))
+            self.births[_key(result.value, pattern)].append((event, result))
 
     def _birth(self, source: Sighting) -> Event | None:
         """The call that made the source's codes: the first one in the scope of the last one before the source."""
         pattern = self._pattern(source)
         assert pattern is not None
-        events = [event for event, result in self.births.get(_key(pattern), ()) if result.seq <= source.seq]
+        events = [
+            event for event, result in self.births.get(_key(source.value, pattern), ()) if result.seq <= source.seq
+        ]
         events = [e for e in events if e.name not in _SUMS] or events
         if not events:
             parts = self._parts(source)
@@ -287,8 +290,8 @@ class _Analysis:
     def _latent(self, source: Sighting, birth: Event | None) -> list[Sighting]:
         """Sightings of a_F in the graph, empty where there is none."""
         if birth is not None:
-            size = birth.results[0].value.numel()
-            given = [a for a in birth.arguments if a.value.numel() == size and a.value.is_floating_point()]
+            size = birth.results[0].value.numel
+            given = [a for a in birth.arguments if a.value.numel == size and a.value.dtype.is_floating_point]
             for sighting in sorted(given, key=lambda s: not self._in_graph(s, source)):
                 for ancestor in self._ancestors(sighting):
                     if found := self._in_graph(ancestor, source):
@@ -297,22 +300,21 @@ class _Analysis:
 
     def _in_graph(self, sighting: Sighting, source: Sighting) -> list[Sighting]:
         """Where the same values pass in the graph, the same tensor first."""
-        found = [s for s in self.by_tensor[id(sighting.tensor)] if s.value is sighting.value and s.in_graph]
+        found = [s for s in self.by_tensor[sighting.tensor] if s.value is sighting.value and s.in_graph]
         if not found:
             twins = self.by_value[self._fingerprint(sighting.value)]
-            twins = [s for s in twins if s.in_graph and s.value.numel() == sighting.value.numel()]
-            found = [s for s in twins if same(s.value.flatten(), sighting.value.flatten())]
-            found = [s for s in found if s.tensor is found[-1].tensor]
-        return [s for s in found if s.seq <= source.seq or s.tensor is sighting.tensor]
+            found = [s for s in twins if s.in_graph and s.value.same(sighting.value)]
+            found = [s for s in found if s.tensor == found[-1].tensor]
+        return [s for s in found if s.seq <= source.seq or s.tensor == sighting.tensor]
 
     def _ancestors(self, sighting: Sighting) -> list[Sighting]:
         """The sighting and what it was computed from, element by element, within a custom function's forward."""
         line = [sighting]
         while len(line) < 8:
             event = self._producer(line[-1])
-            size = line[-1].value.numel()
-            parents = [a for a in event.arguments if a.value.numel() == size] if event else []
-            parents = [a for a in parents if a.value is not line[-1].value and a.value.is_floating_point()]
+            size = line[-1].value.numel
+            parents = [a for a in event.arguments if a.value.numel == size] if event else []
+            parents = [a for a in parents if a.value is not line[-1].value and a.value.dtype.is_floating_point]
             if not parents:
                 break
             line.append(parents[0])
@@ -322,11 +324,11 @@ class _Analysis:
         """The last tensor before the source that one threshold splits into its codes."""
         pattern = self._pattern(source)
         assert pattern is not None
-        positive = pattern.flatten() > 0
+        positive = pattern > 0
         for s in reversed(self.first.sightings[: source.seq]):
-            if not s.in_graph or s.value.numel() != positive.numel() or not s.value.is_floating_point():
+            if not s.in_graph or s.value.numel != source.value.numel or not s.value.dtype.is_floating_point:
                 continue
-            above, below = s.value.flatten()[positive], s.value.flatten()[~positive]
+            above, below = s.value.values[positive], s.value.values[~positive]
             if not len(above) or not len(below) or self._pattern(s) is not None:
                 continue
             if above.min() > below.max() or below.min() > above.max():
@@ -347,7 +349,7 @@ class _Analysis:
 
         if source.seq < inner:
             return untapped("it is the network's input that is binarized, not an activation")
-        sites = [s for s in self.by_tensor[id(source.tensor)] if s.value is source.value and s.in_graph]
+        sites = [s for s in self.by_tensor[source.tensor] if s.value is source.value and s.in_graph]
         if not sites:
             return untapped("it is made without a gradient (under no_grad or detached)")
         pattern = self._pattern(source)
@@ -400,9 +402,9 @@ class _Analysis:
             folds.append(fold)
         spatial = _spatial_dims(binary.value.shape, consumer, operand.value.shape)
         b = Layout(spatial, folds[0])
-        same_rank = binary.value.ndim == latent.value.ndim
+        same_rank = len(binary.value.shape) == len(latent.value.shape)
         f = Layout(spatial if same_rank or spatial is not None else None, folds[1])
-        if f.spatial is not None and f.spatial >= latent.value.ndim:
+        if f.spatial is not None and f.spatial >= len(latent.value.shape):
             return f"its latent has another rank: {tuple(latent.value.shape)} for {tuple(binary.value.shape)}"
         return b, f
 
@@ -415,9 +417,9 @@ class _Analysis:
         return self._codes[key]
 
     @staticmethod
-    def _fingerprint(value: Tensor) -> tuple[int, tuple[float, ...]]:
-        flat = value.flatten()
-        return len(flat), tuple(flat[:: max(1, len(flat) // 32)][:32].tolist())
+    def _fingerprint(value: Sample) -> tuple[int, tuple[float, ...]]:
+        values = value.values
+        return value.numel, tuple(values[:: max(1, len(values) // 32)][:32].tolist())
 
 
 def _spatial_dims(shape: torch.Size, consumer: Event, operand: torch.Size) -> int | None:
@@ -435,8 +437,11 @@ def _spatial_dims(shape: torch.Size, consumer: Event, operand: torch.Size) -> in
     return None
 
 
-def _one_hot(value: Tensor) -> bool:
-    """Zero but for a single one along some dimension."""
-    if not bool(((value.abs() < 1e-4) | ((value - 1).abs() < 1e-4)).all()):
+def _one_hot(value: Sample) -> bool:
+    """Zero but for a single one along some dimension (not looked for in tensors too large to be gates)."""
+    if len(value.values) < value.numel:
         return False
-    return any(value.shape[d] > 1 and bool((value.sum(d) - 1).abs().lt(1e-3).all()) for d in range(1, value.ndim))
+    x = value.values.view(value.shape)
+    if not bool(((x.abs() < 1e-4) | ((x - 1).abs() < 1e-4)).all()):
+        return False
+    return any(x.shape[d] > 1 and bool((x.sum(d) - 1).abs().lt(1e-3).all()) for d in range(1, x.ndim))

@@ -165,7 +165,9 @@ def _negatives(n: int, labels: Tensor | None, queue_labels: Tensor | None, queue
     negatives = torch.ones(n, n + queued, dtype=torch.bool, device=device)
     negatives.fill_diagonal_(False)
     if labels is not None:
-        others = labels if queue_labels is None else torch.cat([labels, queue_labels.to(labels.dtype)])
+        # In int64: the queue's -1 would be a class in an unsigned dtype.
+        labels = labels.long()
+        others = labels if queue_labels is None else torch.cat([labels, queue_labels.long()])
         negatives &= labels[:, None] != others[None, :]
     return negatives
 

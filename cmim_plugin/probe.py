@@ -1,13 +1,15 @@
 """The dry run: watch a few forward passes of a model on random inputs, and leave the model as it was.
 
-The result is a :class:`Trace`: every tensor that passed a module boundary or a torch function, with its value at that
-moment and the :class:`Site` where a hook can pick it up again in training. What the tensors mean is decided in
-:mod:`cmim_plugin.discovery`.
+The result is a :class:`Trace`: every tensor that passed a module boundary or a torch function, with a :class:`Sample`
+of its values at that moment and the :class:`Site` where a hook can pick it up again in training. What the tensors mean
+is decided in :mod:`cmim_plugin.discovery`. No tensor of the model is kept: a dry run takes about the memory of a
+training step with a small batch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import sys
 from collections import Counter
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import CMIMError
 
@@ -26,6 +29,8 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 # Large enough that batch statistics of 1 x 1 maps are not two-valued by themselves; two sizes, so that the dimension
 # that grows with the batch shows itself.
 _PROBE_BATCHES = (8, 7)
+# Values looked at in each sample of the batch.
+_VALUES = 2048
 
 
 @dataclass(frozen=True)
@@ -49,15 +54,49 @@ class Site:
 
 
 @dataclass(eq=False)
+class Sample:
+    """Some values of a tensor: the same ones for any view of it, and the same ones of each sample of the batch.
+
+    Attributes:
+        shape, dtype: of the tensor.
+        values: ``(n,)``, all of them where the tensor is small.
+        index: ``(n,)`` where they stand in the flattened tensor.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    values: Tensor
+    index: Tensor
+
+    @property
+    def numel(self) -> int:
+        """Elements of the tensor."""
+        return self.shape.numel()
+
+    def same(self, other: Sample) -> bool:
+        """Equal values, up to a view."""
+        return self.numel == other.numel and self.dtype == other.dtype and same(self.values, other.values)
+
+
+@dataclass(eq=False)
 class Sighting:
-    """One tensor at one moment."""
+    """One tensor at one moment.
+
+    Attributes:
+        seq: its place in the trace.
+        site: where it was seen.
+        tensor: a number that stands for the tensor object.
+        value: what it held.
+        in_graph: whether it required a gradient, with gradients enabled.
+        event: for the result of a function call, its place among the trace's events.
+    """
 
     seq: int
     site: Site
-    tensor: Tensor
-    value: Tensor
+    tensor: int
+    value: Sample
     in_graph: bool
-    event: Event | None = None
+    event: int | None = None
 
 
 @dataclass(eq=False)
@@ -79,13 +118,6 @@ class Trace:
     batch: int
     sightings: list[Sighting] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
-
-    def forget(self) -> None:
-        """Let go of every tensor."""
-        for sighting in self.sightings:
-            sighting.event = None
-        self.sightings.clear()
-        self.events.clear()
 
 
 def tensors_in(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
@@ -194,8 +226,11 @@ class _Recorder(TorchFunctionMode):
         self._functions: Counter[Any] = Counter()
         # Modules being run: name, call, and how often each function had been called when the module was entered.
         self._scopes: list[tuple[str, int, Counter[Any]]] = []
-        self._values: dict[int, tuple[Tensor, Tensor]] = {}
         self._parameters = {id(p) for p in model.parameters()}
+        self._numbers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._fresh = itertools.count()
+        self._last: dict[int, Sample] = {}
+        self._indices: dict[tuple[int, torch.device], Tensor] = {}
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -233,9 +268,8 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         event.results = self._see(result, "result", func, nth)
         for sighting in event.results:
-            sighting.event = event
-        if event.arguments or event.results:
-            self.trace.events.append(event)
+            sighting.event = len(self.trace.events)
+        self.trace.events.append(event)
         return result
 
     def _see(self, tree: Any, kind: str, function: Any = None, nth: int = 0) -> list[Sighting]:
@@ -246,21 +280,35 @@ class _Recorder(TorchFunctionMode):
                 continue
             site = Site(name, call, kind, path, function, nth)
             in_graph = tensor.requires_grad and torch.is_grad_enabled()
-            seen.append(Sighting(len(self.trace.sightings), site, tensor, self._value(tensor), in_graph))
+            number = self._numbers.setdefault(tensor, next(self._fresh))
+            value = self._sample(number, tensor.detach())
+            seen.append(Sighting(len(self.trace.sightings), site, number, value, in_graph))
             self.trace.sightings.append(seen[-1])
         return seen
 
-    def _value(self, tensor: Tensor) -> Tensor:
-        """A copy of what the tensor holds now; the same copy as last time while that has not changed."""
-        now = tensor.detach()
-        if id(tensor) in self._values:
-            _, last = self._values[id(tensor)]
-            # The version counter does not move for `x.data = ...`: only the values tell.
-            if last.shape == now.shape and last.dtype == now.dtype and same(last, now):
-                return last
-        copy = now.clone()
-        self._values[id(tensor)] = (tensor, copy)
-        return copy
+    def _sample(self, number: int, tensor: Tensor) -> Sample:
+        """A sample of what the tensor holds now; the very same as last time while that has not changed."""
+        index = self._index(tensor.numel(), tensor.device)
+        sample = Sample(tensor.shape, tensor.dtype, tensor.take(index), index)
+        last = self._last.get(number)
+        # The version counter does not move for `x.data = ...`: only the values tell.
+        if last is None or last.shape != sample.shape or not last.same(sample):
+            self._last[number] = last = sample
+        return last
+
+    def _index(self, numel: int, device: torch.device) -> Tensor:
+        key = (numel, device)
+        if key not in self._indices:
+            samples = self.trace.batch if numel % self.trace.batch == 0 else 1
+            size = numel // samples
+            within = torch.arange(size)
+            if size > _VALUES:
+                # Not evenly spaced: that would see the same column of every image.
+                order = torch.rand(size, generator=torch.Generator().manual_seed(0)).topk(_VALUES).indices
+                within = order.sort().values
+            index = (torch.arange(samples)[:, None] * size + within).flatten()
+            self._indices[key] = index.to(device)
+        return self._indices[key]
 
 
 def same(a: Tensor, b: Tensor) -> bool:

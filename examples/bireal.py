@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import training
@@ -35,13 +34,17 @@ class ApproxSign(nn.Module):
         return Sign.apply(x, polynomial_slope)
 
 
+def magnitude_aware(weight: Tensor) -> Tensor:
+    """mean|w| sign(w), mean over an output channel, so that the gradient knows the size of w."""
+    scale = weight.detach().abs().mean(tuple(range(1, weight.ndim)), keepdim=True)
+    return Sign.apply(weight, clipped_slope) * scale
+
+
 class MagnitudeAwareConv2d(nn.Conv2d):
-    """Weights mean|w| sign(w), mean over an output channel, so that the gradient knows the size of w."""
+    """Binary weights; the module before it binarizes the activation."""
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = self.weight.detach().abs().mean((1, 2, 3), keepdim=True)
-        binary_w = Sign.apply(self.weight, clipped_slope) * scale
-        return F.conv2d(x, binary_w, self.bias, self.stride, self.padding)
+        return self._conv_forward(x, magnitude_aware(self.weight), self.bias)
 
 
 BIREAL = Recipe(conv=partial(MagnitudeAwareConv2d, bias=False), binary=lambda channels: ApproxSign())

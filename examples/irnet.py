@@ -9,18 +9,28 @@ The convolution binarizes its input inside its own forward. The CMIM lines are i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import training
 from bodies import Recipe, Sign
 
 
+def libra(weight: Tensor, slope: Callable[[Tensor], Tensor]) -> Tensor:
+    """Libra parameter binarization (section 3.2): the weight of each output channel as a power of two times +-1."""
+    within = tuple(range(1, weight.ndim))
+    w = weight - weight.mean(within, keepdim=True)  # balanced: as many +1 as -1, the most entropy
+    w = w / w.std(within, keepdim=True)
+    with torch.no_grad():  # a power of two: a bit shift at inference
+        scale = 2 ** w.abs().mean(within, keepdim=True).log2().round()
+    return Sign.apply(w, slope) * scale
+
+
 class IRConv2d(nn.Conv2d):
-    """Libra parameter binarization (section 3.2) and the error decay estimator (EDE, section 3.3)."""
+    """Weight by `libra`, both signs with the error decay estimator (EDE, section 3.3)."""
 
     t, k = 0.1, 10.0  # where `anneal` starts
 
@@ -29,14 +39,9 @@ class IRConv2d(nn.Conv2d):
         return self.k * self.t * (1 - torch.tanh(self.t * x) ** 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        w = self.weight
-        w = w - w.mean((1, 2, 3), keepdim=True)  # balanced: as many +1 as -1, the most entropy
-        w = w / w.std((1, 2, 3), keepdim=True)
-        with torch.no_grad():  # a power of two: a bit shift at inference
-            scale = 2 ** w.abs().mean((1, 2, 3), keepdim=True).log2().round()
-        binary_w = Sign.apply(w, self.slope) * scale
+        binary_w = libra(self.weight, self.slope)
         binary_x = Sign.apply(x, self.slope)
-        return F.conv2d(binary_x, binary_w, self.bias, self.stride, self.padding)
+        return self._conv_forward(binary_x, binary_w, self.bias)  # with this layer's stride, padding, groups, ...
 
 
 def anneal(model: nn.Module, epoch: int, epochs: int) -> None:
