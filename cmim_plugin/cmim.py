@@ -98,10 +98,10 @@ class CMIM(nn.Module):
         self.metrics: dict[str, dict[str, Tensor]] = {}
         self._model = weakref.ref(model)
         self.found = tuple(find_binary_activations(model, example_input))
-        chosen = _chosen(self.found, taps, model)
-        if instances == "position":
-            _check_aligned(chosen)
-        tapped = tuple(Tap.of(found) for found in chosen)
+        if instances == "position" and teacher is None:
+            apart = 'its latent has another number of positions: only instances="image" can contrast them'
+            self.found = tuple(f if f.aligned or not f.tapped else replace(f, reason=apart) for f in self.found)
+        tapped = tuple(Tap.of(found) for found in _chosen(self.found, taps, model))
 
         self._teacher = None
         if teacher is not None:
@@ -356,15 +356,6 @@ def _chosen(
     if wrong or not taps:
         raise CMIMError(f"taps= names {wrong or 'nothing'}, which cannot be tapped. Found:\n{listing}")
     return [f for f in tappable if f.name in taps]
-
-
-def _check_aligned(chosen: list[BinaryActivation]) -> None:
-    apart = [f.name for f in chosen if not f.aligned]
-    if apart:
-        raise CMIMError(
-            f"The binary and the latent activation of {apart} differ in their number of positions: leave them out with "
-            'taps=, or use instances="image".'
-        )
 
 
 def _check_settings(

@@ -58,6 +58,9 @@ class BinaryActivation:
         channels: channels of the binary tensor (0 where unknown).
         reason: why it cannot be tapped, None where it can.
         module: qualified name of that module ("" for the model itself).
+        binary, latent: where a_B and a_F are picked up.
+        binary_layout, latent_layout, latent_channels: how they are read.
+        aligned: whether both have the same number of positions.
     """
 
     name: str

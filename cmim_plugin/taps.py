@@ -60,12 +60,14 @@ class Pair:
         rows: ``(n, C_b)`` of a_B and ``(n, C_f)`` of a_F, in the autograd graph; None until seen.
         index: ``(n,)`` the positions that the rows come from, counted over the whole batch; None for pooled samples.
         samples: ``(n,)`` which sample of the batch each row belongs to; None where the rows are the samples in order.
+        total: positions of the whole batch.
         batch: samples in the batch.
     """
 
     rows: list[Tensor | None]
     index: Tensor | None = None
     samples: Tensor | None = None
+    total: int = 0
     batch: int = 0
 
 
@@ -179,10 +181,16 @@ class Taps:
         if self.draws is None:
             pair.rows[side] = layout.pooled(activation)
             return
+        total = shape[0] * layout.positions(shape)
         if pair.index is None:
-            draw = self.draws[tap].to(activation.device)
-            pair.index = spread(draw, shape[0] * layout.positions(shape))
+            pair.total = total
+            pair.index = spread(self.draws[tap].to(activation.device), total)
             pair.samples = layout.sample_of(pair.index, shape)
+        elif pair.total != total:
+            raise CMIMError(
+                f"The two sides of tap {self.taps[tap].name} have {pair.total} and {total} positions in this batch and "
+                'cannot be paired position by position: leave it out with taps=, or use instances="image".'
+            )
         pair.rows[side] = layout.sampled(activation, pair.index)
 
 
