@@ -227,7 +227,8 @@ class CMIM(nn.Module):
         try:
             yield
         finally:
-            if attached and self._finalizer.alive:
+            model = self._model()
+            if attached and self._finalizer.alive and model is not None and not attached_to(model):
                 self._hooks.attach()
 
     # -- state ---------------------------------------------------------------------------------------------------
@@ -242,7 +243,11 @@ class CMIM(nn.Module):
         generator, draws = state["generator"], state["draws"]
         if generator is not None:
             self._generator.set_state(generator.cpu())
-        if draws is not None and self._hooks.draws is not None:
+        own = self._hooks.draws
+        if own is not None and (draws is None or draws.shape != own.shape):
+            found = None if draws is None else tuple(draws.shape)
+            raise CMIMError(f"The state draws {found} positions, this CMIM {tuple(own.shape)}: other settings.")
+        if own is not None and draws is not None:
             self._hooks.draws = draws.clone()
 
     def __repr__(self) -> str:

@@ -192,6 +192,10 @@ def _check(
         )
     if not (z_b.is_floating_point() and z_f.is_floating_point()):
         raise CMIMError(f"z_b and z_f must be floating point; found {z_b.dtype} and {z_f.dtype}.")
+    if (z_b.dtype == torch.float64) != (z_f.dtype == torch.float64):
+        raise CMIMError(f"z_b and z_f must both be float64 or neither; found {z_b.dtype} and {z_f.dtype}.")
+    if not len(z_b):
+        raise CMIMError("z_b and z_f are empty: there is no instance to contrast.")
     if not temperature > 0:
         raise CMIMError(f"temperature must be positive; found {temperature}.")
     if labels is not None and (labels.shape != z_b.shape[:1] or labels.is_floating_point()):

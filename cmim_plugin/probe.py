@@ -193,7 +193,8 @@ def _like(tree: Any, batch: int, size: int, generator: torch.Generator) -> Any:
     if isinstance(tree, Mapping):
         return {key: _like(value, batch, size, generator) for key, value in tree.items()}
     if isinstance(tree, (tuple, list)):
-        return type(tree)(_like(value, batch, size, generator) for value in tree)
+        items = [_like(value, batch, size, generator) for value in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     return tree
 
 

@@ -7,6 +7,7 @@ within a forward pass of the model that was attached to.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
@@ -157,6 +158,12 @@ class Taps:
         self.clear()
         return pairs
 
+    def abandon(self) -> None:
+        """A pass did not come to its end."""
+        for hook in self._hooks:
+            hook.reset()
+        self.clear()
+
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass of the model starts that is to be captured."""
         self.pairs = [Pair([None, None]) for _ in self.taps]
@@ -221,7 +228,12 @@ class _Hook:
 
 class _RootHook(_Hook):
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.taps is not None and self.serves(module) and module.training and torch.is_grad_enabled():
+        if self.taps is None or not self.serves(module):
+            return
+        if self.taps.active:
+            # The pass before was interrupted (KeyboardInterrupt): torch calls no hook then.
+            self.taps.abandon()
+        if module.training and torch.is_grad_enabled():
             self.taps.begin(args, kwargs)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -249,6 +261,9 @@ class _ModuleHook(_Hook):
 
     def reset(self) -> None:
         self._calls = 0
+        for _, listener in reversed(self._running):
+            if listener is not None:
+                listener.__exit__(None, None, None)
         self._running = []
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -304,9 +319,21 @@ def _capture(taps: Taps, captures: tuple[_Capture, ...], kind: str, tree: Any) -
         if c.site.kind == kind:
             taps.muted = True
             try:
-                taps.keep(c.tap, c.side, _at(tree, c.site.path), c.layout)
+                with _unseen_by_checkpointing():
+                    taps.keep(c.tap, c.side, _at(tree, c.site.path), c.layout)
             finally:
                 taps.muted = False
+
+
+def _unseen_by_checkpointing() -> contextlib.AbstractContextManager[Any]:
+    """Activation checkpointing counts what is saved for backward; its recomputation captures nothing and saves less."""
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+
+
+def _as_it_is(saved: Any) -> Any:
+    return saved
 
 
 def _at(tree: Any, path: tuple[Any, ...]) -> Tensor:
