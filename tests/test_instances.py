@@ -1,0 +1,142 @@
+"""Positions and pooling against plain loops."""
+
+import math
+
+import pytest
+import torch
+
+from cmim_plugin.instances import Layout, spread
+
+# -- spread --------------------------------------------------------------------------------------------------------
+
+SIZES = [(5, 13), (4, 12), (1, 7), (7, 7), (256, 3000), (9, 4), (3, 1)]
+each_size = pytest.mark.parametrize("n, total", SIZES, ids=lambda value: str(value))
+
+
+def draws(count: int, n: int) -> torch.Tensor:
+    return torch.rand(count, n + 1, generator=torch.Generator().manual_seed(5))
+
+
+@each_size
+def test_positions_are_distinct_and_in_range(n, total):
+    for draw in draws(50, n):
+        positions = spread(draw, total).tolist()
+        assert len(positions) == min(n, total)
+        assert len(set(positions)) == len(positions)
+        assert all(0 <= position < total for position in positions)
+
+
+@pytest.mark.parametrize("n, total", [(5, 13), (4, 12), (1, 7), (6, 11), (10, 97)])
+def test_every_position_is_equally_likely(n, total):
+    repeats = 4000
+    seen = [0] * total
+    for draw in draws(repeats, n):
+        for position in spread(draw, total).tolist():
+            seen[position] += 1
+    share = n / total
+    deviation = math.sqrt(repeats * share * (1 - share))
+    for position, count in enumerate(seen):
+        assert abs(count - repeats * share) < 5 * deviation, position
+
+
+def test_the_extremes_of_the_generator_stay_in_range():
+    highest = 1 - 2**-24  # the largest float32 that torch.rand gives
+    for total in (1, 2, 13, 1000, 2**24 + 1, 800_000):
+        for value in (0.0, highest):
+            positions = spread(torch.full((6,), value), total).tolist()
+            assert len(set(positions)) == min(5, total)
+            assert all(0 <= position < total for position in positions)
+
+
+@pytest.mark.parametrize("n", [7, 8, 100])
+def test_a_batch_with_fewer_positions_than_wanted_gives_each_once(n):
+    for draw in draws(20, n):
+        assert sorted(spread(draw, 7).tolist()) == list(range(7))
+
+
+def test_the_same_numbers_give_the_same_positions():
+    draw = draws(1, 8)[0]
+    assert torch.equal(spread(draw, 50), spread(draw.clone(), 50))
+
+
+# -- layouts -------------------------------------------------------------------------------------------------------
+
+# shape, layout, channels, and the index within the tensor of (sample, position, channel), by hand
+CASES = {
+    "features": ((4, 3), Layout(None), 3, 1, lambda s, p, c: (s, c)),
+    "maps": ((4, 3, 2, 5), Layout(2), 3, 10, lambda s, p, c: (s, c, p // 5, p % 5)),
+    "maps, one position": ((4, 3, 1, 1), Layout(2), 3, 1, lambda s, p, c: (s, c, 0, 0)),
+    "tokens": ((4, 5, 3), Layout(None), 3, 5, lambda s, p, c: (s, p, c)),
+    "tokens in rows": ((4, 2, 5, 3), Layout(None), 3, 10, lambda s, p, c: (s, p // 5, p % 5, c)),
+    "sequences": ((4, 3, 6), Layout(1), 3, 6, lambda s, p, c: (s, c, p)),
+    "volumes": ((2, 3, 2, 2, 2), Layout(3), 3, 8, lambda s, p, c: (s, c, p // 4, p // 2 % 2, p % 2)),
+    "flattened groups": ((4, 2, 3, 2, 2), Layout(2), 6, 4, lambda s, p, c: (s, c // 3, c % 3, p // 2, p % 2)),
+    "windows of tokens": ((8, 5, 3), Layout(None, fold=2), 3, 10, lambda s, p, c: (2 * s + p // 5, p % 5, c)),
+    "windows of maps": (
+        (6, 3, 2, 2),
+        Layout(2, fold=2),
+        3,
+        8,
+        lambda s, p, c: (2 * s + p // 4, c, p % 4 // 2, p % 4 % 2),
+    ),
+}
+each_case = pytest.mark.parametrize("shape, layout, channels, positions, at", CASES.values(), ids=CASES)
+
+
+def memory_formats(shape):
+    x = torch.randn(shape, dtype=torch.float64)
+    yield x
+    if len(shape) == 4:
+        yield x.contiguous(memory_format=torch.channels_last)
+    yield x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+@each_case
+def test_pooling_is_the_mean_over_the_positions_of_each_sample(shape, layout, channels, positions, at):
+    for x in memory_formats(shape):
+        pooled = layout.pooled(x)
+        assert pooled.shape == (shape[0] // layout.fold, channels)
+        for sample in range(len(pooled)):
+            for channel in range(channels):
+                total = 0.0
+                for position in range(positions):
+                    total += x[at(sample, position, channel)].item()
+                assert pooled[sample, channel].item() == pytest.approx(total / positions, abs=1e-12)
+
+
+@each_case
+def test_sampling_takes_the_channels_at_positions_counted_over_the_batch(shape, layout, channels, positions, at):
+    total = shape[0] // layout.fold * positions
+    assert shape[0] * layout.positions(torch.Size(shape)) == total
+    index = torch.randperm(total)[: max(1, total // 2)]
+    for x in memory_formats(shape):
+        rows = layout.sampled(x, index)
+        assert rows.shape == (len(index), channels)
+        for row, place in enumerate(index.tolist()):
+            for channel in range(channels):
+                assert rows[row, channel].item() == x[at(place // positions, place % positions, channel)].item()
+
+
+@each_case
+def test_every_position_knows_its_sample(shape, layout, channels, positions, at):
+    total = shape[0] // layout.fold * positions
+    samples = layout.sample_of(torch.arange(total), torch.Size(shape)).tolist()
+    assert samples == [place // positions for place in range(total)]
+
+
+@each_case
+def test_channels_are_counted(shape, layout, channels, positions, at):
+    assert layout.channels(torch.Size(shape)) == channels
+
+
+@each_case
+def test_gradients_reach_the_activation(shape, layout, channels, positions, at):
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    layout.pooled(x).sum().backward()
+    assert torch.allclose(x.grad, torch.full_like(x, 1 / positions))
+    x.grad = None
+    layout.sampled(x, torch.tensor([0])).sum().backward()
+    expected = torch.zeros_like(x)
+    for channel in range(channels):
+        expected[at(0, 0, channel)] = 1
+    assert torch.equal(x.grad, expected)
