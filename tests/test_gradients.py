@@ -1,0 +1,366 @@
+"""Gradients against an oracle that shares no code with the library or the examples, in float64.
+
+The oracle is a forward pass written out by hand, with autograd functions of its own, and loops over rows, dimensions,
+anchors and candidates for heads, unit length, critic and loss.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bireal import BIREAL
+from bodies import BODIES, full_precision
+from cmim_plugin import CMIM
+from irnet import IRNET
+
+TEMPERATURE = 0.2
+DIMENSIONS = 3
+WEIGHT = 0.6
+# Three images of two classes, so that labels exclude some pairs and not all.
+LABELS = torch.tensor([0, 1, 0])
+
+
+# -- the forward pass, by hand -------------------------------------------------------------------------------------
+
+
+class BiRealSign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return (x >= 0).double() * 2 - 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        rising = ((x >= -1) & (x < 0)).double() * (2 + 2 * x)
+        falling = ((x >= 0) & (x < 1)).double() * (2 - 2 * x)
+        return grad * (rising + falling)
+
+
+class ClippedSign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w):
+        ctx.save_for_backward(w)
+        return (w >= 0).double() * 2 - 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        (w,) = ctx.saved_tensors
+        return torch.where((w > -1) & (w < 1), grad, torch.zeros_like(grad))
+
+
+class ErrorDecaySign(torch.autograd.Function):
+    """IR-Net's estimator at the start of training: t = 0.1, k = 10."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return (x >= 0).double() * 2 - 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * 10 * 0.1 / torch.cosh(0.1 * x) ** 2
+
+
+def batch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    mean = x.mean((0, 2, 3), keepdim=True)
+    variance = ((x - mean) ** 2).mean((0, 2, 3), keepdim=True)
+    return (x - mean) / torch.sqrt(variance + 1e-5) * weight[:, None, None] + bias[:, None, None]
+
+
+def hardtanh(x: Tensor) -> Tensor:
+    return torch.where(x > 1, 1.0, torch.where(x < -1, -1.0, x))
+
+
+def unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def bireal_weight(w: Tensor) -> Tensor:
+    return ClippedSign.apply(w) * w.detach().abs().mean((1, 2, 3), keepdim=True)
+
+
+def irnet_weight(w: Tensor) -> Tensor:
+    count = w[0].numel()
+    w = w - w.mean((1, 2, 3), keepdim=True)
+    w = w / torch.sqrt((w**2).sum((1, 2, 3), keepdim=True) / (count - 1))
+    scale = torch.pow(2.0, torch.round(torch.log2(w.detach().abs().mean((1, 2, 3), keepdim=True))))
+    return ErrorDecaySign.apply(w) * scale
+
+
+# sign of the activation, binary weight, nonlinearity
+METHODS = {
+    "IR-Net": (IRNET, ErrorDecaySign.apply, irnet_weight, hardtanh),
+    "Bi-Real": (BIREAL, BiRealSign.apply, bireal_weight, unchanged),
+}
+each_method = pytest.mark.parametrize("method", METHODS)
+each_instance = pytest.mark.parametrize("instances", ["image", "position"])
+
+
+def activations(method: str, p: dict[str, Tensor], x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(a_B, a_F) of the network's two binarizations, by hand."""
+    _, sign, binary_weight, nonlinearity = METHODS[method]
+    x = nonlinearity(batch_norm(F.conv2d(x, p["conv1.weight"], padding=1), p["bn1.weight"], p["bn1.bias"]))
+    first = sign(x)
+    out = F.conv2d(first, binary_weight(p["layer1.0.conv.weight"]), padding=1)
+    y = nonlinearity(batch_norm(out, p["layer1.0.bn.weight"], p["layer1.0.bn.bias"]) + x)
+    return [(first, x), (sign(y), y)]
+
+
+def teacher_activations(method: str, p: dict[str, Tensor], x: Tensor) -> list[Tensor]:
+    """What the teacher's second convolutions consume, its batch norms in eval mode after no training at all."""
+    nonlinearity = METHODS[method][3]
+
+    def relu(t):
+        # In IR-Net the nonlinearity comes after the shortcut, and the convolution takes what comes from there.
+        return t if method == "IR-Net" else torch.where(t > 0, t, 0.0)
+
+    x = nonlinearity(F.conv2d(x, p["conv1.weight"], padding=1) / (1 + 1e-5) ** 0.5)
+    first = relu(x)
+    out = F.conv2d(first, p["layer1.0.conv.weight"], padding=1) / (1 + 1e-5) ** 0.5
+    return [first, relu(nonlinearity(out + x))]
+
+
+# -- heads and loss, in loops --------------------------------------------------------------------------------------
+
+
+def rows_of(activation: Tensor, positions: list[int] | None) -> list[Tensor]:
+    """Channel vectors: one an image, or one for each of the positions, counted over the batch."""
+    batch, _, height, width = activation.shape
+    rows = []
+    if positions is None:
+        for image in range(batch):
+            total = 0.0
+            for y in range(height):
+                for x in range(width):
+                    total = total + activation[image, :, y, x]
+            rows.append(total / (height * width))
+    else:
+        for position in positions:
+            image, place = divmod(position, height * width)
+            rows.append(activation[image, :, place // width, place % width])
+    return rows
+
+
+def embedding(row: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+    z = []
+    for d in range(len(bias)):
+        total = bias[d]
+        for c in range(len(row)):
+            total = total + weight[d, c] * row[c]
+        z.append(total)
+    square = 0.0
+    for value in z:
+        square = square + value * value
+    return [value / square.sqrt() for value in z]
+
+
+def one_direction(anchors, candidates, queue, labels, queue_labels) -> Tensor:
+    total = 0.0
+    for i, anchor in enumerate(anchors):
+        scores = []
+        for j, candidate in enumerate([*candidates, *queue]):
+            queued = j >= len(candidates)
+            if labels is not None and j != i:
+                label = queue_labels[j - len(candidates)] if queued else labels[j]
+                if label == labels[i]:
+                    continue
+            score = 0.0
+            for a, c in zip(anchor, candidate, strict=True):
+                score = score + a * c
+            scores.append((i == j, score / TEMPERATURE))
+        denominator = 0.0
+        for _, score in scores:
+            denominator = denominator + score.exp()
+        for positive, score in scores:
+            if positive:
+                total = total - (score - denominator.log())
+    return total / len(anchors)
+
+
+def oracle(pairs, heads, shares, chosen, labels=None, queues=None):
+    """The weighted loss and, for the queue of the next step, the embeddings."""
+    total, embeddings = 0.0, []
+    for k, (a_b, a_f) in enumerate(pairs):
+        positions = chosen[k]
+        z_b = [embedding(r, heads[f"{k}.binary.weight"], heads[f"{k}.binary.bias"]) for r in rows_of(a_b, positions)]
+        z_f = [embedding(r, heads[f"{k}.latent.weight"], heads[f"{k}.latent.bias"]) for r in rows_of(a_f, positions)]
+        row_labels = labels
+        if labels is not None and positions is not None:
+            row_labels = [labels[position // (a_b.shape[2] * a_b.shape[3])] for position in positions]
+        queue_b, queue_f, queue_labels = queues[k] if queues else ([], [], [])
+        there = one_direction(z_b, z_f, queue_f, row_labels, queue_labels)
+        back = one_direction(z_f, z_b, queue_b, row_labels, queue_labels)
+        total = total + shares[k] * (there + back) / 2
+        detached = [[[value.detach() for value in z] for z in side] for side in (z_b, z_f)]
+        embeddings.append((*detached, row_labels or [-1] * len(z_b)))
+    return WEIGHT * total, embeddings
+
+
+# -- the comparison ------------------------------------------------------------------------------------------------
+
+
+def start(method: str, **settings):
+    torch.manual_seed(0)
+    recipe = METHODS[method][0]
+    model = BODIES["resnet8"](recipe, 2, in_channels=2, stages=1, units=2, width=3).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bn" in name:
+                parameter.add_(torch.randn_like(parameter) / 4)
+    cmim = CMIM(
+        model,
+        torch.randn(3, 2, 2, 3).double(),
+        weight=WEIGHT,
+        temperature=TEMPERATURE,
+        embed_dim=DIMENSIONS,
+        **settings,
+    ).double()
+    assert len(cmim.taps) == 2
+    return model, cmim
+
+
+def batch(seed: int) -> Tensor:
+    return torch.randn(3, 2, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def everywhere(instances: str) -> list[list[int] | None]:
+    """The positions of each tap when there are not more than asked for. Their order does not matter."""
+    return [None, None] if instances == "image" else [list(range(3 * 6))] * 2
+
+
+def parameters_of(model, cmim) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    network = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    heads = {n.removeprefix("heads."): p.detach().clone().requires_grad_() for n, p in cmim.named_parameters()}
+    return network, heads
+
+
+def assert_agrees(loss, model, cmim, expected, network, heads):
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-9)
+    for module in (model, cmim):
+        module.zero_grad()
+    loss.backward()
+    expected.backward()
+    for name, parameter in [*model.named_parameters(), *cmim.named_parameters()]:
+        wanted = (network[name] if name in network else heads[name.removeprefix("heads.")]).grad
+        if wanted is None:
+            assert parameter.grad is None, name
+        else:
+            torch.testing.assert_close(parameter.grad, wanted, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    # Weights before the taps, and not only beside them.
+    for name in ("conv1.weight", "layer1.0.conv.weight", "bn1.weight"):
+        assert model.get_parameter(name).grad.abs().max() > 1e-4, name
+
+
+@each_method
+@each_instance
+@pytest.mark.parametrize("labels", [None, LABELS], ids=["unlabelled", "labelled"])
+def test_gradients_agree_with_loops(method, instances, labels):
+    model, cmim = start(method, instances=instances)
+    network, heads = parameters_of(model, cmim)
+    x = batch(1)
+    model(x)
+    loss = cmim(model, labels=labels)
+    pairs = activations(method, network, x)
+    expected, _ = oracle(pairs, heads, [0.5, 0.5], everywhere(instances), None if labels is None else labels.tolist())
+    assert_agrees(loss, model, cmim, expected, network, heads)
+
+
+@each_method
+def test_gradients_of_a_sample_of_the_positions_agree_with_loops(method):
+    model, cmim = start(method, num_positions=5)
+    network, heads = parameters_of(model, cmim)
+    x = batch(1)
+    for _ in range(2):
+        # Drawn as the library says: 5 intervals of 18 // 5 = 3 positions, one in each, all shifted.
+        chosen = []
+        for shift, *within in cmim.get_extra_state()["draws"].tolist():
+            chosen.append([(int(shift * 18) + 3 * i + int(part * 3)) % 18 for i, part in enumerate(within)])
+        assert all(len(set(positions)) == 5 for positions in chosen)
+        model(x)
+        loss = cmim(model)
+        expected, _ = oracle(activations(method, network, x), heads, [0.5, 0.5], chosen)
+        for parameter in [*network.values(), *heads.values()]:
+            parameter.grad = None
+        assert_agrees(loss, model, cmim, expected, network, heads)
+
+
+@each_method
+@each_instance
+@pytest.mark.parametrize(
+    "labels",
+    [(None, None), (LABELS, torch.tensor([1, 2, 1])), (None, LABELS)],
+    ids=["unlabelled", "labelled", "labelled from the second on"],
+)
+def test_gradients_of_the_step_after_the_first_with_a_queue_agree_with_loops(method, instances, labels):
+    model, cmim = start(method, instances=instances, queue_size=20)
+    network, heads = parameters_of(model, cmim)
+    queues = None
+    for step in range(2):
+        x = batch(step)
+        model(x)
+        now = labels[step]
+        loss = cmim(model, labels=now)
+        expected, queues = oracle(
+            activations(method, network, x),
+            heads,
+            [0.5, 0.5],
+            everywhere(instances),
+            None if now is None else now.tolist(),
+            queues,
+        )
+    assert_agrees(loss, model, cmim, expected, network, heads)
+
+
+@each_method
+@each_instance
+def test_gradients_with_layer_decay_agree_with_loops(method, instances):
+    model, cmim = start(method, instances=instances, layer_decay=0.25)
+    network, heads = parameters_of(model, cmim)
+    x = batch(1)
+    model(x)
+    expected, _ = oracle(activations(method, network, x), heads, [0.2, 0.8], everywhere(instances))
+    assert_agrees(cmim(model), model, cmim, expected, network, heads)
+
+
+@each_method
+@each_instance
+def test_gradients_with_a_teacher_agree_with_loops(method, instances):
+    torch.manual_seed(4)
+    teacher = BODIES["resnet8"](
+        full_precision(METHODS[method][0]), 2, in_channels=2, stages=1, units=2, width=5
+    ).double()
+    frozen = {name: p.detach().clone() for name, p in teacher.named_parameters()}
+    model, cmim = start(method, instances=instances, teacher=teacher)
+    network, heads = parameters_of(model, cmim)
+    x = batch(1)
+    model(x)
+    pairs = [
+        (a_b, a_t)
+        for (a_b, _), a_t in zip(activations(method, network, x), teacher_activations(method, frozen, x), strict=True)
+    ]
+    expected, _ = oracle(pairs, heads, [0.5, 0.5], everywhere(instances))
+    assert_agrees(cmim(model), model, cmim, expected, network, heads)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@each_method
+def test_the_losses_of_task_and_plug_in_add_up_in_one_backward(method):
+    model, cmim = start(method)
+    x, y = batch(1), torch.tensor([0, 1, 0])
+    alone = copy.deepcopy(model)
+    F.cross_entropy(alone(x), y).backward()
+    model(x)
+    cmim(model).backward()
+    separate = {name: p.grad for name, p in model.named_parameters()}
+    model, cmim = start(method)
+    loss = F.cross_entropy(model(x), y)
+    loss += cmim(model)
+    loss.backward()
+    for (name, parameter), other in zip(model.named_parameters(), alone.parameters(), strict=True):
+        expected = other.grad if separate[name] is None else other.grad + separate[name]
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-9, atol=1e-9)
