@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow format bench-accuracy tables clean
+.PHONY: help demo test test-slow test-timm format bench-accuracy tables clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 18
@@ -27,6 +27,9 @@ test: $(INSTALLED) ## lint, check types, run the tests (PYTEST_ARGS="-k name" fo
 
 test-slow: $(INSTALLED) ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-timm: $(INSTALLED) ## one training step with every architecture family of timm (half an hour at most)
+	$(BIN)/python -m pytest tests/test_timm.py -m "slow or not slow" $(PYTEST_ARGS)
 
 format: $(INSTALLED) ## let ruff fix and format what it can
 	$(BIN)/ruff check --fix .

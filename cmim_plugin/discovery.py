@@ -174,13 +174,18 @@ class _Analysis:
     # -- 1. operands ---------------------------------------------------------------------------------------------
 
     def run(self) -> list[BinaryActivation]:
-        found: dict[int, tuple[Sighting, Event, Sighting]] = {}
+        found: dict[int, tuple[Sighting, list[Sighting], Event, Sighting]] = {}
         for event in self.first.events:
             for operand in self._operands(event):
                 if self._is_code(operand):
                     for source in self._sources(operand):
-                        if self._varies(operand) or self._latent_varies(source):
-                            found.setdefault(id(source.value), (source, event, operand))
+                        if id(source.value) in found:
+                            continue
+                        latents = self._latent(source, self._birth(source))
+                        # The latent decides: codes may be the same on both inputs by chance, and a dropped or
+                        # stochastically binarized constant is another one each time.
+                        if any(self._varies(s) for s in latents or [operand]):
+                            found[id(source.value)] = source, latents, event, operand
         inner = self._first_product()
         ordered = sorted(found.values(), key=lambda entry: entry[0].seq)
         used: dict[str, int] = defaultdict(int)
@@ -206,10 +211,6 @@ class _Analysis:
         one, other = sighting.value, again.value
         shared = torch.isin(one.index, other.index), torch.isin(other.index, one.index)
         return not same(one.values[shared[0]], other.values[shared[1]])
-
-    def _latent_varies(self, source: Sighting) -> bool:
-        """Whether codes that happen to be the same on both inputs were made from something that is not."""
-        return any(self._varies(latent) for latent in self._latent(source, self._birth(source)))
 
     def _first_product(self) -> int:
         """When the first trained product or lookup happened: what is binarized before is the network's input."""
@@ -341,7 +342,13 @@ class _Analysis:
     # -- 4. sites ------------------------------------------------------------------------------------------------
 
     def _describe(
-        self, source: Sighting, consumer: Event, operand: Sighting, inner: int, used: dict[str, int]
+        self,
+        source: Sighting,
+        latents: list[Sighting],
+        consumer: Event,
+        operand: Sighting,
+        inner: int,
+        used: dict[str, int],
     ) -> BinaryActivation:
         birth = self._birth(source)
         module = birth.module if birth else source.site.module
@@ -359,9 +366,11 @@ class _Analysis:
         assert pattern is not None
         if _one_hot(source.value):
             return untapped("it is one-hot: a choice, not a code")
-        latents = self._latent(source, birth)
         if not latents:
             return untapped("no tensor in the graph was found that it is the sign of")
+        zero = pattern == 0
+        if latents[0].value.numel == source.value.numel and bool(latents[0].value.values[zero].any()):
+            return untapped("it has three values: its zeros are not only signs of zero")
         binary = min(sites, key=lambda s: self._cost(s, module))
         latent = min(latents, key=lambda s: self._cost(s, module))
         layouts = self._layouts(binary, latent, consumer, operand)
@@ -403,7 +412,7 @@ class _Analysis:
                 shapes = f"{tuple(side.value.shape)} at batch {self.first.batch}"
                 return f"the batch is not its first dimension, or is mixed with another: {shapes}"
             folds.append(fold)
-        spatial = _spatial_dims(binary.value.shape, consumer, operand.value.shape)
+        spatial = _spatial_dims(binary.value.shape, consumer, operand)
         b = Layout(spatial, folds[0])
         same_rank = len(binary.value.shape) == len(latent.value.shape)
         f = Layout(spatial if same_rank or spatial is not None else None, folds[1])
@@ -425,19 +434,32 @@ class _Analysis:
         return value.numel, tuple(values[:: max(1, len(values) // 32)][:32].tolist())
 
 
-def _spatial_dims(shape: torch.Size, consumer: Event, operand: torch.Size) -> int | None:
-    """:attr:`Layout.spatial` of the binary tensor, from what consumes it."""
+def _spatial_dims(shape: torch.Size, consumer: Event, operand: Sighting) -> int | None:
+    """:attr:`Layout.spatial` of a binary tensor of this shape, from how its consumer contracts it.
+
+    The channels are the dimension that is contracted with a weight: the last, or the first after the batch.
+    """
+    received = operand.value.shape
     if consumer.name in _CONVOLUTIONS:
-        spatial = _CONVOLUTIONS[consumer.name]
-        # Tokens (B, N, C) that a permutation turns into a map: the channels are still last here.
-        if len(shape) < 2 + spatial or (
-            operand[1] == shape[-1] and operand[1] != shape[1] and len(shape) <= len(operand)
-        ):
-            return None
-        return spatial
-    if len(shape) >= 3 and operand[-1] == shape[1:].numel() and len(operand) == 2:
-        return len(shape) - 2
-    return None
+        # Tokens (B, N, C) that a permutation turns into a map have their channels last before it.
+        tokens = received[1] == shape[-1] != shape[1] and len(shape) <= len(received)
+        return None if tokens or len(shape) < 2 + _CONVOLUTIONS[consumer.name] else _CONVOLUTIONS[consumer.name]
+    if len(shape) < 3:
+        return None
+    if consumer.name == "linear":
+        contracted = {received[-1]}
+    elif any(a is not operand and a.in_graph and a.value.shape[0] == received[0] for a in consumer.arguments):
+        # Two activations, as in attention: the features of a token are last.
+        return None
+    elif consumer.name in ("matmul", "__matmul__", "bmm", "mm", "__rmatmul__"):
+        contracted = {received[-1] if operand.site.path == (0, 0) else received[-2]}
+    else:
+        contracted = {n for other in consumer.shapes if other != received for n in other}
+    if shape[-1] in contracted:
+        return None
+    # The channels themselves, with the kernel's places (unfold), or with all positions (flatten).
+    first = shape[1] in contracted or any(n % shape[1] == 0 for n in contracted)
+    return len(shape) - 2 if first else None
 
 
 def _one_hot(value: Sample) -> bool:

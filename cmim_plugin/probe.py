@@ -101,12 +101,16 @@ class Sighting:
 
 @dataclass(eq=False)
 class Event:
-    """One torch function call: its tensor arguments before the call, its tensor results after."""
+    """One torch function call: its tensor arguments before the call, its tensor results after.
+
+    ``shapes`` are those of all tensor arguments; parameters are not among the sightings.
+    """
 
     seq: int
     name: str
     module: str
     call: int
+    shapes: list[torch.Size]
     arguments: list[Sighting] = field(default_factory=list)
     results: list[Sighting] = field(default_factory=list)
 
@@ -264,7 +268,9 @@ class _Recorder(TorchFunctionMode):
         name, call, before = self._scopes[-1]
         nth = self._functions[func] - before[func]
         self._functions[func] += 1
-        event = Event(len(self.trace.sightings), getattr(func, "__name__", str(func)), name, call)
+        with torch._C.DisableTorchFunction():
+            shapes = [tensor.shape for _, tensor in tensors_in((args, kwargs))]
+        event = Event(len(self.trace.sightings), getattr(func, "__name__", str(func)), name, call, shapes)
         event.arguments = self._see((args, kwargs), "argument", func, nth)
         result = func(*args, **kwargs)
         event.results = self._see(result, "result", func, nth)
