@@ -82,8 +82,10 @@ class CMIM(nn.Module):
         teacher_modules: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
-        _check_settings(instances, num_positions, temperature, embed_dim, queue_size, layer_decay)
+        _check_settings(weight, instances, num_positions, objective, temperature, embed_dim, queue_size, layer_decay)
         model = _plain(model)
+        if teacher is not None and _plain(teacher) is model:
+            raise CMIMError("The teacher is the binary network itself: pass another, full-precision network.")
         if attached_to(model):
             raise CMIMError("A CMIM is attached to this model already: call remove() on it first.")
         if (ranks := _ranks()) > 1:
@@ -162,8 +164,9 @@ class CMIM(nn.Module):
         if not pairs:
             raise CMIMError(
                 "No forward pass to take the loss of. Call model(x) in training mode, with gradients enabled, before "
-                "each cmim(model); one forward pass gives one loss. (A pass under torch.no_grad(), one that raised, "
-                "and one through nn.DataParallel or model.forward(x) are not captured.)"
+                "each cmim(model); one forward pass gives one loss. (Not captured: a pass under torch.no_grad(), one "
+                "that raised, one through nn.DataParallel or model.forward(x), and any pass of a model that was "
+                "compiled and run before CMIM was attached: attach first, or call torch._dynamo.reset().)"
             )
         total: Tensor | None = None
         self.metrics = {}
@@ -174,7 +177,10 @@ class CMIM(nn.Module):
             loss = self.layer_weights[k] * self._tap_loss(k, tap, pair, labels)
             total = loss if total is None else total + loss
         if total is None:
-            raise CMIMError("The forward pass reached none of the taps: it is not the one of the dry run.")
+            raise CMIMError(
+                "The forward pass reached none of the taps. A model that was compiled and run before CMIM was attached "
+                "does that (attach first, or call torch._dynamo.reset()), or inputs that take another way through it."
+            )
         self._hooks.draws = self._draw()
         self._watch.look(self)
         return self.weight * total
@@ -202,6 +208,8 @@ class CMIM(nn.Module):
             queued = dict(zip(("queue_b", "queue_f", "queue_labels"), queue.contents(), strict=True))
             queue.push(z_b.detach(), z_f.detach(), labels)
         loss = self.objective(z_b, z_f, temperature=self.temperature, labels=labels, **queued)
+        if not isinstance(loss, Tensor) or loss.ndim:
+            raise CMIMError(f"objective must return a 0-d tensor; found {getattr(loss, 'shape', loss)!r}.")
 
         queue_labels = queued.get("queue_labels")
         counts = count_negatives(len(z_b), labels, queue_labels, 0 if queue_labels is None else len(queue_labels))
@@ -323,6 +331,8 @@ def _ranks() -> int:
 
 def _plain(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel and torch.compile's wrapper."""
+    if not isinstance(model, nn.Module):
+        raise CMIMError(f"The model comes first, a torch.nn.Module; found a {type(model).__name__}.")
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
@@ -364,25 +374,42 @@ def _chosen(
 
 
 def _check_settings(
-    instances: str, num_positions: int, temperature: float, embed_dim: int, queue_size: int, layer_decay: float
+    weight: float,
+    instances: str,
+    num_positions: int,
+    objective: Callable[..., Tensor],
+    temperature: float,
+    embed_dim: int,
+    queue_size: int,
+    layer_decay: float,
 ) -> None:
+    if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+        raise CMIMError(f"weight must be a number, zero or more; found {weight!r}.")
     if instances not in ("position", "image"):
         raise CMIMError(f'instances must be "position" or "image"; found {instances!r}.')
-    if num_positions < 1 or embed_dim < 1 or queue_size < 0:
-        raise CMIMError(
-            "num_positions and embed_dim must be positive, queue_size zero or more; found "
-            f"{num_positions}, {embed_dim}, {queue_size}."
-        )
-    if not temperature > 0:
-        raise CMIMError(f"temperature must be positive; found {temperature}.")
-    if not 0 < layer_decay <= 1:
-        raise CMIMError(f"layer_decay must be in (0, 1]; found {layer_decay}.")
+    for name, value, least in (
+        ("num_positions", num_positions, 1),
+        ("embed_dim", embed_dim, 1),
+        ("queue_size", queue_size, 0),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise CMIMError(f"{name} must be an integer, {least} or more; found {value!r}.")
+    if not callable(objective):
+        raise CMIMError(f"objective must be a function such as cmim_plugin.info_nce; found {objective!r}.")
+    if objective is nce:
+        raise CMIMError("nce needs the size of the training set: objective=functools.partial(nce, num_samples=...).")
+    if not isinstance(temperature, (int, float)) or not temperature > 0:
+        raise CMIMError(f"temperature must be positive; found {temperature!r}.")
+    if not isinstance(layer_decay, (int, float)) or not 0 < layer_decay <= 1:
+        raise CMIMError(f"layer_decay must be in (0, 1]; found {layer_decay!r}.")
 
 
 def _labels_of(pair: Pair, labels: Tensor | None, device: torch.device) -> Tensor | None:
     """The label of each row: that of its image."""
     if labels is None:
         return None
+    if not isinstance(labels, Tensor):
+        raise CMIMError(f"labels must be a tensor of {pair.batch} integers; found a {type(labels).__name__}.")
     if labels.shape != (pair.batch,) or labels.is_floating_point():
         raise CMIMError(
             f"labels must be {pair.batch} integers, one a sample of the batch; "

@@ -45,6 +45,8 @@ _TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
 _DEFAULT_TOLERANCE = 1e-5
 # Fewer elements than this in a group that shares its scale can hold two values by chance.
 _SMALLEST_GROUP = 6
+# An operand of at most so many values among so many elements is listed as quantized to more than one bit.
+_FEW, _FEW_AMONG = 16, 256
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,19 @@ class _Analysis:
         inner = self._first_product()
         ordered = sorted(found.values(), key=lambda entry: entry[0].seq)
         used: dict[str, int] = defaultdict(int)
-        return [self._describe(*entry, inner, used) for entry in ordered]
+        return [self._describe(*entry, inner, used) for entry in ordered] + self._nearly()
+
+    def _nearly(self) -> list[BinaryActivation]:
+        """Operands of a few values, more than two: what a quantizer of more bits, or a mean of codes, leaves."""
+        nearly = {}
+        for event in self.first.events:
+            for operand in self._operands(event):
+                values = operand.value.values[:_FEW_AMONG].unique().numel()
+                few = 2 < values <= _FEW and len(operand.value.values) >= _FEW_AMONG
+                if few and operand.in_graph and self._pattern(operand) is None and self._varies(operand):
+                    reason = f"a {event.name} receives {values} values, not two"
+                    nearly[id(operand.value)] = BinaryActivation(event.module or "(model)", 0, reason, event.module)
+        return list(nearly.values())
 
     def _operands(self, event: Event) -> list[Sighting]:
         if event.name in _CONVOLUTIONS or event.name == "linear":

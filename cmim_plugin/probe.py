@@ -165,15 +165,15 @@ def watch(model: nn.Module, example: Any) -> tuple[Trace, Trace]:
             model.train()
         failure: Exception | None = None
         for sizes in (_PROBE_BATCHES, None):
+            probes = _probes(example, sizes)
             try:
-                probes = _probes(example, sizes)
-                with torch.enable_grad():
+                with torch.enable_grad(), _uncompiled(model):
                     model(*probes[0][1][0], **probes[0][1][1])
                     first, second = (_trace(model, batch, inputs) for batch, inputs in probes)
                 return first, second
             except Exception as error:
                 # Some models take one batch size only: the second attempt keeps the example's.
-                failure = failure or error
+                failure = error
         raise CMIMError(
             "The dry run failed: the model's forward raised "
             f"{type(failure).__name__}: {failure}. Pass an example_input that model(example_input) accepts in "
@@ -181,10 +181,19 @@ def watch(model: nn.Module, example: Any) -> tuple[Trace, Trace]:
         ) from failure
 
 
+def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """What is compiled runs as plain Python, where every function call can be seen."""
+    for module in model.modules():
+        if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
+            return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
+
+
 def _probes(example: Inputs, sizes: tuple[int, int] | None) -> list[tuple[int, Inputs]]:
     tensors = [t for _, t in tensors_in(example) if t.ndim > 0]
-    if not tensors:
-        raise CMIMError("example_input holds no tensor with a batch dimension.")
+    if not tensors or not all(t.numel() for t in tensors):
+        found = [tuple(t.shape) for t in tensors] or "no tensor with a batch dimension"
+        raise CMIMError(f"example_input must be an input that the model accepts, a batch of it; found {found}.")
     batch = tensors[0].shape[0]
     generator = torch.Generator().manual_seed(0)
     return [(size, _like(example, batch, size, generator)) for size in sizes or (batch, batch)]
@@ -206,7 +215,7 @@ def _random_like(x: Tensor, batch: int, size: int, generator: torch.Generator) -
     if x.ndim > 0 and x.shape[0] == batch and batch > 0:
         x = x[torch.arange(size, device=x.device) % batch]
     distinct = x[..., :64].unique().numel() if x.ndim else 1
-    if x.is_floating_point() and distinct <= 2:
+    if x.is_floating_point() and (distinct <= 2 or not bool(x.isfinite().all())):
         return torch.randn(x.shape, generator=generator).to(x)
     if distinct <= 2:
         # A mask, or an example of one repeated token: random order could make it invalid.

@@ -1,0 +1,97 @@
+"""How a binary activation is read: its channels, its codes, and what is said of what is not one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cmim_plugin import CMIM, CMIMError, find_binary_activations
+
+
+class Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Ternary(Sign):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign() * (x.abs() > 0.3)
+
+
+class Net(nn.Module):
+    """A convolution, then a function of its 8 channels and of a weight of 6 rows."""
+
+    def __init__(self, function, width):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.weight = nn.Parameter(torch.randn(6, width))
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self.conv(x), self.weight)
+
+
+X = torch.randn(2, 3, 16, 16)
+
+PRODUCTS = {
+    "einsum": (8, lambda x, w: torch.einsum("oc,bchw->bohw", w, Sign.apply(x)), 8),
+    "weight @ positions": (8, lambda x, w: w @ Sign.apply(x).flatten(2), 8),
+    "weight @ unfolded": (72, lambda x, w: w @ F.unfold(Sign.apply(x), 3), 8),
+    "binary weight @ unfolded": (72, lambda x, w: Sign.apply(w) @ F.unfold(Sign.apply(x), 3), 8),
+    "weight @ sign of unfolded": (72, lambda x, w: w @ Sign.apply(F.unfold(x, 3)), 72),
+    "linear over channels": (8, lambda x, w: F.linear(Sign.apply(x).permute(0, 2, 3, 1), w), 8),
+    "linear over all": (8 * 14 * 14, lambda x, w: F.linear(Sign.apply(x).flatten(1), w), 8),
+    "linear over columns": (14, lambda x, w: F.linear(Sign.apply(x), w), 14),
+}
+
+
+@pytest.mark.parametrize("width, function, channels", PRODUCTS.values(), ids=PRODUCTS)
+def test_channels_are_what_is_contracted_with_the_weight(width, function, channels):
+    (found,) = find_binary_activations(Net(function, width), X)
+    assert (found.reason, found.channels, found.latent_channels) == (None, channels, channels)
+
+
+def test_a_ternary_activation_is_listed_and_not_tapped():
+    net = Net(lambda x, w: F.conv2d(Ternary.apply(x), w[:, :, None, None]), 8)
+    (found,) = find_binary_activations(net, X)
+    assert not found.tapped and "three values" in found.reason
+    with pytest.raises(CMIMError, match="three values"):
+        CMIM(net, X)
+
+
+@pytest.mark.parametrize("example", [torch.zeros(1, 3, 16, 16), torch.full((2, 3, 16, 16), torch.nan)])
+def test_only_the_shape_of_the_example_matters(example):
+    (found,) = find_binary_activations(Net(*reversed(PRODUCTS["einsum"][:2])), example)
+    assert found.channels == 8
+
+
+def test_the_teacher_is_another_network():
+    net = Net(*reversed(PRODUCTS["einsum"][:2]))
+    with pytest.raises(CMIMError, match="the binary network itself"):
+        CMIM(net, X, teacher=net)
+    assert net.training
+
+
+def test_a_model_compiled_before_attaching_is_watched_as_plain_python():
+    net = Net(*reversed(PRODUCTS["einsum"][:2]))
+    net.compile(fullgraph=True, backend="aot_eager")
+    cmim = CMIM(net, X)
+    net(X)
+    assert cmim(net).isfinite()
+
+
+def test_a_quantizer_of_two_bits_is_what_came_nearest():
+    class TwoBits(Sign):
+        @staticmethod
+        def forward(ctx, x):
+            return (x.clamp(0, 1) * 3).round() / 3
+
+    net = Net(lambda x, w: F.conv2d(TwoBits.apply(x), w[:, :, None, None]), 8)
+    with pytest.raises(CMIMError, match="a conv2d receives 4 values, not two"):
+        CMIM(net, X)
