@@ -66,6 +66,8 @@ def main() -> None:
         upper.suptitle(f"{title} with CMIM")
         plot_bounds(upper.subplots(), runs["with CMIM"])
         plot_digits(lower.subplots(1, 10), data, runs["with CMIM"][0])
+    note = "bands: lowest to highest of the seeds; titles of the digits: predicted class, green where right"
+    figure.supxlabel(note, fontsize=9)
     figure.savefig(args.output, dpi=120)
     print(f"\n{args.output}: the bound of each layer over training, and predictions on test images")
     print("A small network on small images: this shows CMIM at work, not what it is worth.")
