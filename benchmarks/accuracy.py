@@ -65,10 +65,10 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 # Few images, many epochs: the network fits its training set. Many images, few epochs: it does not.
-SMALL = {"data": "cifar10", "model": "vgg_small", "width": 16, "batch_size": 64}
+SMALL = {"data": "cifar10", "model": "vgg_small", "width": 16, "batch_size": 50}
 REGIMES: dict[str, dict[str, Any]] = {
-    "overfit": {**SMALL, "train_size": 1000, "epochs": 40},
-    "underfit": {**SMALL, "train_size": 10_000, "epochs": 4},
+    "overfit": {**SMALL, "train_size": 500, "epochs": 50},
+    "underfit": {**SMALL, "train_size": 10_000, "epochs": 3},
     "full": {"data": "cifar10", "model": "resnet20", "width": 16, "train_size": None, "epochs": 100},
     "digits": {"data": "digits", "model": "resnet8", "width": 8, "train_size": None, "epochs": 15},
 }
@@ -176,7 +176,7 @@ def execute(run: Run, config: Config, root: str | None, weights: Path | None) ->
         body = BODIES[config.model](
             recipe if binary else full_precision(recipe), data.num_classes, data.in_channels, width=config.width
         )
-        return body.to(training.device())
+        return body.to(training.device(), memory_format=torch.channels_last)  # faster
 
     teacher = None
     if needs_teacher(options):
@@ -363,11 +363,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch-size", type=int, help="128")
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--eval-every", type=int, help="epochs from test to test; a quarter of all")
+    parser.add_argument("--eval-every", type=int, help="epochs from test to test; half of all")
     args = parser.parse_args(arguments)
 
     options = {"batch_size": 128, **REGIMES[args.regime], **{k: v for k, v in vars(args).items() if v is not None}}
-    options["eval_every"] = args.eval_every or max(1, options["epochs"] // 4)
+    options["eval_every"] = args.eval_every or max(1, options["epochs"] // 2)
     args.config = Config(**{key: options[key] for key in Config.__dataclass_fields__})
     args.name = args.name or args.regime + ("-val" if args.split == "val" else "")
     return args

@@ -47,7 +47,8 @@ def info_nce(
     Raises:
         CMIMError: shapes or dtypes do not fit together, or the temperature is not positive.
     """
-    scores, negatives = _scores(z_b, z_f, temperature, labels, queue_b, queue_f, queue_labels)
+    scores = _scores(z_b, z_f, temperature, labels, queue_b, queue_f, queue_labels)
+    negatives = None if labels is None else _negatives(scores[0], labels, queue_labels)
     return _mean_of([_info_nce_direction(s, negatives) for s in scores])
 
 
@@ -95,7 +96,8 @@ def nce(
     """
     if num_samples <= 0:
         raise CMIMError(f"num_samples must be the number of training samples, a positive number; found {num_samples}.")
-    scores, negatives = _scores(z_b, z_f, temperature, labels, queue_b, queue_f, queue_labels)
+    scores = _scores(z_b, z_f, temperature, labels, queue_b, queue_f, queue_labels)
+    negatives = _negatives(scores[0], labels, queue_labels)
     return _mean_of([_nce_direction(s, negatives, num_samples) for s in scores])
 
 
@@ -120,12 +122,16 @@ def count_negatives(n: int, labels: Tensor | None = None, queue_labels: Tensor |
     """
     if labels is None:
         return torch.full((n,), n - 1 + queue)
-    return _negatives(n, labels, queue_labels, queue, labels.device).sum(1)
+    like = torch.empty(n, n + queue, device=labels.device)
+    return _negatives(like, labels, queue_labels).sum(1)
 
 
-def _info_nce_direction(scores: Tensor, negatives: Tensor) -> Tensor:
-    candidates = negatives.clone().fill_diagonal_(True)
-    return (scores.masked_fill(~candidates, -math.inf).logsumexp(1) - scores.diagonal()).mean()
+def _info_nce_direction(scores: Tensor, negatives: Tensor | None) -> Tensor:
+    """``negatives``: which candidates are, None for all but the positive."""
+    if negatives is not None:
+        candidates = negatives.clone().fill_diagonal_(True)
+        scores = scores.masked_fill(~candidates, -math.inf)
+    return (scores.logsumexp(1) - scores.diagonal()).mean()
 
 
 def _nce_direction(scores: Tensor, negatives: Tensor, num_samples: int) -> Tensor:
@@ -148,22 +154,22 @@ def _scores(
     queue_b: Tensor | None,
     queue_f: Tensor | None,
     queue_labels: Tensor | None,
-) -> tuple[list[Tensor], Tensor]:
-    """The critic in both directions, each ``(n, n + Q)``, and which of its entries are negatives."""
+) -> list[Tensor]:
+    """The critic in both directions, each ``(n, n + Q)``: positives on the diagonal."""
     _check(z_b, z_f, temperature, labels, queue_b, queue_f, queue_labels)
     with torch.autocast(z_b.device.type, enabled=False):
         z_b, z_f = (_at_least_float32(z) for z in (z_b, z_f))
-        scores = []
-        for anchor, candidate, queue in ((z_b, z_f, queue_f), (z_f, z_b, queue_b)):
-            candidates = candidate if queue is None else torch.cat([candidate, queue.to(candidate.dtype)])
-            scores.append(anchor @ candidates.T / temperature)
-    queued = 0 if queue_f is None else queue_f.shape[0]
-    return scores, _negatives(z_b.shape[0], labels, queue_labels, queued, z_b.device)
+        scores = z_b @ z_f.T / temperature
+        if queue_b is None or queue_f is None:
+            return [scores, scores.T]
+        to_queue_f = z_b @ queue_f.to(z_f.dtype).T / temperature
+        to_queue_b = z_f @ queue_b.to(z_b.dtype).T / temperature
+        return [torch.cat([scores, to_queue_f], 1), torch.cat([scores.T, to_queue_b], 1)]
 
 
-def _negatives(n: int, labels: Tensor | None, queue_labels: Tensor | None, queued: int, device: torch.device) -> Tensor:
-    negatives = torch.ones(n, n + queued, dtype=torch.bool, device=device)
-    negatives.fill_diagonal_(False)
+def _negatives(like: Tensor, labels: Tensor | None, queue_labels: Tensor | None) -> Tensor:
+    """Which entries of the scores are negatives: not the diagonal, not the anchor's own class."""
+    negatives = torch.ones_like(like, dtype=torch.bool).fill_diagonal_(False)
     if labels is not None:
         # In int64: the queue's -1 would be a class in an unsigned dtype.
         labels = labels.long()
