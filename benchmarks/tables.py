@@ -1,0 +1,111 @@
+"""Write the results of results/*.jsonl into the marked sections of README.md and benchmarks/README.md.
+
+    python benchmarks/tables.py
+
+A section `<!-- table: NAME -->` ... `<!-- end -->` gets the table of results/NAME.jsonl, and
+`<!-- table: NAME none image -->` those arms of it only. A document without such a section stays as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from accuracy import ARMS, RESULTS, ROOT, arm_options, read_results
+from training import paired_difference  # accuracy.py makes the examples importable
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
+SECTION = re.compile(r"(<!-- table: (\S+)(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Records = list[dict[str, Any]]
+
+
+def difference(arm: dict[int, float], reference: dict[int, float]) -> str:
+    """Mean of the differences over the seeds that both have, and its 95 % interval; bold where that excludes zero."""
+    seeds = sorted(arm.keys() & reference.keys())
+    if not seeds:
+        return ""
+    mean, half = paired_difference([reference[s] for s in seeds], [arm[s] for s in seeds])
+    if np.isnan(half):
+        return f"{mean:+.2f} (one seed)"
+    text = f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
+    return f"**{text}**" if abs(mean) > half else text
+
+
+def table(records: Records, arms: list[str] | None = None) -> str:
+    """Markdown: a row for each method and arm, and what the runs have in common."""
+    accuracy: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    rows: dict[tuple[str, str], Records] = defaultdict(list)
+    for record in records:
+        accuracy[record["method"], record["arm"]][record["seed"]] = record["accuracy"]
+        rows[record["method"], record["arm"]].append(record)
+
+    order = list(ARMS)
+    lines = [
+        "| method | arm | seeds | test accuracy | training accuracy | minus `none` | minus `distill` | best epoch |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    shown: Records = []
+    for method, arm in sorted(rows, key=lambda row: (row[0], order.index(row[1].partition("+")[0]), row[1])):
+        if arms and arm not in arms:
+            continue
+        runs = rows[method, arm]
+        shown += runs
+        values = accuracy[method, arm]
+        spread = f" ± {np.std(list(values.values()), ddof=1):.2f}" if len(values) > 1 else ""
+        to_none = difference(values, accuracy.get((method, "none"), {})) if arm != "none" else ""
+        distilled = arm_options(arm).get("distill") and arm != "distill"
+        to_distill = difference(values, accuracy.get((method, "distill"), {})) if distilled else ""
+        trained = np.mean([run["train_accuracy"] for run in runs])
+        best = np.mean([run["best_epoch_accuracy"] for run in runs])
+        lines.append(
+            f"| {method} | `{arm}` | {len(runs)} | {np.mean(list(values.values())):.2f}{spread} | {trained:.1f} "
+            f"| {to_none} | {to_distill} | {best:.2f} |"
+        )
+    return "\n".join(lines) + "\n\n" + caption(shown) if shown else "No results yet."
+
+
+def caption(records: Records) -> str:
+    config = records[0]["config"]
+    tested = "the test set" if config["split"] == "test" else f"{config['held_out']} held-out training images"
+    dates = sorted({record["date"][:10] for record in records})
+    return (
+        f"{config['data']}, {config['train_size'] or 'all'} training images, {config['epochs']} epochs, "
+        f"{config['model']} of width {config['width']}, batches of {config['batch_size']}; accuracy (%) on {tested} "
+        "after the last epoch, mean ± standard deviation; differences paired by seed, in points, with their 95 % "
+        "interval (Student's t), bold where it excludes zero. The best epoch is chosen with hindsight and for "
+        f"information only. {len(records)} runs, {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}, "
+        f"{together(records, 'device')}, commit {together(records, 'commit')}."
+    )
+
+
+def together(records: Records, key: str) -> str:
+    return ", ".join(sorted({record[key] for record in records}))
+
+
+def fill(text: str, results: Path) -> str:
+    """The document with its marked sections rewritten."""
+
+    def section(match: re.Match[str]) -> str:
+        begin, name, arms, end = match.groups()
+        content = table(list(read_results(results / f"{name}.jsonl").values()), arms.split())
+        return f"{begin}\n{content}\n\n{end}"
+
+    return SECTION.sub(section, text)
+
+
+def main() -> None:
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        filled = fill(text, RESULTS)
+        if filled != text:
+            document.write_text(filled, encoding="utf-8")
+        print(f"{document.relative_to(ROOT)}: {len(SECTION.findall(text))} tables")
+
+
+if __name__ == "__main__":
+    main()
