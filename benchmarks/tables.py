@@ -1,4 +1,4 @@
-"""Write the results of results/*.jsonl into the marked sections of README.md and benchmarks/README.md.
+"""Write the results of results/*.jsonl into the marked sections of README.md and of the documents here.
 
     python benchmarks/tables.py
 
@@ -18,7 +18,7 @@ import numpy as np
 from accuracy import ARMS, RESULTS, ROOT, arm_options, read_results
 from training import paired_difference  # accuracy.py makes the examples importable
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "benchmarks" / "FINDINGS.md"]
 SECTION = re.compile(r"(<!-- table: (\S+)(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Records = list[dict[str, Any]]
@@ -45,10 +45,10 @@ def table(records: Records, arms: list[str] | None = None) -> str:
         rows[record["method"], record["arm"]].append(record)
 
     order = list(ARMS)
-    lines = [
-        "| method | arm | seeds | test accuracy | training accuracy | minus `none` | minus `distill` | best epoch |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    distilling = any(arm_options(arm).get("distill") for _, arm in rows if not arms or arm in arms)
+    columns = ["method", "arm", "seeds", "test accuracy", "training accuracy", "minus `none`", "best epoch"]
+    columns += ["minus `distill`"] * distilling
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     shown: Records = []
     for method, arm in sorted(rows, key=lambda row: (row[0], order.index(row[1].partition("+")[0]), row[1])):
         if arms and arm not in arms:
@@ -64,7 +64,7 @@ def table(records: Records, arms: list[str] | None = None) -> str:
         best = np.mean([run["best_epoch_accuracy"] for run in runs])
         lines.append(
             f"| {method} | `{arm}` | {len(runs)} | {np.mean(list(values.values())):.2f}{spread} | {trained:.1f} "
-            f"| {to_none} | {to_distill} | {best:.2f} |"
+            f"| {to_none} | {best:.2f} |" + f" {to_distill} |" * distilling
         )
     return "\n".join(lines) + "\n\n" + caption(shown) if shown else "No results yet."
 
