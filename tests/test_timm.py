@@ -1,0 +1,99 @@
+"""One step of training with every timm family, binarized by two methods. The whole sweep: `make test-timm`."""
+
+import copy
+from collections import Counter
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cmim_plugin import CMIM
+from timm_families import FAMILIES, METHODS, UNFIT, binarize, create
+
+# In the default run: convolutions plain, depthwise, grouped, dense and branched; attention global, windowed,
+# over channels and talking heads; token mixing, class attention, several resolutions.
+QUICK = {
+    "cait",
+    "convnext",
+    "deit",
+    "densenet",
+    "edgenext",
+    "efficientnet",
+    "levit",
+    "mlp_mixer",
+    "mobilenetv3",
+    "regnet",
+    "resnet",
+    "swin_transformer",
+    "vgg",
+    "vision_transformer",
+}
+EVERY = sorted({*timm.list_modules(), *FAMILIES, *UNFIT})
+
+
+@pytest.fixture(scope="module")
+def passed(request):
+    """The families that passed, by method; how many is printed at the end."""
+    families = {method: set() for method in METHODS}
+    yield families
+    with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+        for method, names in families.items():
+            print(f"\n{method}: {len(names)} of {len(timm.list_modules())} timm families passed", end="")
+
+
+def forward(model, images):
+    """(batch, classes): the mean over its heads where a distilled network has two."""
+    torch.manual_seed(1)
+    output = model(images)
+    return torch.stack(output).mean(0) if isinstance(output, tuple) else output
+
+
+def count_calls(model, names, images):
+    """How often each layer runs in one forward pass, and which layer with a weight runs first."""
+    calls, order = Counter(), []
+    for name, module in model.named_modules():
+        if name in names:
+            module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+    forward(model, images)
+    return calls, order[0]
+
+
+def reaches(gradient):
+    return gradient is not None and bool(gradient.isfinite().all()) and bool(gradient.any())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in EVERY])
+def test_one_step(family, method, passed):
+    if family in UNFIT:
+        pytest.skip(f"{family}: {UNFIT[family]}")
+    if family not in timm.list_modules():
+        pytest.skip(f"{family}: not in timm {timm.__version__}")
+    if family not in FAMILIES:
+        pytest.skip(f"{family}: no small model of it was chosen yet, add one to timm_families.py")
+    model, images = create(family)
+    model.train()
+    layers = binarize(model, method, images)
+    plain = copy.deepcopy(model)
+    calls, first = count_calls(copy.deepcopy(model), layers, images)
+    assert layers and calls.keys() == set(layers)
+
+    cmim = CMIM(model, images)
+    assert Counter(tap.module.removesuffix(".binary") for tap in cmim.taps) == calls
+    optimizer = torch.optim.SGD([*model.parameters(), *cmim.parameters()], lr=0.01)
+
+    logits = forward(model, images)
+    assert torch.equal(logits, forward(plain, images))
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), plain.buffers(), strict=True))
+    contrast = cmim(model)
+    assert contrast.isfinite()
+    assert reaches(torch.autograd.grad(contrast, model.get_submodule(first).weight, retain_graph=True)[0])
+    (F.cross_entropy(logits, torch.arange(len(logits))) + contrast).backward()
+    assert all(reaches(parameter.grad) for parameter in cmim.parameters())
+    optimizer.step()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    passed[method].add(family)
