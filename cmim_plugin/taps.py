@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -273,9 +273,11 @@ class _ModuleHook(_Hook):
         captures = self._plan.get(self._calls, ())
         self._calls += 1
         _capture(taps, captures, "input", (args, kwargs))
+        # Comprehensions of lists here and below, not generators: torch.compile of torch 2.6 traces no generator.
+        functions = [c.site.function for c in captures if c.site.function is not None]
         listener = None
-        if any(c.site.function is not None for c in captures):
-            listener = _Listener(taps, captures)
+        if functions:
+            listener = _Listener(taps, captures, functions)
             listener.__enter__()
         self._running.append((captures, listener))
 
@@ -293,28 +295,28 @@ class _ModuleHook(_Hook):
 class _Listener(TorchFunctionMode):
     """Sees the torch functions called while one module runs, and picks up the operands that were planned."""
 
-    def __init__(self, taps: Taps, captures: tuple[_Capture, ...]) -> None:
+    def __init__(self, taps: Taps, captures: tuple[_Capture, ...], functions: list[Callable[..., Any]]) -> None:
         super().__init__()
         self._taps = taps
         self._captures = captures
-        self._wanted = tuple({c.site.function for c in captures if c.site.function is not None})
-        self._calls = [0] * len(self._wanted)
+        self._functions = functions
+        self._calls = [0] * len(functions)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._taps.muted or func not in self._wanted:
+        if self._taps.muted or func not in self._functions:
             return func(*args, **kwargs)
-        which = self._wanted.index(func)
+        which = self._functions.index(func)
         nth = self._calls[which]
         self._calls[which] += 1
-        captures = tuple(c for c in self._captures if c.site.function == func and c.site.nth == nth)
+        captures = [c for c in self._captures if c.site.function == func and c.site.nth == nth]
         _capture(self._taps, captures, "argument", (args, kwargs))
         result = func(*args, **kwargs)
         _capture(self._taps, captures, "result", result)
         return result
 
 
-def _capture(taps: Taps, captures: tuple[_Capture, ...], kind: str, tree: Any) -> None:
+def _capture(taps: Taps, captures: Sequence[_Capture], kind: str, tree: Any) -> None:
     for c in captures:
         if c.site.kind == kind:
             taps.muted = True
