@@ -107,7 +107,7 @@ class Taps:
         self.muted = False
         # Called with the positional and keyword inputs of the model before each captured forward.
         self.before: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
-        self._model = weakref.ref(model)
+        self.model = weakref.ref(model)
         self._hooks: list[_Hook] = []
         self._handles: list[RemovableHandle] = []
         self._plan: dict[str, dict[int, list[_Capture]]] = defaultdict(lambda: defaultdict(list))
@@ -123,7 +123,7 @@ class Taps:
 
     def attach(self) -> None:
         """Put the hooks on the model."""
-        model = self._model()
+        model = self.model()
         if model is None or self.attached:
             return
         modules = dict(model.named_modules(remove_duplicate=False))
@@ -350,10 +350,19 @@ def _at(tree: Any, path: tuple[Any, ...]) -> Tensor:
 
 
 def attached_to(model: nn.Module) -> bool:
-    """Whether hooks of a living plug-in are on this very model or a part of it."""
+    """Whether a living plug-in is on this very model, on a part of it, or on a model that it is a part of.
+
+    Not: on another model that shares modules with this one, where the two do not meet.
+    """
     for module in model.modules():
         for hook in module._forward_hooks.values():
             owner = getattr(hook, "__self__", None)
-            if isinstance(owner, _Hook) and owner.serves(module):
-                return True
+            if isinstance(owner, _Hook) and owner.taps is not None and owner.serves(module):
+                other = owner.taps.model()
+                if other is not None and (_has(other, model) or _has(model, other)):
+                    return True
     return False
+
+
+def _has(model: nn.Module, part: nn.Module) -> bool:
+    return any(module is part for module in model.modules())

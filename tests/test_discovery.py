@@ -24,6 +24,11 @@ class Ternary(Sign):
         return x.sign() * (x.abs() > 0.3)
 
 
+class SignModule(nn.Module):
+    def forward(self, x):
+        return Sign.apply(x)
+
+
 class Net(nn.Module):
     """A convolution, then a function of its 8 channels and of a weight of 6 rows."""
 
@@ -95,3 +100,13 @@ def test_a_quantizer_of_two_bits_is_what_came_nearest():
     net = Net(lambda x, w: F.conv2d(TwoBits.apply(x), w[:, :, None, None]), 8)
     with pytest.raises(CMIMError, match="a conv2d receives 4 values, not two"):
         CMIM(net, X)
+
+
+def test_two_models_may_share_a_module():
+    first = Net(*reversed(PRODUCTS["einsum"][:2]))
+    second = nn.Sequential(nn.Conv2d(3, 3, 1), first.conv, SignModule(), nn.Conv2d(8, 4, 1))
+    third = nn.Sequential(nn.Conv2d(3, 8, 1), second[2], nn.Conv2d(8, 4, 1))
+    plug_ins = [CMIM(model, X) for model in (second, third)]
+    for model, cmim in zip((second, third), plug_ins, strict=True):
+        model(X)
+        assert cmim(model).isfinite()
