@@ -112,10 +112,10 @@ class CMIM(nn.Module):
                 replace(
                     tap,
                     latent=None,
-                    layouts=(tap.layouts[BINARY], layout := latent_layout(tap, activation)),
-                    latent_channels=layout.channels(activation.shape),
+                    layouts=(tap.layouts[BINARY], layout := latent_layout(tap, shape)),
+                    latent_channels=layout.channels(shape),
                 )
-                for tap, activation in zip(tapped, self._teacher.seen, strict=True)
+                for tap, shape in zip(tapped, self._teacher.shapes, strict=True)
             )
         elif teacher_modules is not None:
             raise CMIMError("teacher_modules was given without a teacher.")

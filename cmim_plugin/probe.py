@@ -277,8 +277,7 @@ class _Recorder(TorchFunctionMode):
         name, call, before = self._scopes[-1]
         nth = self._functions[func] - before[func]
         self._functions[func] += 1
-        with torch._C.DisableTorchFunction():
-            shapes = [tensor.shape for _, tensor in tensors_in((args, kwargs))]
+        shapes = [tensor.shape for _, tensor in tensors_in((args, kwargs))]
         event = Event(len(self.trace.sightings), getattr(func, "__name__", str(func)), name, call, shapes)
         event.arguments = self._see((args, kwargs), "argument", func, nth)
         result = func(*args, **kwargs)

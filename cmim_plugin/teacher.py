@@ -38,7 +38,7 @@ class Teacher:
         known = dict(model.named_modules(remove_duplicate=False))
         unknown = sorted(set(modules) - {tap.name for tap in taps})
         if unknown:
-            raise CMIMError(f"teacher_modules names taps that do not exist: {unknown}. {_listed('Taps', taps)}")
+            raise CMIMError(f"teacher_modules names taps that do not exist: {unknown}. Taps: {[t.name for t in taps]}.")
         self._names = [modules.get(tap.name, tap.module) for tap in taps]
         missing = {tap.name: name for tap, name in zip(taps, self._names, strict=True) if name not in known}
         if missing:
@@ -49,7 +49,8 @@ class Teacher:
         self._modules = [known[name] for name in self._names]
         # Which call of the teacher's module: the same as of the module that binarizes.
         self._calls = [tap.binary.call for tap in taps]
-        self.seen = self._run(*as_inputs(example_input))
+        #: Of the teacher's activation for each tap, on the example input; the activations themselves are let go.
+        self.shapes = [activation.shape for activation in self._run(*as_inputs(example_input))]
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         counts: dict[nn.Module, int] = {}
@@ -84,20 +85,16 @@ class Teacher:
             taps.keep(tap, LATENT, activation, taps.taps[tap].layouts[LATENT])
 
 
-def _listed(what: str, taps: tuple[Tap, ...]) -> str:
-    return f"{what}: {[tap.name for tap in taps]}."
-
-
-def latent_layout(tap: Tap, activation: Tensor) -> Layout:
-    """The layout of the teacher's activation beside the tap's own.
+def latent_layout(tap: Tap, shape: torch.Size) -> Layout:
+    """The layout of a teacher's activation of this shape, beside the tap's own.
 
     Raises:
         CMIMError: it has another number of dimensions.
     """
     layout = tap.layouts[0]
-    if layout.spatial is not None and activation.ndim <= layout.spatial:
+    if layout.spatial is not None and len(shape) <= layout.spatial:
         raise CMIMError(
-            f"The teacher's activation for tap {tap.name} has shape {tuple(activation.shape)}; "
+            f"The teacher's activation for tap {tap.name} has shape {tuple(shape)}; "
             f"one with {layout.spatial} spatial dimensions is needed."
         )
     return layout
