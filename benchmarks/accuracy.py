@@ -123,7 +123,7 @@ def needs_teacher(options: dict[str, Any]) -> bool:
 
 def shuffled(z_b: Tensor, z_f: Tensor, **options: Any) -> Tensor:
     """InfoNCE between each row and another image's: half the batch away, for neighbouring rows can share an image."""
-    return cmim_plugin.info_nce(z_b, z_f.roll(len(z_f) // 2, 0), **options)
+    return cmim_plugin.info_nce(z_b, z_f.roll(z_f.shape[-2] // 2, -2), **options)
 
 
 def distillation(teacher: nn.Module, weight: float, temperature: float = 4.0):

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from .discovery import BinaryActivation, find_binary_activations
 from .errors import CMIMError, CMIMWarning
-from .heads import HeadPair
+from .heads import HeadPair, embed
 from .negatives import Queue
 from .objectives import count_negatives, info_nce, info_nce_bound, nce, nce_bound
 from .taps import BINARY, LATENT, Pair, Tap, Taps, attached_to
@@ -24,6 +26,24 @@ from .teacher import Teacher, latent_layout
 _BOUNDS = {info_nce: info_nce_bound, nce: nce_bound}
 # Optimizer steps of the network after which heads that never moved are reported.
 _PATIENCE = 3
+# Steps in which the labels are asked whether any pair of theirs is a negative one: the answer waits for the device.
+_FIRST_STEPS = 3
+
+
+@dataclass
+class _Group:
+    """Taps with the same number of rows, whose losses were computed side by side: what `CMIM.metrics` needs."""
+
+    taps: list[int]
+    losses: Tensor
+    rows: int
+    queued: int
+    labels: Tensor | None
+    queue_labels: Tensor | None
+
+    def negatives(self) -> Tensor:
+        """How many each anchor has: ``(n,)``, or ``(taps, n)``."""
+        return count_negatives(self.rows, self.labels, self.queue_labels, self.queued)
 
 
 class CMIM(nn.Module):
@@ -48,9 +68,10 @@ class CMIM(nn.Module):
         weight: what the loss is multiplied by.
         instances: what is one sample of the contrast: "position" (a random sample of the positions or tokens of the
             batch: a local binary code against its own latent) or "image" (pooled over space: the paper's reading).
-        num_positions: positions a tap and step, for ``instances="position"``.
+        num_positions: positions a tap and step, for ``instances="position"``; of all ranks together.
         objective: :func:`info_nce`; :func:`nce` as ``functools.partial(nce, num_samples=len(dataset))``; or any
-            function of ``(z_b, z_f, *, temperature, labels, queue_b, queue_f, queue_labels)`` that returns a 0-d loss.
+            function of ``(z_b, z_f, *, temperature, labels, queue_b, queue_f, queue_labels)`` that takes the embeddings
+            of several taps side by side, ``(taps, n, D)``, and returns their losses, ``(taps,)``.
         temperature: of the critic.
         embed_dim: width ``D`` of the embeddings.
         queue_size: past embeddings kept a tap as further negatives, 0 for none.
@@ -88,16 +109,12 @@ class CMIM(nn.Module):
             raise CMIMError("The teacher is the binary network itself: pass another, full-precision network.")
         if attached_to(model):
             raise CMIMError("A CMIM is attached to this model already: call remove() on it first.")
-        if (ranks := _ranks()) > 1:
-            raise CMIMError(f"Training on {ranks} ranks is not supported yet: heads would differ between them.")
         self.weight = weight
         self.instances = instances
         self.num_positions = num_positions
         self.objective = objective
         self.temperature = temperature
-        #: ``{tap name: {"loss": nats, "bound": nats}}`` of the last call, 0-d tensors without a graph. "bound" is the
-        #: lower bound on the mutual information that the objective gives, for the two objectives of this library.
-        self.metrics: dict[str, dict[str, Tensor]] = {}
+        self._groups: list[_Group] = []
         self._model = weakref.ref(model)
         self.found = tuple(find_binary_activations(model, example_input))
         if instances == "position" and teacher is None:
@@ -131,10 +148,14 @@ class CMIM(nn.Module):
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(torch.initial_seed())
             heads = [HeadPair(tap.channels, tap.latent_channels, embed_dim).float() for tap in tapped]
-            self.heads = nn.ModuleList(heads).to(device)
-            self.queues = nn.ModuleList([Queue(queue_size, embed_dim) for _ in tapped if queue_size]).to(device)
+            self.heads = nn.ModuleList(heads)
+            self.queues = nn.ModuleList([Queue(queue_size, embed_dim) for _ in tapped if queue_size])
+        self.to(device)
 
-        self._hooks = hooks = Taps(model, tapped, self._draw())
+        self._hooks = hooks = Taps(model, tapped, None)
+        self._shared = False
+        self._share()
+        self._draw()
         if self._teacher is not None:
             hooks.before = partial(self._teacher.deliver, hooks)
         hooks.attach()
@@ -142,6 +163,7 @@ class CMIM(nn.Module):
         self._finalizer = weakref.finalize(self, hooks.detach)
         self._watch = _HeadsWatch(model, self)
         self._warned: set[str] = set()
+        self._calls = 0
 
     # -- the loss ------------------------------------------------------------------------------------------------
 
@@ -150,10 +172,12 @@ class CMIM(nn.Module):
 
         Args:
             model: the model that was attached to, as it is or wrapped (DDP, torch.compile).
-            labels: ``(B,)`` integer classes of the batch. Pairs of the same class are then not contrasted.
+            labels: ``(B,)`` integer classes of the batch, or for positions ``(B, *spatial)`` of its pixels, at any
+                resolution. Pairs of the same class are then not contrasted.
 
         Returns:
             0-d float32, with gradients to heads and network. Zero, with its graph, where the batch has no negatives.
+            On several ranks the same number on each: that of the batches of all ranks, taken together.
 
         Raises:
             CMIMError: no forward pass in training mode with gradients since the last call, another model, a model in
@@ -168,58 +192,129 @@ class CMIM(nn.Module):
                 "that raised, one through nn.DataParallel or model.forward(x), and any pass of a model that was "
                 "compiled and run before CMIM was attached: attach first, or call torch._dynamo.reset().)"
             )
-        total: Tensor | None = None
-        self.metrics = {}
-        for k, (tap, pair) in enumerate(zip(self.taps, pairs, strict=True)):
-            if pair.rows[BINARY] is None or pair.rows[LATENT] is None:
-                self._warn(f"The forward pass did not reach tap {tap.name}: it adds nothing to the loss.")
-                continue
-            loss = self.layer_weights[k] * self._tap_loss(k, tap, pair, labels)
-            total = loss if total is None else total + loss
-        if total is None:
+        reached = [k for k, pair in enumerate(pairs) if pair.rows[BINARY] is not None and pair.rows[LATENT] is not None]
+        if not reached:
             raise CMIMError(
                 "The forward pass reached none of the taps. A model that was compiled and run before CMIM was attached "
                 "does that (attach first, or call torch._dynamo.reset()), or inputs that take another way through it."
             )
-        self._hooks.draws = self._draw()
+        for k in sorted(set(range(len(pairs))) - set(reached)):
+            self._warn(f"The forward pass did not reach tap {self.taps[k].name}: it adds nothing to the loss.")
+
+        z, row_labels, sizes = self._embedded(pairs, reached, labels)
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for k, size in enumerate(sizes):
+            if size:
+                groups[size, self._queued(k)].append(k)
+        self._groups = []
+        total = torch.zeros((), dtype=z.dtype, device=z.device)
+        for taps in groups.values():
+            of_taps = None if row_labels is None else _side_by_side(row_labels, taps, sizes)
+            total = total + self._loss(taps, _side_by_side(z, taps, sizes), of_taps)
+        self._calls += 1
+        self._draw()
         self._watch.look(self)
         return self.weight * total
 
-    def _tap_loss(self, k: int, tap: Tap, pair: Pair, labels: Tensor | None) -> Tensor:
-        rows_b, rows_f = pair.rows
-        assert rows_b is not None and rows_f is not None
-        heads = self.heads[k]
-        assert isinstance(heads, HeadPair)
-        if rows_b.device != heads.binary.weight.device:
-            raise CMIMError(
-                f"The activations are on {rows_b.device}, the heads on {heads.binary.weight.device}: "
-                f"call cmim.to({str(rows_b.device)!r}), or attach after moving the model."
-            )
-        if rows_b.shape[0] != rows_f.shape[0]:
-            raise CMIMError(
-                f"Tap {tap.name} has {rows_b.shape[0]} rows on the binary side and {rows_f.shape[0]} on the other."
-            )
-        labels = _labels_of(pair, labels, rows_b.device)
-        z_b, z_f = heads.binary(rows_b), heads.latent(rows_f)
+    def _embedded(
+        self, pairs: list[Pair], reached: list[int], labels: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, list[int]]:
+        """Both sides' embeddings ``(rows, 2 D)`` of all ranks, tap by tap, their labels, and the rows of each tap."""
+        sides: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for k in reached:
+            for side in (BINARY, LATENT):
+                rows = pairs[k].rows[side]
+                assert rows is not None
+                sides[side].append(rows)
+            self._check_rows(k, sides[BINARY][-1], sides[LATENT][-1])
+        sizes = [0] * len(pairs)
+        for k, rows in zip(reached, sides[BINARY], strict=True):
+            sizes[k] = len(rows)
+        row_labels = None
+        if labels is not None:
+            labels = _checked_labels(labels, pairs[reached[0]], sides[BINARY][0].device)
+            row_labels = torch.cat([_labels_of(pairs[k], labels, self.taps[k].name) for k in reached])
+
+        self._share()
+        weights: tuple[Tensor, ...] = tuple(self.heads.parameters())
+        if self._shared:
+            weights = distributed.averaged(weights)
+        # Weight and bias of the binary head, then of the latent one, tap by tap.
+        pieces = [
+            (rows, weights[4 * k + 2 * side], weights[4 * k + 2 * side + 1])
+            for side in (BINARY, LATENT)
+            for k, rows in zip(reached, sides[side], strict=True)
+        ]
+        z = torch.cat(embed(pieces).chunk(2), 1)
+        if self._shared:
+            counts = distributed.counts_of_all(sizes, z.device)
+            z = distributed.gather(z, counts)
+            row_labels = None if row_labels is None else distributed.gather(row_labels, counts)
+            sizes = [sum(of_tap) for of_tap in zip(*counts, strict=True)]
+        return z, row_labels, sizes
+
+    def _loss(self, taps: list[int], z: Tensor, labels: Tensor | None) -> Tensor:
+        """The weighted sum of the losses of taps whose embeddings, ``(taps, n, 2 D)``, lie side by side."""
+        z_b, z_f = z.chunk(2, -1)
         queued: dict[str, Tensor] = {}
         if len(self.queues):
-            queue = self.queues[k]
-            assert isinstance(queue, Queue)
-            queued = dict(zip(("queue_b", "queue_f", "queue_labels"), queue.contents(), strict=True))
-            queue.push(z_b.detach(), z_f.detach(), labels)
-        loss = self.objective(z_b, z_f, temperature=self.temperature, labels=labels, **queued)
-        if not isinstance(loss, Tensor) or loss.ndim:
-            raise CMIMError(f"objective must return a 0-d tensor; found {getattr(loss, 'shape', loss)!r}.")
-
+            queues = [queue for k in taps if isinstance(queue := self.queues[k], Queue)]
+            contents = zip(*(queue.contents() for queue in queues), strict=True)
+            # Copies: the loss keeps them for its backward pass, and push() overwrites in place before that.
+            queued = dict(zip(("queue_b", "queue_f", "queue_labels"), map(torch.stack, contents), strict=True))
+            for i, queue in enumerate(queues):
+                queue.push(z_b[i].detach(), z_f[i].detach(), None if labels is None else labels[i])
+        losses = self.objective(z_b, z_f, temperature=self.temperature, labels=labels, **queued)
+        if not isinstance(losses, Tensor) or losses.shape != (len(taps),):
+            raise CMIMError(
+                f"objective got embeddings of {len(taps)} taps, shape {tuple(z_b.shape)}, and must return their "
+                f"losses, shape ({len(taps)},); found {getattr(losses, 'shape', losses)!r}."
+            )
         queue_labels = queued.get("queue_labels")
-        counts = count_negatives(len(z_b), labels, queue_labels, 0 if queue_labels is None else len(queue_labels))
-        if not bool(counts.any()):
+        in_queue = 0 if queue_labels is None else queue_labels.shape[-1]
+        group = _Group(taps, losses.detach(), z.shape[1], in_queue, labels, queue_labels)
+        self._groups.append(group)
+        none = z.shape[1] + in_queue == 1
+        if none or (labels is not None and self._calls < _FIRST_STEPS and not bool(group.negatives().any(-1).all())):
             self._warn("A batch had no negatives (one instance, or one class only): its loss is zero.")
-        self.metrics[tap.name] = {"loss": loss.detach()}
+        return (_tensor(tuple([self.layer_weights[k] for k in taps]), losses.dtype, losses.device) * losses).sum()
+
+    @property
+    def metrics(self) -> dict[str, dict[str, Tensor]]:
+        """``{tap name: {"loss": nats, "bound": nats}}`` of the last call, 0-d tensors without a graph.
+
+        "bound" is the lower bound on the mutual information that the objective gives, for the two objectives of this
+        library. Computed when it is read.
+        """
         objective = self.objective.func if isinstance(self.objective, partial) else self.objective
-        if bound := _BOUNDS.get(objective):
-            self.metrics[tap.name]["bound"] = bound(loss.detach(), counts.to(loss.device))
-        return loss
+        bound = _BOUNDS.get(objective)
+        found = {}
+        for group in self._groups:
+            counts = group.negatives().expand(len(group.taps), -1) if bound else None
+            for i, k in enumerate(group.taps):
+                found[k] = {"loss": group.losses[i]}
+                if bound and counts is not None:
+                    found[k]["bound"] = bound(group.losses[i], counts[i])
+        return {self.taps[k].name: found[k] for k in sorted(found)}
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.heads.parameters()).device
+
+    def _queued(self, k: int) -> int:
+        queue = self.queues[k] if len(self.queues) else None
+        return queue.filled if isinstance(queue, Queue) else 0
+
+    def _check_rows(self, k: int, binary: Tensor, latent: Tensor) -> None:
+        if binary.device != self._device:
+            raise CMIMError(
+                f"The activations are on {binary.device}, the heads on {self._device}: "
+                f"call cmim.to({str(binary.device)!r}), or attach after moving the model."
+            )
+        if len(binary) != len(latent):
+            raise CMIMError(
+                f"Tap {self.taps[k].name} has {len(binary)} rows on the binary side and {len(latent)} on the other."
+            )
 
     # -- attach and remove ---------------------------------------------------------------------------------------
 
@@ -241,22 +336,14 @@ class CMIM(nn.Module):
 
     # -- state ---------------------------------------------------------------------------------------------------
 
-    def get_extra_state(self) -> dict[str, Tensor | None]:
-        """The generator of positions, so that a resumed run draws the positions that the unbroken one would have."""
-        draws = self._hooks.draws
-        return {"generator": self._generator.get_state(), "draws": None if draws is None else draws.cpu()}
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """Where the next positions are drawn from, so that a resumed run draws what the unbroken one would."""
+        return {"generator": self._drawn_from}
 
-    def set_extra_state(self, state: dict[str, Tensor | None]) -> None:
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
         """What :meth:`get_extra_state` returned."""
-        generator, draws = state["generator"], state["draws"]
-        if generator is not None:
-            self._generator.set_state(generator.cpu())
-        own = self._hooks.draws
-        if own is not None and (draws is None or draws.shape != own.shape):
-            found = None if draws is None else tuple(draws.shape)
-            raise CMIMError(f"The state draws {found} positions, this CMIM {tuple(own.shape)}: other settings.")
-        if own is not None and draws is not None:
-            self._hooks.draws = draws.clone()
+        self._generator.set_state(state["generator"].cpu())
+        self._draw()
 
     def __repr__(self) -> str:
         rows = [(tap.name, f"{tap.channels}", f"{w:.3f}") for tap, w in zip(self.taps, self.layer_weights, strict=True)]
@@ -277,10 +364,27 @@ class CMIM(nn.Module):
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
-    def _draw(self) -> Tensor | None:
-        if self.instances == "image":
-            return None
-        return torch.rand(len(self.taps), self.num_positions + 1, generator=self._generator, device="cpu")
+    def _draw(self) -> None:
+        """Draw the positions of the next step: those of all ranks, of which this one takes its share."""
+        self._drawn_from = self._generator.get_state()
+        if self.instances == "position":
+            ranks = distributed.ranks() if self._shared else 1
+            share = -(-self.num_positions // ranks)
+            draws = torch.rand(len(self.taps), share * ranks, generator=self._generator, device="cpu")
+            first = share * distributed.rank() if self._shared else 0
+            self._hooks.draws = draws[:, first : first + share].contiguous()
+
+    def _share(self) -> None:
+        """Start from the same heads, queue and generator on all ranks, as soon as there are several."""
+        if self._shared or distributed.ranks() == 1:
+            return
+        state = self._generator.get_state()
+        distributed.broadcast([*self.parameters(), *self.buffers(), state], self._device)
+        self._generator.set_state(state)
+        for queue in self.queues:
+            assert isinstance(queue, Queue)
+            queue.recount()
+        self._shared = True
 
     def _check_call(self, model: nn.Module) -> None:
         own = self._model()
@@ -321,12 +425,6 @@ class _HeadsWatch:
                 "The network is being trained, the heads of CMIM are not: "
                 'optimizer.add_param_group({"params": cmim.parameters()}) was forgotten.'
             )
-
-
-def _ranks() -> int:
-    distributed = torch.distributed
-    running = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_world_size() if running else 1
 
 
 def _plain(model: nn.Module) -> nn.Module:
@@ -404,16 +502,50 @@ def _check_settings(
         raise CMIMError(f"layer_decay must be in (0, 1]; found {layer_decay!r}.")
 
 
-def _labels_of(pair: Pair, labels: Tensor | None, device: torch.device) -> Tensor | None:
-    """The label of each row: that of its image."""
-    if labels is None:
-        return None
+def _checked_labels(labels: Tensor, pair: Pair, device: torch.device) -> Tensor:
     if not isinstance(labels, Tensor):
         raise CMIMError(f"labels must be a tensor of {pair.batch} integers; found a {type(labels).__name__}.")
-    if labels.shape != (pair.batch,) or labels.is_floating_point():
+    if not labels.ndim or len(labels) != pair.batch or labels.is_floating_point():
         raise CMIMError(
-            f"labels must be {pair.batch} integers, one a sample of the batch; "
+            f"labels must be {pair.batch} integers, one a sample of the batch, or a map of them for each; "
             f"found shape {tuple(labels.shape)}, {labels.dtype}."
         )
-    labels = labels.to(device)
-    return labels if pair.samples is None else labels[pair.samples]
+    if labels.ndim > 1 and pair.index is None:
+        raise CMIMError(
+            f'instances="image" has one label an image, {pair.batch} integers; found shape {tuple(labels.shape)}.'
+        )
+    return labels.to(device)
+
+
+def _labels_of(pair: Pair, labels: Tensor, name: str) -> Tensor:
+    """The label of each row: that of its image, or that under its position, the nearest in the map of labels."""
+    if pair.index is None:
+        return labels
+    samples = pair.samples()
+    if labels.ndim == 1:
+        return labels[samples]
+    if pair.places is None or len(pair.places) != labels.ndim - 1:
+        raise CMIMError(
+            f"A map of labels, shape {tuple(labels.shape)}, does not lie over the positions of tap {name}: "
+            "give one label a sample, or leave the tap out with taps=."
+        )
+    rest, at = pair.index, []
+    for size, wanted in zip(reversed(pair.places), reversed(labels.shape[1:]), strict=True):
+        # The label at the middle of the position.
+        at.append((2 * (rest % size) + 1) * wanted // (2 * size))
+        rest = rest // size
+    return labels[(samples, *reversed(at))]
+
+
+@lru_cache(maxsize=64)
+def _tensor(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Kept, because copying it to a device waits for the device."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def _side_by_side(rows: Tensor, taps: list[int], sizes: list[int]) -> Tensor:
+    """``(taps, n, ...)``: the rows of those taps, which have ``n`` each, out of the rows of all."""
+    if len(taps) == len(sizes):
+        return rows.unflatten(0, (len(taps), -1))
+    parts = rows.split(sizes)
+    return torch.stack([parts[k] for k in taps])

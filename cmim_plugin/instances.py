@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,46 +26,97 @@ class Layout:
         """Channels of an activation of this shape."""
         return shape[-1] if self.spatial is None else shape[1 : len(shape) - self.spatial].numel()
 
+    def places(self, shape: torch.Size) -> torch.Size:
+        """The dimensions that are positions: of one row of the first dimension."""
+        return shape[1:-1] if self.spatial is None else shape[len(shape) - self.spatial :]
+
     def positions(self, shape: torch.Size) -> int:
         """Positions in one row of the first dimension."""
-        return shape[1:-1].numel() if self.spatial is None else shape[len(shape) - self.spatial :].numel()
-
-    def _flat(self, x: Tensor) -> Tensor:
-        """``(rows, positions, channels)``, a view where the memory format allows."""
-        if self.spatial is None:
-            return x.reshape(x.shape[0], -1, x.shape[-1])
-        return x.reshape(x.shape[0], self.channels(x.shape), -1).transpose(1, 2)
+        return self.places(shape).numel()
 
     def pooled(self, x: Tensor) -> Tensor:
         """The mean over the positions of each sample: ``(B, C)``."""
-        means = self._flat(x).mean(1)
-        return means if self.fold == 1 else means.unflatten(0, (-1, self.fold)).mean(1)
+        if self.spatial is None:
+            sums = x.reshape(x.shape[0], -1, x.shape[-1]).sum(1)
+        else:
+            sums = x.reshape(x.shape[0], self.channels(x.shape), -1).sum(2)
+        if self.fold > 1:
+            sums = sums.unflatten(0, (-1, self.fold)).sum(1)
+        # Divided after the sum: the gradient of the sum alone is a view, that of a mean another map.
+        return sums / (self.positions(x.shape) * self.fold)
 
-    def sampled(self, x: Tensor, index: Tensor) -> Tensor:
-        """The channels at ``index`` ``(n,)``, counted over all positions of the batch: ``(n, C)``."""
-        positions = self.positions(x.shape)
-        return self._flat(x)[index // positions, index % positions]
+    def coordinates(self, index: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
+        """Row and place of each position of ``index``, counted over the batch: int64 tensors shaped like it."""
+        found = []
+        for size in reversed(self.places(shape)):
+            found.append(index % size)
+            index = index // size
+        return index, *reversed(found)
 
-    def sample_of(self, index: Tensor, shape: torch.Size) -> Tensor:
-        """Which sample of the batch each position of ``index`` belongs to: ``(n,)``."""
-        return index // (self.positions(shape) * self.fold)
+    def sampled(self, x: Tensor, coordinates: tuple[Tensor, ...]) -> Tensor:
+        """The channels at ``coordinates``, each ``(n,)``: ``(n, C)``."""
+        row, *place = coordinates
+        where: list[Any] = [row, *place]
+        if self.spatial is not None:
+            where[1:1] = [slice(None)] * (x.ndim - 1 - self.spatial)
+        if torch.compiler.is_compiling():
+            return x[tuple(where)].flatten(1)  # fused with what is around it
+        rows: Tensor = _Gather.apply(x, tuple(where))
+        return rows.flatten(1)
+
+
+class _Gather(torch.autograd.Function):
+    """``x[where]`` at distinct positions: nothing to accumulate, and its gradient has the strides of ``x``.
+
+    torch's own gradient of indexing accumulates, which on a GPU means sorting, and lays its map out by the index.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, where: tuple[Any, ...]) -> Tensor:
+        # Kept on ctx, not saved: activation checkpointing counts what is saved, and its recomputation captures nothing.
+        ctx.where, ctx.shape, ctx.strides = where, x.shape, x.stride()
+        return x[where]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        dense = sorted(zip(ctx.strides, ctx.shape, strict=True))
+        full = (
+            grad.new_zeros(()).new_empty_strided(ctx.shape, ctx.strides) if _dense(dense) else grad.new_empty(ctx.shape)
+        )
+        full.zero_()
+        full[ctx.where] = grad
+        return full, None
+
+
+def _dense(dimensions: list[tuple[int, int]]) -> bool:
+    """Whether (stride, size) in rising order leave no gap and no overlap."""
+    expected = 1
+    for stride, size in dimensions:
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
 
 
 def spread(draw: Tensor, total: int) -> Tensor:
-    """Distinct random positions among ``total``, spread evenly: one in each of equal intervals, all shifted at random.
+    """Distinct random positions among ``total``, spread evenly: one in each of as many intervals of equal length.
 
     A plain permutation of all positions of a batch costs more than the rest of the plug-in; independent draws repeat
-    themselves, and a repeated position would be its own negative. Every position is drawn with the same probability.
+    themselves, and a repeated position would be its own negative. (Lengths differ by one where ``total`` is no
+    multiple of their number.) Ranks that each spread their part of the draws over their part of the batch draw what
+    one process would.
 
     Args:
-        draw: ``(n + 1,)`` uniform numbers in [0, 1), the first for the shift.
+        draw: ``(..., n)`` uniform numbers in [0, 1).
         total: positions in the batch.
 
     Returns:
-        ``(min(n, total),)`` distinct int64 indices below ``total``.
+        ``(..., min(n, total))`` int64 indices below ``total``, in rising order.
     """
-    count = min(len(draw) - 1, total)
-    interval = total // count
-    shift = (draw[0] * total).long()
-    within = (draw[1 : count + 1] * interval).long().clamp_(max=interval - 1)
-    return (shift + torch.arange(count, device=draw.device) * interval + within) % total
+    count = min(draw.shape[-1], total)
+    edges = torch.arange(count + 1, device=draw.device) * total // count
+    start, length = edges[:-1], edges.diff()
+    within = (draw[..., :count] * length).long()
+    # In float32 the largest draw times a great length is the length itself.
+    return start + torch.minimum(within, length - 1)

@@ -30,13 +30,17 @@ class Queue(nn.Module):
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
         self._pushed = 0
 
-    def contents(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Copies of what is queued: embeddings of both sides ``(Q, D)`` and labels ``(Q,)``.
+    @property
+    def filled(self) -> int:
+        """Entries in the queue."""
+        return min(self._pushed, len(self.labels))
 
-        Copies, because the loss keeps them for its backward pass and :meth:`push` overwrites in place before that.
+    def contents(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What is queued: views of the embeddings of both sides ``(Q, D)`` and of the labels ``(Q,)``.
+
+        :meth:`push` overwrites them in place.
         """
-        filled = min(self._pushed, len(self.labels))
-        return self.embeddings_b[:filled].clone(), self.embeddings_f[:filled].clone(), self.labels[:filled].clone()
+        return self.embeddings_b[: self.filled], self.embeddings_f[: self.filled], self.labels[: self.filled]
 
     @torch.no_grad()
     def push(self, z_b: Tensor, z_f: Tensor, labels: Tensor | None) -> None:
@@ -52,4 +56,8 @@ class Queue(nn.Module):
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+        self.recount()
+
+    def recount(self) -> None:
+        """Follow the buffers, which were written from outside."""
         self._pushed = int(self.pushed)

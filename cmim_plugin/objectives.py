@@ -3,17 +3,26 @@
 Row ``i`` of ``z_b`` (binary side) and row ``i`` of ``z_f`` (full-precision side) come from the same instance and
 form the positive pair; every other row is a negative. The critic is ``s_ij = <z_b^i, z_f^j> / temperature``.
 Both directions count: binary anchors against full-precision candidates, and the reverse.
+
+Dimensions before the last two are problems of their own, side by side: several taps in one call.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .errors import CMIMError
+
+# Scores held at once (64 MiB in float32, and about three times that with what backward needs); more are computed in
+# slices of the anchors, and computed again in backward.
+_AT_ONCE = 2**24
 
 
 def info_nce(
@@ -31,25 +40,23 @@ def info_nce(
     ``L = -1/n sum_i log( exp(s_ii) / (exp(s_ii) + sum_{j in negatives(i)} exp(s_ij)) )``
 
     Args:
-        z_b, z_f: ``(n, D)`` embeddings, floating point, usually of unit length. float16 and bfloat16 are computed
+        z_b, z_f: ``(..., n, D)`` embeddings, floating point, usually of unit length. float16 and bfloat16 are computed
             in float32, whatever autocast says.
         temperature: divides the inner products.
-        labels: ``(n,)`` integers. Pairs with the same label are not negatives. An anchor that has no negative left
+        labels: ``(..., n)`` integers. Pairs with the same label are not negatives. An anchor that has no negative left
             contributes zero.
-        queue_b, queue_f: ``(Q, D)`` further candidates, negatives only: ``queue_f`` for binary anchors, ``queue_b``
-            for full-precision anchors.
-        queue_labels: ``(Q,)`` labels of the queue's entries, -1 for none; needed when both ``labels`` and a queue
+        queue_b, queue_f: ``(..., Q, D)`` further candidates, negatives only: ``queue_f`` for binary anchors,
+            ``queue_b`` for full-precision anchors.
+        queue_labels: ``(..., Q)`` labels of the queue's entries, -1 for none; needed when both ``labels`` and a queue
             are given.
 
     Returns:
-        The 0-d loss in nats, float32 (float64 for float64 embeddings).
+        The loss in nats, ``(...)`` (0-d for two-dimensional embeddings), float32 (float64 for float64 embeddings).
 
     Raises:
         CMIMError: shapes or dtypes do not fit together, or the temperature is not positive.
     """
-    scores = _scores(z_b, z_f, temperature, labels, queue_b, queue_f, queue_labels)
-    negatives = None if labels is None else _negatives(scores[0], labels, queue_labels)
-    return _mean_of([_info_nce_direction(s, negatives) for s in scores])
+    return _both_directions(_info_nce_rows, z_b, z_f, temperature, labels, queue_b, queue_f, queue_labels)
 
 
 def info_nce_bound(loss: Tensor | float, num_negatives: Tensor | int) -> Tensor:
@@ -57,7 +64,7 @@ def info_nce_bound(loss: Tensor | float, num_negatives: Tensor | int) -> Tensor:
 
     Args:
         loss: what :func:`info_nce` returned.
-        num_negatives: ``N``, one number, or ``(n,)`` a number an anchor (:func:`count_negatives`).
+        num_negatives: ``N``, one number, or ``(..., n)`` a number an anchor (:func:`count_negatives`).
 
     With label-excluded negatives the candidates are no longer drawn from the marginal, and the figure is a score to
     compare layers and epochs by, not a bound.
@@ -89,16 +96,15 @@ def nce(
         z_b, z_f, temperature, labels, queue_b, queue_f, queue_labels: as in :func:`info_nce`.
 
     Returns:
-        The 0-d loss in nats, float32 (float64 for float64 embeddings).
+        The loss in nats, shaped as by :func:`info_nce`.
 
     Raises:
         CMIMError: as :func:`info_nce`, and when ``num_samples`` is not positive.
     """
     if num_samples <= 0:
         raise CMIMError(f"num_samples must be the number of training samples, a positive number; found {num_samples}.")
-    scores = _scores(z_b, z_f, temperature, labels, queue_b, queue_f, queue_labels)
-    negatives = _negatives(scores[0], labels, queue_labels)
-    return _mean_of([_nce_direction(s, negatives, num_samples) for s in scores])
+    rows = partial(_nce_rows, num_samples=num_samples)
+    return _both_directions(rows, z_b, z_f, temperature, labels, queue_b, queue_f, queue_labels)
 
 
 def nce_bound(loss: Tensor | float, num_negatives: Tensor | int) -> Tensor:
@@ -106,47 +112,50 @@ def nce_bound(loss: Tensor | float, num_negatives: Tensor | int) -> Tensor:
 
     Args:
         loss: what :func:`nce` returned.
-        num_negatives: ``N``, one number, or ``(n,)`` a number an anchor (:func:`count_negatives`).
+        num_negatives: ``N``, one number, or ``(..., n)`` a number an anchor (:func:`count_negatives`).
     """
     return torch.as_tensor(num_negatives, dtype=torch.float32).clamp_min(1).log().mean() - loss
 
 
 def count_negatives(n: int, labels: Tensor | None = None, queue_labels: Tensor | None = None, queue: int = 0) -> Tensor:
-    """How many negatives each of ``n`` anchors has: ``(n,)`` int64 on the labels' device.
+    """How many negatives each of ``n`` anchors has: int64, ``(n,)``, or shaped like ``labels`` and on their device.
 
     Args:
         n: anchors in the batch.
-        labels: ``(n,)`` integers that exclude same-class pairs, or None.
-        queue_labels: ``(queue,)`` labels of the queue, used together with ``labels``.
+        labels: ``(..., n)`` integers that exclude same-class pairs, or None.
+        queue_labels: ``(..., queue)`` labels of the queue, used together with ``labels``.
         queue: entries in the queue.
     """
     if labels is None:
         return torch.full((n,), n - 1 + queue)
-    like = torch.empty(n, n + queue, device=labels.device)
-    return _negatives(like, labels, queue_labels).sum(1)
+    return _negatives(slice(0, n), n, queue, labels, queue_labels, labels.device).sum(-1)
 
 
-def _info_nce_direction(scores: Tensor, negatives: Tensor | None) -> Tensor:
-    """``negatives``: which candidates are, None for all but the positive."""
+def _info_nce_rows(scores: Tensor, first: int, negatives: Tensor | None) -> Tensor:
+    """The loss of the anchors ``first`` and on: ``(..., r)`` from their scores ``(..., r, n + Q)``.
+
+    ``negatives``: which candidates are, None for all but the positive.
+    """
+    positives = scores.diagonal(first, -2, -1)
     if negatives is not None:
-        candidates = negatives.clone().fill_diagonal_(True)
-        scores = scores.masked_fill(~candidates, -math.inf)
-    return (scores.logsumexp(1) - scores.diagonal()).mean()
+        scores = torch.where(negatives, scores, -math.inf)
+        # As the last candidate, where no mask reaches it.
+        scores = torch.cat([scores, positives.unsqueeze(-1)], -1)
+    return scores.logsumexp(-1) - positives
 
 
-def _nce_direction(scores: Tensor, negatives: Tensor, num_samples: int) -> Tensor:
-    count = negatives.sum(1, keepdim=True)
+def _nce_rows(scores: Tensor, first: int, negatives: Tensor | None, num_samples: int) -> Tensor:
+    if negatives is None:
+        negatives = _negatives(slice(first, first + scores.shape[-2]), scores.shape[-1], 0, None, None, scores.device)
+    count = negatives.sum(-1, keepdim=True)
     # An anchor without negatives: N = 0 makes h = 1 and its loss 0, in the limit. The logarithm is not asked for it.
     shifted = scores - (count.clamp_min(1).to(scores.dtype) / num_samples).log()
-    positive = F.softplus(-shifted.diagonal()) * (count.squeeze(1) > 0)
-    return (positive + (F.softplus(shifted) * negatives).sum(1)).mean()
+    positive = F.softplus(-shifted.diagonal(first, -2, -1)) * (count.squeeze(-1) > 0)
+    return positive + (F.softplus(shifted) * negatives).sum(-1)
 
 
-def _mean_of(directions: list[Tensor]) -> Tensor:
-    return torch.stack(directions).mean()
-
-
-def _scores(
+def _both_directions(
+    row_losses: Callable[[Tensor, int, Tensor | None], Tensor],
     z_b: Tensor,
     z_f: Tensor,
     temperature: float,
@@ -154,27 +163,61 @@ def _scores(
     queue_b: Tensor | None,
     queue_f: Tensor | None,
     queue_labels: Tensor | None,
-) -> list[Tensor]:
-    """The critic in both directions, each ``(n, n + Q)``: positives on the diagonal."""
+) -> Tensor:
+    """The mean of ``row_losses`` over all anchors of both sides."""
     _check(z_b, z_f, temperature, labels, queue_b, queue_f, queue_labels)
+    n = z_b.shape[-2]
+    queue = 0 if queue_b is None else queue_b.shape[-2]
+    at_once = max(1, _AT_ONCE // (z_b.shape[:-2].numel() * (n + queue)))
+
+    def losses_of(scores: Tensor, first: int) -> Tensor:
+        last = first + scores.shape[-2]
+        mask = labels is not None
+        negatives = _negatives(slice(first, last), n, queue, labels, queue_labels, z_b.device) if mask else None
+        return row_losses(scores, first, negatives)
+
+    def direction(anchors: Tensor, candidates: Tensor, first: int) -> Tensor:
+        return losses_of(anchors @ candidates.mT / temperature, first)
+
     with torch.autocast(z_b.device.type, enabled=False):
         z_b, z_f = (_at_least_float32(z) for z in (z_b, z_f))
-        scores = z_b @ z_f.T / temperature
-        if queue_b is None or queue_f is None:
-            return [scores, scores.T]
-        to_queue_f = z_b @ queue_f.to(z_f.dtype).T / temperature
-        to_queue_b = z_f @ queue_b.to(z_b.dtype).T / temperature
-        return [torch.cat([scores, to_queue_f], 1), torch.cat([scores.T, to_queue_b], 1)]
+        if at_once >= n and not queue:
+            scores = z_b @ z_f.mT / temperature  # once, for both directions
+            return (losses_of(scores, 0) + losses_of(scores.mT, 0)).mean(-1) / 2
+        total = []
+        for anchors, candidates, more in ((z_b, z_f, queue_f), (z_f, z_b, queue_b)):
+            if more is not None:
+                candidates = torch.cat([candidates, more.to(candidates.dtype)], -2)
+            if at_once >= n:
+                total.append(direction(anchors, candidates, 0))
+                continue
+            for first in range(0, n, at_once):
+                rows = anchors[..., first : first + at_once, :]
+                losses = checkpoint(direction, rows, candidates, first, use_reentrant=False, preserve_rng_state=False)
+                assert isinstance(losses, Tensor)
+                total.append(losses)
+        return torch.cat(total, -1).mean(-1)
 
 
-def _negatives(like: Tensor, labels: Tensor | None, queue_labels: Tensor | None) -> Tensor:
-    """Which entries of the scores are negatives: not the diagonal, not the anchor's own class."""
-    negatives = torch.ones_like(like, dtype=torch.bool).fill_diagonal_(False)
+def _negatives(
+    rows: slice,
+    n: int,
+    queue: int,
+    labels: Tensor | None,
+    queue_labels: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """Which candidates are negatives of the anchors ``rows`` of ``n``: ``(..., r, n + queue)``.
+
+    Not the anchor's own pair, not its own class.
+    """
+    anchors = torch.arange(rows.start, rows.stop, device=device)
+    negatives = anchors[:, None] != torch.arange(n + queue, device=device)
     if labels is not None:
         # In int64: the queue's -1 would be a class in an unsigned dtype.
         labels = labels.long()
-        others = labels if queue_labels is None else torch.cat([labels, queue_labels.long()])
-        negatives &= labels[:, None] != others[None, :]
+        others = labels if queue_labels is None else torch.cat([labels, queue_labels.long()], -1)
+        negatives = negatives & (labels[..., rows, None] != others[..., None, :])
     return negatives
 
 
@@ -191,33 +234,36 @@ def _check(
     queue_f: Tensor | None,
     queue_labels: Tensor | None,
 ) -> None:
-    if z_b.ndim != 2 or z_b.shape != z_f.shape:
+    if z_b.ndim < 2 or z_b.shape != z_f.shape:
         raise CMIMError(
-            "z_b and z_f must both be (instances, dimensions), row i of one belonging to row i of the other; "
+            "z_b and z_f must both be (..., instances, dimensions), row i of one belonging to row i of the other; "
             f"found {tuple(z_b.shape)} and {tuple(z_f.shape)}."
         )
     if not (z_b.is_floating_point() and z_f.is_floating_point()):
         raise CMIMError(f"z_b and z_f must be floating point; found {z_b.dtype} and {z_f.dtype}.")
     if (z_b.dtype == torch.float64) != (z_f.dtype == torch.float64):
         raise CMIMError(f"z_b and z_f must both be float64 or neither; found {z_b.dtype} and {z_f.dtype}.")
-    if not len(z_b):
+    if not z_b.shape[-2]:
         raise CMIMError("z_b and z_f are empty: there is no instance to contrast.")
     if not temperature > 0:
         raise CMIMError(f"temperature must be positive; found {temperature}.")
-    if labels is not None and (labels.shape != z_b.shape[:1] or labels.is_floating_point()):
+    if labels is not None and (labels.shape != z_b.shape[:-1] or labels.is_floating_point()):
         raise CMIMError(
-            f"labels must be {z_b.shape[0]} integers, one a row; found shape {tuple(labels.shape)}, {labels.dtype}."
+            f"labels must be integers of shape {tuple(z_b.shape[:-1])}, one a row; "
+            f"found shape {tuple(labels.shape)}, {labels.dtype}."
         )
     if (queue_b is None) != (queue_f is None):
         raise CMIMError("queue_b and queue_f go together: one serves full-precision anchors, the other binary ones.")
     if queue_b is not None and queue_f is not None:
-        if queue_b.shape != queue_f.shape or queue_b.ndim != 2 or queue_b.shape[1] != z_b.shape[1]:
+        fits = queue_b.ndim > 1 and queue_b.shape == (*z_b.shape[:-2], queue_b.shape[-2], z_b.shape[-1])
+        if not fits or queue_b.shape != queue_f.shape:
+            wanted = ", ".join(map(str, (*z_b.shape[:-2], "entries", z_b.shape[-1])))
             raise CMIMError(
-                f"queue_b and queue_f must both be (entries, {z_b.shape[1]}); "
-                f"found {tuple(queue_b.shape)} and {tuple(queue_f.shape)}."
+                f"queue_b and queue_f must both be ({wanted}); found {tuple(queue_b.shape)} and {tuple(queue_f.shape)}."
             )
-        if labels is not None and (queue_labels is None or queue_labels.shape != queue_b.shape[:1]):
+        if labels is not None and (queue_labels is None or queue_labels.shape != queue_b.shape[:-1]):
             found = None if queue_labels is None else tuple(queue_labels.shape)
             raise CMIMError(
-                f"labels with a queue need queue_labels, {queue_b.shape[0]} integers (-1: no label); found {found}."
+                f"labels with a queue need queue_labels, integers of shape {tuple(queue_b.shape[:-1])} "
+                f"(-1: no label); found {found}."
             )

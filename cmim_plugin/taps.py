@@ -7,7 +7,6 @@ within a forward pass of the model that was attached to.
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -60,16 +59,21 @@ class Pair:
     Attributes:
         rows: ``(n, C_b)`` of a_B and ``(n, C_f)`` of a_F, in the autograd graph; None until seen.
         index: ``(n,)`` the positions that the rows come from, counted over the whole batch; None for pooled samples.
-        samples: ``(n,)`` which sample of the batch each row belongs to; None where the rows are the samples in order.
+        places: the dimensions that the positions of one sample are counted over, where they are those of an image.
         total: positions of the whole batch.
         batch: samples in the batch.
     """
 
     rows: list[Tensor | None]
     index: Tensor | None = None
-    samples: Tensor | None = None
+    places: torch.Size | None = None
     total: int = 0
     batch: int = 0
+
+    def samples(self) -> Tensor:
+        """Which sample of the batch each row of sampled positions belongs to: ``(n,)``."""
+        assert self.index is not None
+        return self.index // (self.total // self.batch)
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Taps:
     Args:
         model: the model; not kept alive by this object.
         taps: what to tap.
-        draws: ``(taps, n + 1)`` uniform numbers in [0, 1) from which positions are drawn, refilled by the owner between
+        draws: ``(taps, n)`` uniform numbers in [0, 1) from which positions are drawn, refilled by the owner between
             steps; None to pool over all positions.
     """
 
@@ -108,6 +112,9 @@ class Taps:
         # Called with the positional and keyword inputs of the model before each captured forward.
         self.before: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
         self.model = weakref.ref(model)
+        # Positions of all taps at once, for as many taps as share their number; made anew in each pass.
+        self._spreads: dict[Any, Tensor] = {}
+        self._coordinates: dict[Any, tuple[Tensor, ...]] = {}
         self._hooks: list[_Hook] = []
         self._handles: list[RemovableHandle] = []
         self._plan: dict[str, dict[int, list[_Capture]]] = defaultdict(lambda: defaultdict(list))
@@ -149,6 +156,8 @@ class Taps:
     def clear(self) -> None:
         """Forget what was captured."""
         self.pairs = []
+        self._spreads = {}
+        self._coordinates = {}
         self.fresh = False
         self.active = False
 
@@ -167,6 +176,8 @@ class Taps:
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass of the model starts that is to be captured."""
         self.pairs = [Pair([None, None]) for _ in self.taps]
+        self._spreads = {}
+        self._coordinates = {}
         self.fresh = False
         self.active = True
         for hook in self._hooks:
@@ -189,16 +200,34 @@ class Taps:
             pair.rows[side] = layout.pooled(activation)
             return
         total = shape[0] * layout.positions(shape)
-        if pair.index is None:
+        if pair.rows[1 - side] is None:
             pair.total = total
-            pair.index = spread(self.draws[tap].to(activation.device), total)
-            pair.samples = layout.sample_of(pair.index, shape)
         elif pair.total != total:
             raise CMIMError(
                 f"The two sides of tap {self.taps[tap].name} have {pair.total} and {total} positions in this batch and "
                 'cannot be paired position by position: leave it out with taps=, or use instances="image".'
             )
-        pair.rows[side] = layout.sampled(activation, pair.index)
+        pair.index, coordinates = self._positions(tap, layout, shape, total, activation.device)
+        if layout.spatial is not None and layout.fold == 1:
+            pair.places = layout.places(shape)
+        pair.rows[side] = layout.sampled(activation, coordinates)
+
+    def _positions(
+        self, tap: int, layout: Layout, shape: torch.Size, total: int, device: torch.device
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The positions of a tap, counted over the batch, and where they lie in an activation of this shape."""
+        assert self.draws is not None
+        if torch.compiler.is_compiling():
+            index = spread(self.draws[tap].to(device), total)
+            return index, layout.coordinates(index, shape)
+        if (total, device) not in self._spreads:
+            # Without waiting for the device: the draws are in pageable memory, which is copied at once.
+            self._spreads[total, device] = spread(self.draws.to(device, non_blocking=True), total)
+        index = self._spreads[total, device]
+        coordinates = self._coordinates.get((layout, shape, device))
+        if coordinates is None:
+            coordinates = self._coordinates[layout, shape, device] = layout.coordinates(index, shape)
+        return index[tap], tuple([c[tap] for c in coordinates])
 
 
 class _Hook:
@@ -321,21 +350,9 @@ def _capture(taps: Taps, captures: Sequence[_Capture], kind: str, tree: Any) -> 
         if c.site.kind == kind:
             taps.muted = True
             try:
-                with _unseen_by_checkpointing():
-                    taps.keep(c.tap, c.side, _at(tree, c.site.path), c.layout)
+                taps.keep(c.tap, c.side, _at(tree, c.site.path), c.layout)
             finally:
                 taps.muted = False
-
-
-def _unseen_by_checkpointing() -> contextlib.AbstractContextManager[Any]:
-    """Activation checkpointing counts what is saved for backward; its recomputation captures nothing and saves less."""
-    if torch.compiler.is_compiling():
-        return contextlib.nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
-
-
-def _as_it_is(saved: Any) -> Any:
-    return saved
 
 
 def _at(tree: Any, path: tuple[Any, ...]) -> Tensor:

@@ -793,18 +793,29 @@ def test_data_parallel_is_refused():
 @pytest.mark.parametrize(
     "labels, found",
     [
-        (torch.zeros(5, dtype=torch.int64), r"\(5,\), torch.int64"),
-        (torch.zeros(6, 4, dtype=torch.int64), r"\(6, 4\)"),
-        (torch.zeros(6), r"\(6,\), torch.float32"),
-        (torch.tensor(1), r"\(\), torch.int64"),
+        (torch.zeros(5, dtype=torch.int64), r"labels must be 6 integers.*\(5,\), torch.int64"),
+        (torch.zeros(5, 4, 4, dtype=torch.int64), r"labels must be 6 integers.*\(5, 4, 4\), torch.int64"),
+        (torch.zeros(6), r"labels must be 6 integers.*\(6,\), torch.float32"),
+        (torch.tensor(1), r"labels must be 6 integers.*\(\), torch.int64"),
     ],
 )
 @each_instance
 def test_labels_of_the_wrong_shape_are_refused(instances, labels, found):
     model = network()
     cmim = CMIM(model, X, instances=instances)
-    with pytest.raises(CMIMError, match=f"labels must be 6 integers, one a sample .*; found shape {found}"):
+    with pytest.raises(CMIMError, match=found):
         a_loss(model, cmim, labels=labels)
+
+
+def test_maps_of_labels_that_do_not_lie_over_the_instances_are_refused():
+    model = network()
+    cmim = CMIM(model, X, instances="image")
+    with pytest.raises(CMIMError, match=r"one label an image, 6 integers; found shape \(6, 4, 4\)"):
+        a_loss(model, cmim, labels=torch.zeros(6, 4, 4, dtype=torch.int64))
+    cmim.remove()
+    cmim = CMIM(model, X)
+    with pytest.raises(CMIMError, match=r"shape \(6, 4\), does not lie over the positions of tap layer1.0.binary"):
+        a_loss(model, cmim, labels=torch.zeros(6, 4, dtype=torch.int64))
 
 
 # -- what is tapped ------------------------------------------------------------------------------------------------
@@ -967,19 +978,20 @@ def test_metrics_of_the_users_own_objective_are_its_loss():
 
     def objective(z_b, z_f, *, temperature, labels, queue_b=None, queue_f=None, queue_labels=None):
         seen.append((z_b.shape, z_f.shape, temperature, labels, queue_b))
-        return (z_b - z_f).square().mean()
+        return (z_b - z_f).square().mean((1, 2))
 
     cmim = CMIM(model, X, objective=objective, embed_dim=7, num_positions=11, temperature=0.4)
     a_loss(model, cmim).backward()
-    assert seen == [((11, 7), (11, 7), 0.4, None, None)] * 2
+    assert seen == [((2, 11, 7), (2, 11, 7), 0.4, None, None)]
     assert all(set(metrics) == {"loss"} for metrics in cmim.metrics.values())
 
 
 def recording(calls: list[dict]):
-    """info_nce that keeps what it was called with."""
+    """info_nce that keeps what it was called with, for a plug-in with one tap."""
 
     def objective(z_b, z_f, **arguments):
-        calls.append({"z_b": z_b.detach(), "z_f": z_f.detach(), **arguments})
+        tensors = {"z_b": z_b.detach(), "z_f": z_f.detach(), **arguments}
+        calls.append({name: t[0] for name, t in tensors.items() if isinstance(t, torch.Tensor)})
         return info_nce(z_b, z_f, **arguments)
 
     return objective
@@ -993,10 +1005,25 @@ def test_labels_follow_the_image_of_their_position():
     assert torch.bincount(calls[0]["labels"]).tolist() == [16] * 6
 
 
+@pytest.mark.parametrize("size", [2, 4, 8, 7])
+def test_a_map_of_labels_gives_each_position_the_label_at_its_middle(size):
+    calls = []
+    model = network()
+    cmim = CMIM(model, X, objective=recording(calls), num_positions=1000, taps=["layer1.0.binary"])
+    labels = torch.randint(5, (6, size, size), generator=torch.Generator().manual_seed(3))
+    a_loss(model, cmim, labels=labels)
+    expected = []
+    for sample in range(6):
+        for row in range(4):  # the tap's map is 4 x 4
+            for column in range(4):
+                expected.append(labels[sample, int((row + 0.5) * size / 4), int((column + 0.5) * size / 4)].item())
+    assert calls[0]["labels"].tolist() == expected
+
+
 def test_embeddings_have_unit_length():
     calls = []
     model = network()
-    a_loss(model, CMIM(model, X, objective=recording(calls)))
+    a_loss(model, CMIM(model, X, objective=recording(calls), taps=["layer2.0.binary"]))
     for call in calls:
         for side in ("z_b", "z_f"):
             assert torch.allclose(call[side].norm(dim=1), torch.ones(len(call[side])), atol=1e-5)

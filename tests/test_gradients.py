@@ -276,10 +276,11 @@ def test_gradients_of_a_sample_of_the_positions_agree_with_loops(method):
     network, heads = parameters_of(model, cmim)
     x = batch(1)
     for _ in range(2):
-        # Drawn as the library says: 5 intervals of 18 // 5 = 3 positions, one in each, all shifted.
+        # Drawn as the library says: 5 intervals of the 18 positions, one in each.
         chosen = []
-        for shift, *within in cmim.get_extra_state()["draws"].tolist():
-            chosen.append([(int(shift * 18) + 3 * i + int(part * 3)) % 18 for i, part in enumerate(within)])
+        edges = [0, 3, 7, 10, 14, 18]
+        for within in cmim._hooks.draws.tolist():
+            chosen.append([edges[i] + int(part * (edges[i + 1] - edges[i])) for i, part in enumerate(within)])
         assert all(len(set(positions)) == 5 for positions in chosen)
         model(x)
         loss = cmim(model)

@@ -14,7 +14,7 @@ each_size = pytest.mark.parametrize("n, total", SIZES, ids=lambda value: str(val
 
 
 def draws(count: int, n: int) -> torch.Tensor:
-    return torch.rand(count, n + 1, generator=torch.Generator().manual_seed(5))
+    return torch.rand(count, n, generator=torch.Generator().manual_seed(5))
 
 
 @each_size
@@ -27,23 +27,38 @@ def test_positions_are_distinct_and_in_range(n, total):
 
 
 @pytest.mark.parametrize("n, total", [(5, 13), (4, 12), (1, 7), (6, 11), (10, 97)])
-def test_every_position_is_equally_likely(n, total):
+def test_every_position_of_an_interval_is_equally_likely_and_intervals_are_equally_long(n, total):
     repeats = 4000
     seen = [0] * total
-    for draw in draws(repeats, n):
-        for position in spread(draw, total).tolist():
-            seen[position] += 1
-    share = n / total
-    deviation = math.sqrt(repeats * share * (1 - share))
-    for position, count in enumerate(seen):
-        assert abs(count - repeats * share) < 5 * deviation, position
+    for position in spread(draws(repeats, n), total).flatten().tolist():
+        seen[position] += 1
+    start = 0
+    for interval in range(n):
+        end = (interval + 1) * total // n
+        assert end - start in (total // n, -(-total // n))
+        share = 1 / (end - start)
+        deviation = math.sqrt(repeats * share * (1 - share))
+        for position in range(start, end):
+            assert abs(seen[position] - repeats * share) <= 5 * deviation, position
+        start = end
+
+
+def test_ranks_that_share_the_draws_draw_what_one_process_would():
+    draw = draws(1, 12)[0]
+    whole = spread(draw, 60).tolist()
+    for ranks in (2, 3, 4):
+        parts = []
+        for rank in range(ranks):
+            share = draw[rank * 12 // ranks : (rank + 1) * 12 // ranks]
+            parts += [rank * 60 // ranks + position for position in spread(share, 60 // ranks).tolist()]
+        assert parts == whole
 
 
 def test_the_extremes_of_the_generator_stay_in_range():
     highest = 1 - 2**-24  # the largest float32 that torch.rand gives
     for total in (1, 2, 13, 1000, 2**24 + 1, 800_000):
         for value in (0.0, highest):
-            positions = spread(torch.full((6,), value), total).tolist()
+            positions = spread(torch.full((5,), value), total).tolist()
             assert len(set(positions)) == min(5, total)
             assert all(0 <= position < total for position in positions)
 
@@ -110,18 +125,11 @@ def test_sampling_takes_the_channels_at_positions_counted_over_the_batch(shape, 
     assert shape[0] * layout.positions(torch.Size(shape)) == total
     index = torch.randperm(total)[: max(1, total // 2)]
     for x in memory_formats(shape):
-        rows = layout.sampled(x, index)
+        rows = layout.sampled(x, layout.coordinates(index, x.shape))
         assert rows.shape == (len(index), channels)
         for row, place in enumerate(index.tolist()):
             for channel in range(channels):
                 assert rows[row, channel].item() == x[at(place // positions, place % positions, channel)].item()
-
-
-@each_case
-def test_every_position_knows_its_sample(shape, layout, channels, positions, at):
-    total = shape[0] // layout.fold * positions
-    samples = layout.sample_of(torch.arange(total), torch.Size(shape)).tolist()
-    assert samples == [place // positions for place in range(total)]
 
 
 @each_case
@@ -131,12 +139,35 @@ def test_channels_are_counted(shape, layout, channels, positions, at):
 
 @each_case
 def test_gradients_reach_the_activation(shape, layout, channels, positions, at):
-    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    layout.pooled(x).sum().backward()
-    assert torch.allclose(x.grad, torch.full_like(x, 1 / positions))
-    x.grad = None
-    layout.sampled(x, torch.tensor([0])).sum().backward()
-    expected = torch.zeros_like(x)
-    for channel in range(channels):
-        expected[at(0, 0, channel)] = 1
-    assert torch.equal(x.grad, expected)
+    for x in memory_formats(shape):
+        x.requires_grad_()
+        (gradient,) = torch.autograd.grad(layout.pooled(x).sum(), x)
+        assert torch.allclose(gradient, torch.full_like(x, 1 / positions))
+        index = torch.tensor([0, shape[0] // layout.fold * positions - 1])
+        rows = layout.sampled(x, layout.coordinates(index, x.shape))
+        (gradient,) = torch.autograd.grad((rows * torch.tensor([[1.0], [2.0]])).sum(), x)
+        expected = torch.zeros_like(x)
+        for channel in range(channels):
+            expected[at(0, 0, channel)] += 1
+            expected[at(shape[0] // layout.fold - 1, positions - 1, channel)] += 2
+        assert torch.equal(gradient, expected)
+        assert gradient.stride() == x.stride()
+
+
+def test_the_gradient_of_an_overlapping_or_gapped_activation_is_right():
+    for x in (torch.randn(4, 3, 5, 10)[..., ::2], torch.randn(4, 1, 5, 5).expand(4, 3, 5, 5)):
+        x = x.detach().requires_grad_()
+        layout = Layout(2)
+        rows = layout.sampled(x, layout.coordinates(torch.tensor([7, 99]), x.shape))
+        (gradient,) = torch.autograd.grad(rows.sum(), x)
+        expected = torch.zeros(4, 3, 5, 5)
+        expected[0, :, 1, 2] = 1
+        expected[3, :, 4, 4] = 1
+        assert torch.equal(gradient, expected)
+
+
+def test_gradients_of_gradients_pass_through_the_sampling():
+    x = torch.randn(4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    layout = Layout(2)
+    where = layout.coordinates(torch.tensor([1, 6, 15]), x.shape)
+    assert torch.autograd.gradgradcheck(lambda t: layout.sampled(t, where).pow(3), x)

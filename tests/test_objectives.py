@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmim_plugin import CMIMError, count_negatives, info_nce, info_nce_bound, nce, nce_bound
+from cmim_plugin import CMIMError, count_negatives, info_nce, info_nce_bound, nce, nce_bound, objectives
 
 SAMPLES = 50
 DTYPES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
@@ -112,6 +112,56 @@ def test_gradients_agree_with_finite_differences(objective, temperature, labels,
     assert torch.autograd.gradcheck(
         lambda b, f: objective(b, f, temperature=temperature, labels=labels, **queue), (z_b, z_f)
     )
+
+
+def problems(labels, queued) -> list[dict[str, Tensor]]:
+    """Three sets of embeddings that share nothing."""
+    found = []
+    for shift in range(3):
+        arguments = {"z_b": unit(7), "z_f": unit(7), **(queue_arguments(torch.float64) if queued else {})}
+        if labels is not None:
+            arguments["labels"] = torch.tensor(labels).roll(shift)
+        elif queued:
+            del arguments["queue_labels"]
+        found.append(arguments)
+    return found
+
+
+@with_and_without_labels
+@with_and_without_queue
+@each_objective
+def test_problems_side_by_side_are_each_their_own(objective, labels, queued):
+    single = problems(labels, queued)
+    together = objective(**{name: torch.stack([p[name] for p in single]) for name in single[0]})
+    assert together.shape == (3,)
+    for loss, arguments in zip(together, single, strict=True):
+        assert loss.item() == pytest.approx(objective(**arguments).item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("at_once", [1, 30, 250])
+@with_and_without_labels
+@with_and_without_queue
+@each_objective
+def test_slices_of_the_anchors_give_loss_and_gradient_of_the_whole(monkeypatch, objective, labels, queued, at_once):
+    single = problems(labels, queued)
+    arguments = {name: torch.stack([p[name] for p in single]) for name in single[0]}
+    z = [arguments["z_b"].requires_grad_(), arguments["z_f"].requires_grad_()]
+    expected = objective(**arguments)
+    wanted = torch.autograd.grad(expected.sum(), z)
+    monkeypatch.setattr(objectives, "_AT_ONCE", at_once)
+    loss = objective(**arguments)
+    assert torch.allclose(loss, expected, rtol=0, atol=1e-12)
+    for found, gradient in zip(torch.autograd.grad(loss.sum(), z), wanted, strict=True):
+        assert torch.allclose(found, gradient, rtol=0, atol=1e-12)
+
+
+def test_slices_hold_no_more_scores_than_allowed(monkeypatch):
+    monkeypatch.setattr(objectives, "_AT_ONCE", 64 * 8)
+    saved = []
+    z_b, z_f = unit(64).requires_grad_(), unit(64).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        info_nce(z_b, z_f)
+    assert max(saved) <= 64 * 8
 
 
 @each_objective
@@ -287,7 +337,7 @@ def test_autocast_does_not_change_the_loss_or_its_gradient(objective, dtype):
         ({"temperature": 0}, "temperature must be positive; found 0"),
         ({"temperature": -0.1}, "found -0.1"),
         ({"temperature": math.nan}, "found nan"),
-        ({"labels": torch.zeros(6, dtype=torch.int64)}, r"7 integers, one a row; found shape \(6,\)"),
+        ({"labels": torch.zeros(6, dtype=torch.int64)}, r"of shape \(7,\), one a row; found shape \(6,\)"),
         ({"labels": torch.zeros(7, 1, dtype=torch.int64)}, r"found shape \(7, 1\)"),
         ({"labels": torch.zeros(7)}, r"found shape \(7,\), torch.float32"),
         ({"queue_b": unit(3)}, "go together"),
@@ -296,11 +346,11 @@ def test_autocast_does_not_change_the_loss_or_its_gradient(objective, dtype):
         ({"queue_b": torch.zeros(3, 5), "queue_f": torch.zeros(3, 5)}, r"\(entries, 6\); found \(3, 5\)"),
         (
             {"queue_b": unit(3), "queue_f": unit(3), "labels": torch.tensor(LABELS)},
-            "need queue_labels, 3 .* found None",
+            r"need queue_labels, integers of shape \(3,\) .* found None",
         ),
         (
             {"queue_b": unit(3), "queue_f": unit(3), "labels": torch.tensor(LABELS), "queue_labels": torch.zeros(2)},
-            r"need queue_labels, 3 .* found \(2,\)",
+            r"need queue_labels, integers of shape \(3,\) .* found \(2,\)",
         ),
     ],
 )

@@ -1,0 +1,109 @@
+"""Several ranks that compute one loss: as one process would on the whole batch.
+
+Every rank gathers the embeddings of all, and computes the same loss from them. The gradient of its own rows is then at
+hand without another exchange. DistributedDataParallel and FSDP *average* gradients over the ranks, hence the factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def ranks() -> int:
+    """How many processes train together: 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is."""
+    return dist.get_rank() if ranks() > 1 else 0
+
+
+def broadcast(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Copy the tensors of rank 0 into those of every rank; ``device``: one that the backend can send from."""
+    with torch.no_grad():
+        for tensor in tensors:
+            sent = tensor.detach().to(device).contiguous()
+            dist.broadcast(sent, 0)
+            tensor.copy_(sent)
+
+
+def counts_of_all(counts: Sequence[int], device: torch.device) -> tuple[tuple[int, ...], ...]:
+    """The counts of every rank. Waits for the device: shapes have to be known here."""
+    own = torch.tensor(counts, device=device)
+    found = own.new_empty(ranks() * len(counts))
+    dist.all_gather_into_tensor(found, own)
+    return tuple(map(tuple, found.view(-1, len(counts)).tolist()))
+
+
+def gather(rows: Tensor, counts: tuple[tuple[int, ...], ...]) -> Tensor:
+    """The rows of all ranks, tap by tap and within a tap rank by rank.
+
+    Args:
+        rows: ``(R, ...)`` of this rank, tap by tap.
+        counts: rows of each tap, on each rank.
+
+    Returns:
+        ``(R of all ranks, ...)``, with gradients to the rows of this rank: times the number of ranks.
+    """
+    gathered: Tensor = _Gather.apply(rows, counts)
+    return gathered
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: tuple[tuple[int, ...], ...]) -> Tensor:
+        order, own = _order(counts, rank(), rows.device)
+        ctx.own, ctx.ranks = own, len(counts)
+        # Collectives want one shape: shorter ones are padded, and the padding is left out of the order.
+        longest = max(map(sum, counts))
+        padded = rows.new_zeros(longest, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        found = rows.new_empty(len(counts) * longest, *rows.shape[1:])
+        dist.all_gather_into_tensor(found, padded)
+        return found[order]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad[ctx.own] * ctx.ranks, None
+
+
+@lru_cache(maxsize=16)
+def _order(counts: tuple[tuple[int, ...], ...], rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where each gathered row lies in the padded rows of all ranks, and where this rank's rows are among them."""
+    longest = max(map(sum, counts))
+    order: list[int] = []
+    own: list[int] = []
+    for tap in range(len(counts[0])):
+        for other, of_rank in enumerate(counts):
+            start = other * longest + sum(of_rank[:tap])
+            if other == rank:
+                own += range(len(order), len(order) + of_rank[tap])
+            order += range(start, start + of_rank[tap])
+    return torch.tensor(order, device=device), torch.tensor(own, device=device)
+
+
+def averaged(parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The parameters themselves, with gradients that are the mean over all ranks."""
+    found: tuple[Tensor, ...] = _Average.apply(*parameters)
+    return found
+
+
+class _Average(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return tuple(p.view_as(p) for p in parameters)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        flat /= ranks()
+        parts = flat.split([g.numel() for g in gradients])
+        return tuple(part.view_as(g) for part, g in zip(parts, gradients, strict=True))

@@ -1,0 +1,63 @@
+"""Ranks that share a batch train what one process trains on the whole of it: the same losses, gradients and weights.
+
+DistributedDataParallel and FSDP2 over gloo on the CPU, started by torchrun.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from distributed import cases
+
+WORLDS = [2, 4]
+SHARDED = [f"sharded {name}" for name in ("positions", "labelled images")]
+
+
+@pytest.fixture(scope="module", params=WORLDS, ids=lambda world: f"{world} ranks")
+def ranks(request, tmp_path_factory):
+    """What each rank left of each case."""
+    out = tmp_path_factory.mktemp("ranks")
+    here = Path(cases.__file__)
+    root = here.parent.parent.parent
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={request.param}", here, out],
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return [torch.load(out / f"{request.param}-{rank}.pt", weights_only=True) for rank in range(request.param)]
+
+
+def reference(name):
+    name = {"attached before the group": "images"}.get(name, name.removeprefix("sharded "))
+    return cases.train(name, *cases.attached(name))
+
+
+def close(found, expected):
+    return all(torch.allclose(f, e, rtol=0, atol=1e-9) for f, e in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", [*cases.CASES, *SHARDED, "attached before the group"])
+def test_ranks_train_what_one_process_trains(ranks, name):
+    expected = reference(name)
+    assert any(gradient.abs().max() > 1e-4 for gradient in expected["gradients"])
+    for found in (rank[name] for rank in ranks):
+        assert found["losses"] == pytest.approx(expected["losses"], abs=1e-9)
+        assert found["bounds"] == pytest.approx(expected["bounds"], abs=1e-6)
+        for what in ("gradients", "weights", "buffers"):
+            assert close(found[what], expected[what]), what
+
+
+def test_a_tap_that_some_ranks_do_not_reach_counts_for_those_that_do(ranks):
+    first, *others = (rank["other ways"] for rank in ranks)
+    assert first["taps"] == 2
+    for other in others:
+        assert other["taps"] == 2
+        assert other["losses"] == first["losses"]
+        assert all(torch.equal(g, h) for g, h in zip(other["gradients"], first["gradients"], strict=True))
