@@ -136,12 +136,12 @@ def _info_nce_rows(scores: Tensor, first: int, negatives: Tensor | None) -> Tens
 
     ``negatives``: which candidates are, None for all but the positive.
     """
-    positives = scores.diagonal(first, -2, -1)
     if negatives is not None:
-        scores = torch.where(negatives, scores, -math.inf)
-        # As the last candidate, where no mask reaches it.
-        scores = torch.cat([scores, positives.unsqueeze(-1)], -1)
-    return scores.logsumexp(-1) - positives
+        candidates = negatives.clone()
+        candidates.diagonal(first, -2, -1).fill_(True)
+        scores = scores.masked_fill(~candidates, -math.inf)
+    # A fused kernel in both passes, unlike logsumexp.
+    return -scores.log_softmax(-1).diagonal(first, -2, -1)
 
 
 def _nce_rows(scores: Tensor, first: int, negatives: Tensor | None, num_samples: int) -> Tensor:
@@ -177,12 +177,12 @@ def _both_directions(
         return row_losses(scores, first, negatives)
 
     def direction(anchors: Tensor, candidates: Tensor, first: int) -> Tensor:
-        return losses_of(anchors @ candidates.mT / temperature, first)
+        return losses_of(anchors / temperature @ candidates.mT, first)
 
     with torch.autocast(z_b.device.type, enabled=False):
         z_b, z_f = (_at_least_float32(z) for z in (z_b, z_f))
         if at_once >= n and not queue:
-            scores = z_b @ z_f.mT / temperature  # once, for both directions
+            scores = z_b / temperature @ z_f.mT  # once, for both directions
             return (losses_of(scores, 0) + losses_of(scores.mT, 0)).mean(-1) / 2
         total = []
         for anchors, candidates, more in ((z_b, z_f, queue_f), (z_f, z_b, queue_b)):

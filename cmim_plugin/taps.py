@@ -114,7 +114,7 @@ class Taps:
         self.model = weakref.ref(model)
         # Positions of all taps at once, for as many taps as share their number; made anew in each pass.
         self._spreads: dict[Any, Tensor] = {}
-        self._coordinates: dict[Any, tuple[Tensor, ...]] = {}
+        self._drawn: dict[Any, list[tuple[Tensor, ...]]] = {}
         self._hooks: list[_Hook] = []
         self._handles: list[RemovableHandle] = []
         self._plan: dict[str, dict[int, list[_Capture]]] = defaultdict(lambda: defaultdict(list))
@@ -157,7 +157,7 @@ class Taps:
         """Forget what was captured."""
         self.pairs = []
         self._spreads = {}
-        self._coordinates = {}
+        self._drawn = {}
         self.fresh = False
         self.active = False
 
@@ -177,7 +177,7 @@ class Taps:
         """A forward pass of the model starts that is to be captured."""
         self.pairs = [Pair([None, None]) for _ in self.taps]
         self._spreads = {}
-        self._coordinates = {}
+        self._drawn = {}
         self.fresh = False
         self.active = True
         for hook in self._hooks:
@@ -220,14 +220,16 @@ class Taps:
         if torch.compiler.is_compiling():
             index = spread(self.draws[tap].to(device), total)
             return index, layout.coordinates(index, shape)
-        if (total, device) not in self._spreads:
-            # Without waiting for the device: the draws are in pageable memory, which is copied at once.
-            self._spreads[total, device] = spread(self.draws.to(device, non_blocking=True), total)
-        index = self._spreads[total, device]
-        coordinates = self._coordinates.get((layout, shape, device))
-        if coordinates is None:
-            coordinates = self._coordinates[layout, shape, device] = layout.coordinates(index, shape)
-        return index[tap], tuple([c[tap] for c in coordinates])
+        key = (layout, shape, device)
+        if key not in self._drawn:
+            if (total, device) not in self._spreads:
+                # Without waiting for the device: the draws are in pageable memory, which is copied at once.
+                self._spreads[total, device] = spread(self.draws.to(device, non_blocking=True), total)
+            of_taps = self._spreads[total, device]
+            coordinates = layout.coordinates(of_taps, shape)
+            self._drawn[key] = list(zip(*[t.unbind() for t in (of_taps, *coordinates)], strict=True))
+        index, *place = self._drawn[key][tap]
+        return index, tuple(place)
 
 
 class _Hook:
