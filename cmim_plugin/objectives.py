@@ -43,11 +43,11 @@ def info_nce(
         z_b, z_f: ``(..., n, D)`` embeddings, floating point, usually of unit length. float16 and bfloat16 are computed
             in float32, whatever autocast says.
         temperature: divides the inner products.
-        labels: ``(..., n)`` integers. Pairs with the same label are not negatives. An anchor that has no negative left
-            contributes zero.
+        labels: ``(..., n)`` integers. Pairs with the same label are not negatives; below zero is no label. An anchor
+            that has no negative left contributes zero.
         queue_b, queue_f: ``(..., Q, D)`` further candidates, negatives only: ``queue_f`` for binary anchors,
             ``queue_b`` for full-precision anchors.
-        queue_labels: ``(..., Q)`` labels of the queue's entries, -1 for none; needed when both ``labels`` and a queue
+        queue_labels: ``(..., Q)`` labels of the queue's entries; needed when both ``labels`` and a queue
             are given.
 
     Returns:
@@ -69,7 +69,7 @@ def info_nce_bound(loss: Tensor | float, num_negatives: Tensor | int) -> Tensor:
     With label-excluded negatives the candidates are no longer drawn from the marginal, and the figure is a score to
     compare layers and epochs by, not a bound.
     """
-    return torch.log1p(torch.as_tensor(num_negatives, dtype=torch.float32)).mean() - loss
+    return torch.log1p(_float32(num_negatives)).mean() - loss
 
 
 def nce(
@@ -114,7 +114,7 @@ def nce_bound(loss: Tensor | float, num_negatives: Tensor | int) -> Tensor:
         loss: what :func:`nce` returned.
         num_negatives: ``N``, one number, or ``(..., n)`` a number an anchor (:func:`count_negatives`).
     """
-    return torch.as_tensor(num_negatives, dtype=torch.float32).clamp_min(1).log().mean() - loss
+    return _float32(num_negatives).clamp_min(1).log().mean() - loss
 
 
 def count_negatives(n: int, labels: Tensor | None = None, queue_labels: Tensor | None = None, queue: int = 0) -> Tensor:
@@ -127,7 +127,7 @@ def count_negatives(n: int, labels: Tensor | None = None, queue_labels: Tensor |
         queue: entries in the queue.
     """
     if labels is None:
-        return torch.full((n,), n - 1 + queue)
+        return torch.full((n,), n - 1 + queue, device="cpu")
     return _negatives(slice(0, n), n, queue, labels, queue_labels, labels.device).sum(-1)
 
 
@@ -217,8 +217,14 @@ def _negatives(
         # In int64: the queue's -1 would be a class in an unsigned dtype.
         labels = labels.long()
         others = labels if queue_labels is None else torch.cat([labels, queue_labels.long()], -1)
-        negatives = negatives & (labels[..., rows, None] != others[..., None, :])
+        anchor = labels[..., rows, None]
+        negatives = negatives & ((anchor != others[..., None, :]) | (anchor < 0))
     return negatives
+
+
+def _float32(numbers: Tensor | int) -> Tensor:
+    # Not as_tensor: it moves a tensor to the default device.
+    return numbers.float() if isinstance(numbers, Tensor) else torch.tensor(float(numbers), device="cpu")
 
 
 def _at_least_float32(z: Tensor) -> Tensor:
@@ -265,5 +271,5 @@ def _check(
             found = None if queue_labels is None else tuple(queue_labels.shape)
             raise CMIMError(
                 f"labels with a queue need queue_labels, integers of shape {tuple(queue_b.shape[:-1])} "
-                f"(-1: no label); found {found}."
+                f"(below zero: no label); found {found}."
             )

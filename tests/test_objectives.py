@@ -11,8 +11,8 @@ from cmim_plugin import CMIMError, count_negatives, info_nce, info_nce_bound, nc
 
 SAMPLES = 50
 DTYPES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
-# What is excluded and what is added: with -1, an entry of the queue without a label.
-LABELS = [0, 1, 1, 2, 0, 3, 1]
+# What is excluded and what is added; -1 is no label.
+LABELS = [0, 1, -1, 2, 0, -1, 1]
 QUEUE_LABELS = [1, -1, 0, 4, -1]
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -33,10 +33,10 @@ def positive_and_negatives(anchors, candidates, queue, labels, queue_labels, tem
     for i, anchor in enumerate(anchors):
         negatives = []
         for j, candidate in enumerate(candidates):
-            if j != i and (labels is None or labels[j] != labels[i]):
+            if j != i and (labels is None or labels[i] == -1 or labels[j] != labels[i]):
                 negatives.append(critic(anchor, candidate, temperature))
         for j, candidate in enumerate(queue):
-            if labels is None or queue_labels[j] != labels[i]:
+            if labels is None or labels[i] == -1 or queue_labels[j] != labels[i]:
                 negatives.append(critic(anchor, candidate, temperature))
         yield critic(anchor, candidates[i], temperature), negatives
 
@@ -293,9 +293,9 @@ def test_negatives_are_counted_as_a_loop_counts_them():
     for i in range(len(LABELS)):
         count = 0
         for j in range(len(LABELS)):
-            count += LABELS[j] != LABELS[i]
+            count += j != i and (LABELS[i] == -1 or LABELS[j] != LABELS[i])
         for label in QUEUE_LABELS:
-            count += label != LABELS[i]
+            count += LABELS[i] == -1 or label != LABELS[i]
         expected.append(count)
     found = count_negatives(7, torch.tensor(LABELS), torch.tensor(QUEUE_LABELS), len(QUEUE_LABELS))
     assert found.tolist() == expected
