@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 import weakref
 from collections import defaultdict
@@ -173,7 +174,7 @@ class CMIM(nn.Module):
         Args:
             model: the model that was attached to, as it is or wrapped (DDP, torch.compile).
             labels: ``(B,)`` integer classes of the batch, or for positions ``(B, *spatial)`` of its pixels, at any
-                resolution. Pairs of the same class are then not contrasted.
+                resolution. Pairs of the same class are then not contrasted; below zero is no label.
 
         Returns:
             0-d float32, with gradients to heads and network. Zero, with its graph, where the batch has no negatives.
@@ -344,6 +345,18 @@ class CMIM(nn.Module):
         """What :meth:`get_extra_state` returned."""
         self._generator.set_state(state["generator"].cpu())
         self._draw()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CMIM:
+        copied = self.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __reduce__(self) -> Any:
+        raise CMIMError(
+            "A CMIM cannot be pickled, for it belongs to a model in this process. Save cmim.state_dict(); to restore, "
+            "build CMIM(model, example_input) and call its load_state_dict()."
+        )
 
     def __repr__(self) -> str:
         rows = [(tap.name, f"{tap.channels}", f"{w:.3f}") for tap, w in zip(self.taps, self.layer_weights, strict=True)]

@@ -94,7 +94,9 @@ def find_binary_activations(model: nn.Module, example_input: Any) -> list[Binary
     Raises:
         CMIMError: the example is of another type, or the forward fails on it.
     """
-    return _Analysis(*watch(model, example_input)).run()
+    traces = watch(model, example_input)
+    with torch.device("cpu"):  # whatever the default device is
+        return _Analysis(*traces).run()
 
 
 def codes(value: Sample) -> Tensor | None:

@@ -163,6 +163,7 @@ def watch(model: nn.Module, example: Any) -> tuple[Trace, Trace]:
     with _left_as_found(model):
         if not model.training:
             model.train()
+        _awaken(model)
         failure: Exception | None = None
         for sizes in (_PROBE_BATCHES, None):
             probes = _probes(example, sizes)
@@ -179,6 +180,16 @@ def watch(model: nn.Module, example: Any) -> tuple[Trace, Trace]:
             f"{type(failure).__name__}: {failure}. Pass an example_input that model(example_input) accepts in "
             "training mode, on the model's device."
         ) from failure
+
+
+@torch.no_grad()
+def _awaken(model: nn.Module) -> None:
+    """Noise for weights that are all zero: a branch that starts as zero hides the signs behind it."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        plain = not nn.parameter.is_lazy(parameter) and type(parameter.data) is Tensor
+        if plain and parameter.is_floating_point() and not name.endswith("bias") and not parameter.any():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator, device="cpu"))
 
 
 def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
@@ -216,11 +227,11 @@ def _random_like(x: Tensor, batch: int, size: int, generator: torch.Generator) -
         x = x[torch.arange(size, device=x.device) % batch]
     distinct = x[..., :64].unique().numel() if x.ndim else 1
     if x.is_floating_point() and (distinct <= 2 or not bool(x.isfinite().all())):
-        return torch.randn(x.shape, generator=generator).to(x)
+        return torch.randn(x.shape, generator=generator, device="cpu").to(x)
     if distinct <= 2:
         # A mask, or an example of one repeated token: random order could make it invalid.
         return x.clone()
-    order = torch.randperm(x.numel(), generator=generator).to(x.device)
+    order = torch.randperm(x.numel(), generator=generator, device="cpu").to(x.device)
     return x.flatten()[order].view(x.shape)
 
 
@@ -316,12 +327,13 @@ class _Recorder(TorchFunctionMode):
         if key not in self._indices:
             samples = self.trace.batch if numel % self.trace.batch == 0 else 1
             size = numel // samples
-            within = torch.arange(size)
+            within = torch.arange(size, device="cpu")
             if size > _VALUES:
                 # Not evenly spaced: that would see the same column of every image.
-                order = torch.rand(size, generator=torch.Generator().manual_seed(0)).topk(_VALUES).indices
+                generator = torch.Generator().manual_seed(0)
+                order = torch.rand(size, generator=generator, device="cpu").topk(_VALUES).indices
                 within = order.sort().values
-            index = (torch.arange(samples)[:, None] * size + within).flatten()
+            index = (torch.arange(samples, device="cpu")[:, None] * size + within).flatten()
             self._indices[key] = index.to(device)
         return self._indices[key]
 

@@ -1534,3 +1534,34 @@ def test_a_teacher_in_training_mode_is_refused():
         model(X)
     other.eval()
     assert a_loss(model, cmim).item() > 0
+
+
+# -- copies and defaults -------------------------------------------------------------------------------------------
+
+
+def test_pickling_the_plug_in_is_refused_with_what_to_do_instead():
+    model = network()
+    with pytest.raises(CMIMError, match=r"Save cmim\.state_dict\(\)"):
+        pickle.dumps(CMIM(model, X))
+
+
+def test_a_module_that_holds_network_and_plug_in_can_be_copied_and_the_original_goes_on():
+    whole = nn.Module()
+    whole.model = network()
+    whole.cmim = CMIM(whole.model, X)
+    twin = copy.deepcopy(whole)
+    assert torch.equal(twin.model.eval()(X), whole.model.eval()(X))
+    twin.model.train()(X)
+    with pytest.raises(CMIMError):
+        twin.cmim(twin.model)
+    assert a_loss(whole.model.train(), whole.cmim).requires_grad
+
+
+def test_a_default_device_does_not_reach_the_dry_run_or_the_loss():
+    model = network()
+    with torch.device("meta"):
+        cmim = CMIM(model, X, queue_size=8)
+        loss = a_loss(model, cmim, labels=Y)
+        loss.backward()
+        bounds = [metrics["bound"].item() for metrics in cmim.metrics.values()]
+    assert loss.device.type == "cpu" and all(math.isfinite(bound) for bound in bounds)

@@ -110,3 +110,19 @@ def test_two_models_may_share_a_module():
     for model, cmim in zip((second, third), plug_ins, strict=True):
         model(X)
         assert cmim(model).isfinite()
+
+
+def test_a_branch_that_starts_at_zero_hides_nothing_and_stays_zero():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(8)
+            nn.init.zeros_(self.norm.weight)
+            self.conv = nn.Conv2d(8, 8, 3)
+
+        def forward(self, x):
+            return self.conv(Sign.apply(self.norm(x)))
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Branch())
+    assert [found.name for found in find_binary_activations(model, torch.randn(4, 3, 8, 8)) if found.tapped] == ["1"]
+    assert not model[1].norm.weight.any()
