@@ -1,0 +1,369 @@
+"""The examples for Lightning, Accelerate, timm and DDP: CMIM's loss trains the heads, and checkpoints hold them.
+
+Started by torchrun this file is also the script of each process: see `_run_in_process`.
+"""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils import parameters_to_vector
+from torch.utils.data import DataLoader
+
+import ddp
+import timm_train
+from cmim_plugin import CMIM
+from digits import digits
+
+ROOT = Path(__file__).parent.parent
+SMALL = {"width": 4, "train_size": 64, "batch_size": 16}
+TIMM = ["--model=test_resnet", "--img-size=32", "--batch-size=4", "--workers=0", "--warmup-epochs=0"]
+
+pytestmark = [
+    pytest.mark.filterwarnings("error::cmim_plugin.errors.CMIMWarning"),
+    pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning"),  # of torch, about Lightning
+]
+
+
+class Watched(CMIM):
+    """Remembers its heads as they were built and at the first step, its losses, and the gradients that reach these."""
+
+    last: "Watched"
+
+    def __init__(self, model, *args, **kwargs):
+        super().__init__(model, *args, **kwargs)
+        Watched.last = self
+        self.network = (model,)  # in a tuple it is no submodule
+        self.built, self.first = self.vector(), None
+        self.losses, self.gradients = [], []
+
+    def vector(self) -> Tensor:
+        return parameters_to_vector(self.parameters()).detach().clone()
+
+    def forward(self, model, labels=None):
+        if self.first is None:
+            self.first = self.vector()
+        loss = super().forward(model, labels)
+        self.losses.append(float(loss.detach()))
+        loss.register_hook(lambda gradient: self.gradients.append(float(gradient)))
+        return loss
+
+
+@pytest.fixture(autouse=True)
+def watched(monkeypatch):
+    """Every example builds a Watched."""
+    for module in (ddp, timm_train):
+        monkeypatch.setattr(module, "CMIM", Watched)
+
+
+def check_trained(cmim: Watched, steps: int, gradient: float = 1.0) -> None:
+    """So many backward passes began at CMIM's loss, and their optimizer steps moved every tap's heads."""
+    assert cmim.gradients == pytest.approx([gradient] * steps)
+    assert all(np.isfinite(cmim.losses))
+    start = 0
+    for parameter in cmim.parameters():
+        before = cmim.built[start : start + parameter.numel()]
+        assert not torch.equal(parameter.detach().flatten(), before)
+        start += parameter.numel()
+
+
+def check_equal(one: dict, other: dict) -> None:
+    """Two state dicts."""
+    torch.testing.assert_close(dict(one), dict(other), rtol=0, atol=0)
+
+
+# -- Lightning -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lightning_module(monkeypatch):
+    pytest.importorskip("lightning")
+    import lightning_module
+
+    monkeypatch.setattr(lightning_module, "CMIM", Watched)
+    return lightning_module
+
+
+def fit(lightning_module, folder, epochs, ckpt_path=None, **options):
+    """In the order of the images: a resumed run then sees the batches that the unbroken one does."""
+    train_set, test_set = digits(SMALL["train_size"])
+    trainer = lightning_module.L.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        default_root_dir=folder,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        **{"logger": False, "devices": 1, **options},
+    )
+    module = lightning_module.BinaryClassifier(width=SMALL["width"])
+    loaders = (DataLoader(part, SMALL["batch_size"]) for part in (train_set, test_set))
+    trainer.fit(module, *loaders, ckpt_path=ckpt_path)
+    return module, trainer
+
+
+def test_lightning_trains_the_heads_and_logs_the_bounds(lightning_module, tmp_path):
+    module, trainer = fit(lightning_module, tmp_path, epochs=2)
+    check_trained(module.cmim, steps=8)
+    bounds = {f"bound/{tap}": metrics["bound"] for tap, metrics in module.cmim.metrics.items()}
+    assert len(bounds) == len(module.cmim.taps)
+    logged = {name: value for name, value in trainer.logged_metrics.items() if name.startswith("bound/")}
+    assert {name: float(value) for name, value in logged.items()} == pytest.approx(
+        {name: float(value) for name, value in bounds.items()}
+    )
+
+
+def test_lightning_scales_the_loss_of_cmim_in_accumulation(lightning_module, tmp_path):
+    module, _ = fit(lightning_module, tmp_path, epochs=1, accumulate_grad_batches=2)
+    check_trained(module.cmim, steps=4, gradient=0.5)
+
+
+def test_a_lightning_module_holds_network_and_heads_once(lightning_module):
+    module = lightning_module.BinaryClassifier(width=4)
+    network, heads = module.model.state_dict(), module.cmim.state_dict()
+    assert set(module.state_dict()) == {f"model.{key}" for key in network} | {f"cmim.{key}" for key in heads}
+    (group,) = module.configure_optimizers().param_groups
+    expected = [*module.model.parameters(), *module.cmim.parameters()]
+    assert sorted(map(id, group["params"])) == sorted(map(id, expected))
+
+
+def test_a_lightning_checkpoint_restores_the_heads(lightning_module, tmp_path):
+    module, trainer = fit(lightning_module, tmp_path, epochs=1)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    restored = lightning_module.BinaryClassifier.load_from_checkpoint(tmp_path / "last.ckpt")
+    check_equal(restored.state_dict(), module.state_dict())
+
+
+def test_a_resumed_lightning_run_is_the_unbroken_one(lightning_module, tmp_path):
+    unbroken, _ = fit(lightning_module, tmp_path, epochs=2)
+    torch.manual_seed(0)
+    _, trainer = fit(lightning_module, tmp_path, epochs=1)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    torch.manual_seed(5)  # other heads than those of the checkpoint
+    resumed, _ = fit(lightning_module, tmp_path, epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    assert len(resumed.cmim.losses) == 4
+    check_equal(resumed.state_dict(), unbroken.state_dict())
+
+
+# -- Accelerate ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def accelerate_loop(monkeypatch):
+    pytest.importorskip("accelerate")
+    from accelerate.state import AcceleratorState, GradientState
+
+    import accelerate_loop
+
+    monkeypatch.setattr(accelerate_loop, "CMIM", Watched)
+    yield accelerate_loop
+    # Accelerate keeps its settings for the process, and refuses others.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def test_accelerate_trains_the_heads(accelerate_loop, capsys):
+    _, cmim = accelerate_loop.train(epochs=2, **SMALL)
+    check_trained(cmim, steps=8)
+    assert "epoch 1: test accuracy" in capsys.readouterr().out
+
+
+def test_accelerate_accumulates_the_gradient_of_cmim(accelerate_loop):
+    _, cmim = accelerate_loop.train(epochs=1, accumulation=2, **SMALL)
+    check_trained(cmim, steps=4, gradient=0.5)
+
+
+def test_accelerate_in_bfloat16_keeps_the_heads_in_float32(accelerate_loop):
+    _, cmim = accelerate_loop.train(epochs=1, mixed_precision="bf16", **SMALL)
+    check_trained(cmim, steps=4)
+    assert {parameter.dtype for parameter in cmim.parameters()} == {torch.float32}
+
+
+def test_accelerate_saves_and_restores_the_heads(accelerate_loop, tmp_path):
+    model, cmim = accelerate_loop.train(epochs=1, output=str(tmp_path), **SMALL)
+    torch.manual_seed(5)
+    restored_model, restored = accelerate_loop.train(epochs=0, resume=str(tmp_path), **SMALL)
+    assert not torch.equal(restored.built, restored.vector())
+    check_equal(restored.state_dict(), cmim.state_dict())
+    check_equal(restored_model.state_dict(), model.state_dict())
+
+
+# -- timm ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Images of many sizes in the layout of torchvision's ImageFolder: 12 to train on, 6 to validate, 3 classes."""
+    root, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, count in {"train": 4, "val": 2}.items():
+        for channel, name in enumerate(["red", "green", "blue"]):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                height, width = generator.integers(20, 60, 2)
+                pixels = generator.integers(0, 100, (height, width, 3), dtype=np.uint8)
+                pixels[..., channel] += 150
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return str(root)
+
+
+def test_timm_trains_the_heads_on_a_folder_of_images(images, tmp_path, capsys):
+    timm_train.main([images, *TIMM, "--epochs", "2", "--output", str(tmp_path / "last.pt")])
+    check_trained(Watched.last, steps=6)
+    printed = capsys.readouterr().out
+    assert "14 of 14 binary activations tapped" in printed
+    assert "epoch 1: loss" in printed
+
+
+def test_a_timm_checkpoint_holds_network_ema_and_heads(images, tmp_path):
+    timm_train.main([images, *TIMM, "--epochs", "1", "--output", str(tmp_path / "last.pt")])
+    checkpoint = torch.load(tmp_path / "last.pt", weights_only=True)
+    check_equal(checkpoint["cmim"], Watched.last.state_dict())
+    check_equal(checkpoint["model"], Watched.last.network[0].state_dict())
+    assert set(checkpoint["ema"]) == {f"module.{key}" for key in checkpoint["model"]}
+    *others, heads = checkpoint["optimizer"]["param_groups"]
+    assert len(heads["params"]) == len(list(Watched.last.parameters()))
+    assert heads["lr"] == others[0]["lr"] < 1e-3  # on the schedule, like the network
+
+
+def test_a_timm_run_resumes_with_its_heads(images, tmp_path, capsys):
+    timm_train.main([images, *TIMM, "--epochs", "1", "--output", str(tmp_path / "last.pt")])
+    trained = Watched.last
+    capsys.readouterr()
+    resume = ["--seed", "5", "--resume", str(tmp_path / "last.pt"), "--output", str(tmp_path / "next.pt")]
+    timm_train.main([images, *TIMM, "--epochs", "2", *resume])
+    assert len(Watched.last.losses) == 3
+    assert torch.equal(Watched.last.first, trained.vector())
+    assert not torch.equal(Watched.last.built, trained.built)
+    assert "epoch 0" not in capsys.readouterr().out
+
+
+def test_timm_trains_a_transformer_in_bfloat16(images, tmp_path):
+    vit = ["--model", "test_vit", "--model-kwargs", "img_size=32", "--amp", "--epochs", "1"]
+    timm_train.main([images, *TIMM, *vit, "--output", str(tmp_path / "last.pt")])
+    check_trained(Watched.last, steps=3)
+    assert [tap.name for tap in Watched.last.taps][:2] == ["blocks.0.attn.qkv", "blocks.0.attn.proj"]
+
+
+@pytest.mark.parametrize("name, size", [("test_resnet", 32), ("test_vit", 160), ("test_efficientnet", 32)])
+def test_timm_binarizes_all_but_the_ends_and_each_is_tapped(name, size):
+    model = timm_train.create_model(name, num_classes=3)
+    layers = [n for n, m in model.named_modules() if type(m) in (torch.nn.Conv2d, torch.nn.Linear)]
+    timm_train.binarize(model)
+    ends = {model.pretrained_cfg["first_conv"], model.pretrained_cfg["classifier"]}
+    cmim = CMIM(model, torch.randn(4, 3, size, size))
+    assert {tap.name for tap in cmim.taps} == set(layers) - ends
+
+
+def test_timm_says_when_there_are_fewer_images_than_one_batch(images):
+    with pytest.raises(SystemExit, match="12 training images for 1 x 128: lower --batch-size"):
+        timm_train.main([images, "--model", "test_resnet"])
+
+
+# -- processes -----------------------------------------------------------------------------------------------------
+
+
+def _timm(images: str, folder: str) -> None:
+    timm_train.main([images, *TIMM, "--batch-size", "3", "--epochs", "2", "--output", f"{folder}/last.pt"])
+
+
+def _lightning(folder: str) -> None:
+    import lightning_module
+
+    lightning_module.CMIM = Watched
+    fit(lightning_module, folder, epochs=2, devices=2, strategy="ddp")
+
+
+def _accelerate() -> None:
+    import accelerate_loop
+
+    accelerate_loop.CMIM = Watched
+    accelerate_loop.train(epochs=2, **SMALL)
+
+
+def _run_in_process(example: str, folder: str, images: str) -> None:
+    """What each process does: runs the example from a seed of its own, and leaves its parameters in `folder`."""
+    rank = int(os.environ["RANK"])
+    torch.set_num_threads(1)
+    torch.manual_seed(rank)
+    ddp.CMIM = timm_train.CMIM = Watched
+    runs = {
+        "ddp": partial(ddp.train, epochs=2, **SMALL),
+        "timm": partial(_timm, images, folder),
+        "lightning": partial(_lightning, folder),
+        "accelerate": _accelerate,
+    }
+    runs[example]()
+    cmim = Watched.last
+    result = {
+        "network": parameters_to_vector(cmim.network[0].parameters()).detach(),
+        "heads": cmim.vector(),
+        "built": cmim.built,
+        "losses": cmim.losses,
+        "gradients": cmim.gradients,
+    }
+    torch.save(result, f"{folder}/{rank}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def launch(processes: int, example: str, folder: Path, images: str) -> list[dict]:
+    """What every process left, by rank."""
+    # Accelerate starts no group of processes without a GPU unless told to: `accelerate launch --cpu` says it so.
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")]),
+        "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",  # two processes on one GPU are not what NCCL is for
+    }
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run(
+        [*torchrun, __file__, example, str(folder), images],
+        env=os.environ | environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+def test_ddp_trains_the_heads_in_one_process(monkeypatch):
+    torchrun = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    try:
+        _, cmim = ddp.train(epochs=2, **SMALL)
+    finally:
+        torch.distributed.destroy_process_group()
+    check_trained(cmim, steps=8)
+
+
+SLOW = [pytest.param(example, marks=pytest.mark.slow) for example in ("lightning", "accelerate")]
+
+
+@pytest.mark.parametrize("example", ["ddp", "timm", *SLOW])
+def test_two_processes_train_the_same_network_and_the_same_heads(example, tmp_path, images):
+    if example in ("lightning", "accelerate"):
+        pytest.importorskip(example)
+    first, second = launch(2, example, tmp_path, images)
+    assert first["gradients"] == second["gradients"] == [1.0] * 4  # half as many steps as one process takes
+    assert torch.equal(first["network"], second["network"])
+    assert torch.equal(first["heads"], second["heads"])
+    assert first["losses"] == pytest.approx(second["losses"])  # that of both batches together
+    for result in (first, second):
+        assert np.isfinite(result["losses"]).all()
+        assert not torch.equal(result["heads"], result["built"])
+
+
+if __name__ == "__main__":
+    _run_in_process(*sys.argv[1:])
