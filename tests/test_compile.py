@@ -1,12 +1,15 @@
 """A model compiled after attaching: one graph, no second compilation, the loss of the eager model."""
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 from bireal import BIREAL
 from bodies import BODIES
-from cmim_plugin import CMIM, CMIMError
+from cmim_plugin import CMIM, CMIMError, info_nce, nce
 from irnet import IRNET
 
 X = torch.randn(6, 2, 8, 8)
@@ -46,3 +49,39 @@ def test_attached_after_the_first_compiled_call_the_loss_is_refused():
     compiled(X)
     with pytest.raises(CMIMError, match="attach first"):
         cmim(compiled)
+
+
+@pytest.mark.parametrize("labels", [None, torch.tensor([0, 1, 0, 2, 1, 1])], ids=["unlabelled", "labelled"])
+@pytest.mark.parametrize("objective", [info_nce, partial(nce, num_samples=50)], ids=["info", "nce"])
+def test_the_objectives_compile_into_one_graph(objective, labels):
+    torch._dynamo.reset()
+    z = [torch.randn(6, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
+    found, expected = compiled(*z, labels=labels), objective(*z, labels=labels)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, z), torch.autograd.grad(expected, z))
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["the loss", "the whole step"])
+def test_a_compiled_loss_is_that_of_the_eager_one(whole):
+    torch._dynamo.reset()
+    model = network(BIREAL)
+    cmim = CMIM(model, X)
+
+    def step(loss_of):
+        logits = model(X)
+        return F.cross_entropy(logits, torch.arange(6) % 4) + loss_of(model)
+
+    compiled = torch.compile(step, backend="aot_eager") if whole else step
+    compiled_loss = cmim if whole else torch.compile(cmim, backend="aot_eager")
+    compiled(compiled_loss)
+    counters.clear()
+    for _ in range(3):
+        state = cmim.state_dict()
+        loss = compiled(compiled_loss)
+        gradients = torch.autograd.grad(loss, list(cmim.parameters()))
+        cmim.load_state_dict(state)
+        expected = step(cmim)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(gradients, torch.autograd.grad(expected, list(cmim.parameters())))
+    assert not counters["stats"]["unique_graphs"]  # nothing was compiled again
