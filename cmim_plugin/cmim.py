@@ -164,7 +164,8 @@ class CMIM(nn.Module):
         self._finalizer = weakref.finalize(self, hooks.detach)
         self._watch = _HeadsWatch(model, self)
         self._warned: set[str] = set()
-        self._calls = 0
+        # Counted no further than needed: torch.compile compiles again whenever it changes.
+        self._steps = 0
 
     # -- the loss ------------------------------------------------------------------------------------------------
 
@@ -212,7 +213,7 @@ class CMIM(nn.Module):
         for taps in groups.values():
             of_taps = None if row_labels is None else _side_by_side(row_labels, taps, sizes)
             total = total + self._loss(taps, _side_by_side(z, taps, sizes), of_taps)
-        self._calls += 1
+        self._steps = min(self._steps + 1, _FIRST_STEPS)
         self._draw()
         self._watch.look(self)
         return self.weight * total
@@ -276,7 +277,7 @@ class CMIM(nn.Module):
         group = _Group(taps, losses.detach(), z.shape[1], in_queue, labels, queue_labels)
         self._groups.append(group)
         none = z.shape[1] + in_queue == 1
-        if none or (labels is not None and self._calls < _FIRST_STEPS and not bool(group.negatives().any(-1).all())):
+        if none or (labels is not None and self._steps < _FIRST_STEPS and not bool(group.negatives().any(-1).all())):
             self._warn("A batch had no negatives (one instance, or one class only): its loss is zero.")
         return (_tensor(tuple([self.layer_weights[k] for k in taps]), losses.dtype, losses.device) * losses).sum()
 

@@ -26,14 +26,9 @@ class Queue(nn.Module):
         self.register_buffer("embeddings_b", torch.zeros(size, embed_dim))
         self.register_buffer("embeddings_f", torch.zeros(size, embed_dim))
         self.register_buffer("labels", torch.full((size,), NO_LABEL))
-        # The count lives on the CPU side of things: a Python number would not travel with state_dict().
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
-        self._pushed = 0
-
-    @property
-    def filled(self) -> int:
-        """Entries in the queue."""
-        return min(self._pushed, len(self.labels))
+        #: Entries in the queue. A number, for shapes; one that stops changing, for torch.compile.
+        self.filled = 0
 
     def contents(self) -> tuple[Tensor, Tensor, Tensor]:
         """What is queued: views of the embeddings of both sides ``(Q, D)`` and of the labels ``(Q,)``.
@@ -47,12 +42,12 @@ class Queue(nn.Module):
         """Put a batch ``(n, D)`` in, the oldest entries out. ``labels``: ``(n,)`` integers or None."""
         size = len(self.labels)
         z_b, z_f = z_b[-size:], z_f[-size:]
-        at = (self._pushed + torch.arange(len(z_b), device=self.labels.device)) % size
+        at = (self.pushed + torch.arange(len(z_b), device=self.labels.device)) % size
         self.embeddings_b[at] = z_b.to(self.embeddings_b.dtype)
         self.embeddings_f[at] = z_f.to(self.embeddings_f.dtype)
         self.labels[at] = NO_LABEL if labels is None else labels[-size:].to(self.labels.dtype)
-        self._pushed += len(z_b)
-        self.pushed.fill_(self._pushed)
+        self.pushed += len(z_b)
+        self.filled = min(self.filled + len(z_b), size)
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
@@ -60,4 +55,4 @@ class Queue(nn.Module):
 
     def recount(self) -> None:
         """Follow the buffers, which were written from outside."""
-        self._pushed = int(self.pushed)
+        self.filled = min(int(self.pushed), len(self.labels))
