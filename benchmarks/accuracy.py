@@ -21,7 +21,7 @@ from collections import defaultdict
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,15 @@ from reactnet import REACTNET  # noqa: E402
 METHODS = {"irnet": (IRNET, anneal), "bireal": (BIREAL, None), "reactnet": (REACTNET, None)}
 
 # What differs from plain training. The keys that `arm_arguments` does not consume are CMIM's arguments.
-IMAGE = {"weight": 0.3, "instances": "image"}
-POSITION = {"weight": 0.3, "instances": "position"}
+IMAGE = {"weight": 0.1, "instances": "image"}
+POSITION = {"weight": 0.1, "instances": "position", "num_positions": 64}
 TEACHER = {"weight": 0.5, "instances": "image", "last": 1, "teacher": True}
 DISTILL = {"distill": 1.0}
 ARMS: dict[str, dict[str, Any]] = {
     "full_precision": {"full_precision": True},  # no binary network: the teacher of the same method and seed
     "none": {},
-    "image": IMAGE,  # the paper's reading: whole images, all layers, no labels
+    "image": IMAGE,  # whole images, all layers, no labels, else as the default
+    "paper": {"weight": 0.03, "instances": "image", "layer_decay": 0.8, "nce": True},  # CMIM.paper
     "image_labels": {**IMAGE, "labels": True},  # images of the same class are not contrasted
     "position": POSITION,
     "position_labels": {**POSITION, "labels": True},
@@ -138,14 +139,16 @@ def distillation(teacher: nn.Module, weight: float, temperature: float = 4.0):
     return loss
 
 
-def arm_arguments(options: dict[str, Any], model: nn.Module, example: Tensor, teacher: nn.Module | None):
-    """An arm's options as arguments of `training.train`."""
+def arm_arguments(options: dict[str, Any], model: nn.Module, example: Tensor, teacher: nn.Module | None, samples: int):
+    """An arm's options as arguments of `training.train`; `samples`: images in the training set."""
     cmim = {key: value for key, value in options.items() if key != "full_precision"}
     arguments = {"cmim_weight": cmim.pop("weight", 0.0), "cmim_labels": cmim.pop("labels", False)}
     if distill := cmim.pop("distill", 0.0):
         arguments["loss_fn"] = distillation(teacher, distill)
     if cmim.pop("teacher", False):
         cmim["teacher"] = teacher
+    if cmim.pop("nce", False):
+        cmim["objective"] = partial(cmim_plugin.nce, num_samples=samples)
     if cmim.pop("shuffled", False):
         cmim["objective"] = shuffled
     if last := cmim.pop("last", 0):
@@ -195,7 +198,7 @@ def execute(run: Run, config: Config, root: str | None, weights: Path | None) ->
         seed=run.seed,
         on_epoch=on_epoch,
         eval_every=config.eval_every,
-        **arm_arguments(options, model, example, teacher),
+        **arm_arguments(options, model, example, teacher, len(data.x_train)),
     )
     if is_teacher and weights:
         weights.parent.mkdir(parents=True, exist_ok=True)

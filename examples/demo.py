@@ -49,7 +49,7 @@ def plot_digits(row: np.ndarray, data: Data, history: History) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="3 seeds of 6 epochs")
-    parser.add_argument("--cmim-weight", type=float, default=0.3)
+    parser.add_argument("--cmim-weight", type=float, default=0.1)
     parser.add_argument("--output", default="demo.png")
     args = parser.parse_args()
     seeds, epochs = (range(3), 6) if args.quick else (range(5), 30)

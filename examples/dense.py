@@ -374,7 +374,8 @@ def execute(run: accuracy.Run, config: Config, data: Data, pictures: Path) -> di
         recipe, on_epoch = full_precision(recipe), None
     torch.manual_seed(run.seed)
     model = EncoderDecoder(recipe, data.task.outputs, config.width).to(device(), memory_format=torch.channels_last)
-    arguments = accuracy.arm_arguments(options, model, data.normalise(data.train[0][: config.batch_size]), None)
+    images = data.train[0]
+    arguments = accuracy.arm_arguments(options, model, data.normalise(images[: config.batch_size]), None, len(images))
     curves = train(model, data, config, seed=run.seed, on_epoch=on_epoch, **arguments)
     seconds = round(time.perf_counter() - start, 1)  # of training
     draw(model, data, pictures / f"{run.method}-{run.arm}-{run.seed}.png")

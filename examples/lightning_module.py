@@ -20,7 +20,7 @@ from digits import digits
 class BinaryClassifier(L.LightningModule):
     """A binary network for images (batch, 1, 8, 8) of ten classes, trained with CMIM."""
 
-    def __init__(self, width: int = 16, lr: float = 0.05, cmim_weight: float = 0.3) -> None:
+    def __init__(self, width: int = 16, lr: float = 0.05, cmim_weight: float = 0.1) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.model = BODIES["resnet8"](BIREAL, 10, in_channels=1, width=width)

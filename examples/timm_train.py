@@ -86,7 +86,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=1e-2)
     parser.add_argument("--ema-decay", type=float, default=0.9998)
     parser.add_argument("--amp", action="store_true", help="autocast to bfloat16")
-    parser.add_argument("--cmim-weight", type=float, default=0.3)
+    parser.add_argument("--cmim-weight", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("checkpoint.pt"))

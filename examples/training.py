@@ -292,7 +292,7 @@ def main(title: str, recipe: Recipe, on_epoch: Callable[[nn.Module, int, int], N
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--cmim-weight", type=float, default=0.3, help="0: train without only")
+    parser.add_argument("--cmim-weight", type=float, default=0.1, help="0: train without only")
     parser.add_argument("--seed", "--seeds", type=int, nargs="+", default=[0], dest="seeds")
     parser.add_argument("--eval-every", type=int, default=1, help="epochs from test to test")
     args = parser.parse_args()
