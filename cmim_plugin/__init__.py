@@ -20,12 +20,14 @@ from .objectives import count_negatives, info_nce, info_nce_bound, nce, nce_boun
 from .taps import Tap
 
 __version__ = "0.1.0"
+from .published import PublishedCMIM
 
 __all__ = [
     "CMIM",
     "BinaryActivation",
     "CMIMError",
     "CMIMWarning",
+    "PublishedCMIM",
     "Tap",
     "count_negatives",
     "find_binary_activations",
