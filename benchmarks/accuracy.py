@@ -224,7 +224,7 @@ def execute(run: Run, config: Config, root: str | None, weights: Path | None) ->
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "commit": commit(),
+        "commit": commit("benchmarks/accuracy.py"),
     }
 
 
@@ -238,13 +238,13 @@ def device_name() -> str:
 
 
 @cache
-def commit() -> str:
-    """What is checked out, `-dirty` where the code that a run depends on differs from it."""
+def commit(*scripts: str) -> str:
+    """What is checked out, `-dirty` where the code that a run of these scripts depends on differs from it."""
 
     def git(*command: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--", "cmim_plugin", "examples", "benchmarks/accuracy.py")
+    changed = git("status", "--porcelain", "--", "cmim_plugin", "examples", *scripts)
     return (git("rev-parse", "--short=10", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 

@@ -1,9 +1,11 @@
-"""Write the results of results/*.jsonl into the marked sections of README.md and of the documents here.
+"""Write what is in results/ into the marked sections of README.md and of the documents here.
 
     python benchmarks/tables.py
 
 A section `<!-- table: NAME -->` ... `<!-- end -->` gets the table of results/NAME.jsonl, and
-`<!-- table: NAME none image -->` those arms of it only. A document without such a section stays as it is.
+`<!-- table: NAME none image -->` those arms of it only; `<!-- overhead: KIND DEVICE -->` (likewise with arms) gets one
+of the tables of overhead_report.py from results/overhead.json, which is also drawn into results/overhead-DEVICE.png.
+A document without such a section stays as it is.
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ from typing import Any
 
 import numpy as np
 
+import overhead_report
 from accuracy import ARMS, RESULTS, ROOT, arm_options, read_results
+from overhead import read_results as read_overhead
 from training import paired_difference  # accuracy.py makes the examples importable
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "benchmarks" / "FINDINGS.md"]
-SECTION = re.compile(r"(<!-- table: (\S+)(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+SECTION = re.compile(r"(<!-- (table|overhead): (\S+)(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Records = list[dict[str, Any]]
 
@@ -90,10 +94,14 @@ def together(records: Records, key: str) -> str:
 
 def fill(text: str, results: Path) -> str:
     """The document with its marked sections rewritten."""
+    overhead_records = list(read_overhead(results / "overhead.json").values())
 
     def section(match: re.Match[str]) -> str:
-        begin, name, arms, end = match.groups()
-        content = table(list(read_results(results / f"{name}.jsonl").values()), arms.split())
+        begin, source, name, arms, end = match.groups()
+        if source == "overhead":
+            content = overhead_report.table(overhead_records, name, *arms.split()[:1], arms.split()[1:])
+        else:
+            content = table(list(read_results(results / f"{name}.jsonl").values()), arms.split())
         return f"{begin}\n{content}\n\n{end}"
 
     return SECTION.sub(section, text)
@@ -106,6 +114,9 @@ def main() -> None:
         if filled != text:
             document.write_text(filled, encoding="utf-8")
         print(f"{document.relative_to(ROOT)}: {len(SECTION.findall(text))} tables")
+    records = list(read_overhead(RESULTS / "overhead.json").values())
+    for device in sorted({record["case"]["device"] for record in records}):
+        overhead_report.plot(records, device, RESULTS / f"overhead-{device}.png")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The cost benchmark's own machinery: the naive implementation, its statistics, its memory count, a tiny run."""
 
+import inspect
 import json
 import math
 from functools import partial
@@ -36,12 +37,13 @@ def tiny_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_naive_loss_and_its_gradients_are_those_of_cmim_with_the_same_heads(method: str, instances: str) -> None:
     """All 6 x 64 positions at most, so that both draw all of them."""
     x = torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    settings = {"instances": instances, "num_positions": 384, "embed_dim": 16, "temperature": 0.2, "weight": 0.7}
     losses, gradients = [], []
     own = tiny(RECIPES[method], 10).double()
-    cmim = CMIM(own, x, instances=instances, num_positions=384, embed_dim=16).double()
+    cmim = CMIM(own, x, **settings).double()
     other = tiny(RECIPES[method], 10).double()
     other.load_state_dict(own.state_dict())
-    naive = Naive(other, x, instances, num_positions=384, embed_dim=16).double()
+    naive = Naive(other, x, **settings).double()
     naive.heads.load_state_dict(cmim.heads.state_dict())
     for model, extra in ((own, cmim), (other, naive)):
         model(x)
@@ -53,6 +55,12 @@ def test_naive_loss_and_its_gradients_are_those_of_cmim_with_the_same_heads(meth
     assert len(gradients[0]) == len(gradients[1]) > 20
     for mine, naives in zip(*gradients, strict=True):
         assert_close(mine, naives, rtol=1e-9, atol=1e-12)
+
+
+def test_naive_has_the_defaults_of_cmim() -> None:
+    naive, own = (inspect.signature(kind).parameters for kind in (Naive, CMIM))
+    defaults = {name: p.default for name, p in naive.items() if p.default is not p.empty}
+    assert defaults == {name: own[name].default for name in ("num_positions", "embed_dim", "temperature", "weight")}
 
 
 def test_naive_positions_are_drawn_anew_in_each_step() -> None:
