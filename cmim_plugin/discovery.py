@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -94,9 +95,7 @@ def find_binary_activations(model: nn.Module, example_input: Any) -> list[Binary
     Raises:
         CMIMError: the example is of another type, or the forward fails on it.
     """
-    traces = watch(model, example_input)
-    with torch.device("cpu"):  # whatever the default device is
-        return _Analysis(*traces).run()
+    return _Analysis(*watch(model, example_input)).run()
 
 
 def codes(value: Sample) -> Tensor | None:
@@ -123,17 +122,24 @@ def codes(value: Sample) -> Tensor | None:
 def _codes_by_group(value: Sample, shared: tuple[int, ...]) -> Tensor | None:
     """:func:`codes` where elements with the same index in the dimensions ``shared`` have the same two values."""
     x = value.values if value.dtype == torch.float64 else value.values.float()
+    tolerance = _TOLERANCE.get(value.dtype, _DEFAULT_TOLERANCE)
     group = torch.zeros_like(value.index)
     groups = 1
     for d in shared:
         group = group * value.shape[d] + value.index // value.shape[d + 1 :].numel() % value.shape[d]
         groups *= value.shape[d]
+    # Most tensors are told by one group, without the work for all of them.
+    one = x[group == group[0]] if shared else x
+    low, high = one.aminmax()
+    noise = tolerance * torch.maximum(low.abs(), high.abs())
+    if bool((((one - low).abs() > noise) & ((one - high).abs() > noise) & (one.abs() > noise)).any()):
+        return None
     counts = torch.bincount(group, minlength=groups)
     if counts[counts > 0].min() < _SMALLEST_GROUP:
         return None
     low = x.new_full((groups,), float("inf")).scatter_reduce(0, group, x, "amin")
     high = x.new_full((groups,), -float("inf")).scatter_reduce(0, group, x, "amax")
-    noise = _TOLERANCE.get(value.dtype, _DEFAULT_TOLERANCE) * torch.maximum(low.abs(), high.abs())
+    noise = tolerance * torch.maximum(low.abs(), high.abs())
     two = (high - low > 10 * noise)[counts > 0].float().mean()
     low, high, noise = low[group], high[group], noise[group]
     is_low, is_high = (x - low).abs() <= noise, (x - high).abs() <= noise
@@ -155,8 +161,12 @@ def _key(value: Sample, pattern: Tensor) -> tuple[int, int]:
     nonzero = pattern[pattern != 0]
     if len(nonzero) and nonzero[0] < 0:
         pattern = -pattern
-    weights = torch.randint(2**62, (len(pattern),), generator=torch.Generator().manual_seed(0))
-    return value.numel, int((pattern.cpu() * weights).sum())
+    return value.numel, int((pattern.cpu() * _weights(len(pattern))).sum())
+
+
+@lru_cache(maxsize=64)
+def _weights(count: int) -> Tensor:
+    return torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 class _Analysis:

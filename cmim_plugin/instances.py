@@ -61,31 +61,67 @@ class Layout:
             where[1:1] = [slice(None)] * (x.ndim - 1 - self.spatial)
         if torch.compiler.is_compiling():
             return x[tuple(where)].flatten(1)  # fused with what is around it
-        rows: Tensor = _Gather.apply(x, tuple(where))
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return x[tuple(where)].flatten(1)
+        scatter = _Scatter(tuple(where), x.shape, x.stride())
+        x.register_hook(scatter)
+        rows: Tensor = _Gather.apply(x, scatter)
         return rows.flatten(1)
 
 
 class _Gather(torch.autograd.Function):
-    """``x[where]`` at distinct positions: nothing to accumulate, and its gradient has the strides of ``x``.
+    """``x[where]`` at distinct positions.
 
-    torch's own gradient of indexing accumulates, which on a GPU means sorting, and lays its map out by the index.
+    The gradient of a sample is zero nearly everywhere. As a whole map it would cost more than the rest of the plug-in,
+    and the engine would hold the maps of all taps at once, since it comes to the loss before it comes to the network.
+    So a single zero, expanded, goes to the activation, to keep the order, and :class:`_Scatter` adds the rows once the
+    network's own gradient has arrived there.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, where: tuple[Any, ...]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scatter: _Scatter) -> Tensor:
         # Kept on ctx, not saved: activation checkpointing counts what is saved, and its recomputation captures nothing.
-        ctx.where, ctx.shape, ctx.strides = where, x.shape, x.stride()
-        return x[where]
+        ctx.scatter = scatter
+        return x[scatter.where]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        dense = sorted(zip(ctx.strides, ctx.shape, strict=True))
-        full = (
-            grad.new_zeros(()).new_empty_strided(ctx.shape, ctx.strides) if _dense(dense) else grad.new_empty(ctx.shape)
-        )
-        full.zero_()
-        full[ctx.where] = grad
-        return full, None
+        scatter = ctx.scatter
+        if torch.is_grad_enabled():
+            # A graph of the gradient is wanted (create_graph=True).
+            full = scatter.zeros(grad.detach())
+            full[scatter.where] = grad
+            return full, None
+        scatter.rows = grad
+        return grad.new_zeros(()).expand(scatter.shape), None
+
+
+class _Scatter:
+    """A tensor hook on the activation: adds the gradient of the sampled rows to that of the activation, in place.
+
+    The engine has just summed the latter with our expanded zero, into a tensor that nobody else holds.
+    """
+
+    def __init__(self, where: tuple[Any, ...], shape: torch.Size, strides: tuple[int, ...]) -> None:
+        self.where = where
+        self.shape = shape
+        self.strides = strides
+        self.rows: Tensor | None = None
+
+    def __call__(self, grad: Tensor) -> Tensor | None:
+        rows, self.rows = self.rows, None
+        if rows is None:
+            return None
+        if not any(grad.stride()):
+            grad = self.zeros(grad)  # no other gradient came
+        grad[self.where] += rows
+        return grad
+
+    def zeros(self, like: Tensor) -> Tensor:
+        """An activation full of them, laid out as it was."""
+        if _dense(sorted(zip(self.strides, self.shape, strict=True))):
+            return like.new_empty_strided(self.shape, self.strides).zero_()
+        return like.new_zeros(self.shape)
 
 
 def _dense(dimensions: list[tuple[int, int]]) -> bool:

@@ -171,3 +171,45 @@ def test_gradients_of_gradients_pass_through_the_sampling():
     layout = Layout(2)
     where = layout.coordinates(torch.tensor([1, 6, 15]), x.shape)
     assert torch.autograd.gradgradcheck(lambda t: layout.sampled(t, where).pow(3), x)
+
+
+def test_what_shares_the_gradient_of_the_activation_stays_as_it_is():
+    # Addition hands one and the same gradient to both of its arguments.
+    a, b = (torch.randn(4, 3, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    x, shortcut = a * 2, b * 3
+    layout = Layout(2)
+    rows = layout.sampled(x, layout.coordinates(torch.tensor([0, 7, 15]), x.shape))
+    weight = torch.randn(4, 3, 2, 2, dtype=torch.float64)
+    ((x + shortcut) * weight).sum().add(rows.sum()).backward()
+    assert torch.equal(b.grad, 3 * weight)
+    expected = 2 * weight
+    for sample, row, column in ((0, 0, 0), (1, 1, 1), (3, 1, 1)):
+        expected[sample, :, row, column] += 2
+    assert torch.allclose(a.grad, expected)
+
+
+def test_two_samples_of_one_activation_both_count_and_a_second_backward_adds_the_same():
+    a = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    x = a * 2
+    layout = Layout(None)
+    first, second = (layout.sampled(x, (torch.tensor(index),)) for index in ([0, 2], [2, 3]))
+    loss = first.sum() + 10 * second.sum() + x.sum()
+    expected = torch.tensor([4.0, 2.0, 24.0, 22.0], dtype=torch.float64)[:, None].expand(4, 6)
+    for times in (1, 2):
+        loss.backward(retain_graph=True)
+        assert torch.allclose(a.grad, times * expected)
+    # Of the sample alone, and of the rest alone.
+    (alone,) = torch.autograd.grad(first.sum(), a, retain_graph=True)
+    assert torch.equal(alone[:, 0], torch.tensor([2.0, 0, 2, 0], dtype=torch.float64))
+    (rest,) = torch.autograd.grad(x.sum(), a)
+    assert torch.equal(rest, torch.full_like(a, 2))
+
+
+def test_backward_holds_no_whole_map_for_a_sample_before_the_network_needs_it():
+    x = (torch.randn(4, 3, 32, 32, requires_grad=True) * 1).sigmoid()
+    layout = Layout(2)
+    rows = layout.sampled(x, layout.coordinates(torch.tensor([1, 2]), x.shape))
+    held = []
+    rows.grad_fn.register_hook(lambda gradients, _: held.append(gradients[0].untyped_storage().nbytes()))
+    rows.sum().backward()
+    assert held == [4]
