@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-timm format bench-accuracy tables clean
+.PHONY: help demo test test-slow test-timm format bench-accuracy bench-overhead tables clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 18
@@ -37,6 +37,10 @@ format: $(INSTALLED) ## let ruff fix and format what it can
 
 bench-accuracy: $(INSTALLED) ## compare accuracies over several seeds (BENCH_ARGS=--help for its options)
 	$(BIN)/python benchmarks/accuracy.py $(BENCH_ARGS)
+
+bench-overhead: $(INSTALLED) ## measure what CMIM costs (BENCH_ARGS=--help for its options)
+	$(BIN)/python benchmarks/overhead.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/tables.py
 
 tables: $(INSTALLED) ## rewrite the README's tables from benchmarks/results
 	$(BIN)/python benchmarks/tables.py

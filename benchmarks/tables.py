@@ -3,7 +3,8 @@
     python benchmarks/tables.py
 
 A section `<!-- table: NAME -->` ... `<!-- end -->` gets the table of results/NAME.jsonl, and
-`<!-- table: NAME none image -->` those arms of it only; `<!-- overhead: KIND DEVICE -->` (likewise with arms) gets one
+`<!-- table: NAME none image -->` those arms of it only; `<!-- pooled: NAME -->` gets one row an arm, its differences to
+`none` over the pairs of all methods; `<!-- overhead: KIND DEVICE -->` (likewise with arms) gets one
 of the tables of overhead_report.py from results/overhead.json, which is also drawn into results/overhead-DEVICE.png.
 A document without such a section stays as it is.
 """
@@ -23,7 +24,7 @@ from overhead import read_results as read_overhead
 from training import paired_difference  # accuracy.py makes the examples importable
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "benchmarks" / "FINDINGS.md"]
-SECTION = re.compile(r"(<!-- (table|overhead): (\S+)(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+SECTION = re.compile(r"(<!-- (table|pooled|overhead): (\S+)(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Records = list[dict[str, Any]]
 
@@ -74,7 +75,25 @@ def table(records: Records, arms: list[str] | None = None) -> str:
     return "\n".join(lines) + "\n\n" + caption(shown) if shown else "No results yet."
 
 
-def caption(records: Records) -> str:
+def pooled(records: Records, arms: list[str] | None = None) -> str:
+    """Markdown: a row for each arm, over the pairs of all methods together. For a search: it says what to look at."""
+    accuracy = {(r["method"], r["seed"], r["arm"]): r["accuracy"] for r in records}
+    pairs: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for (method, seed, arm), value in accuracy.items():
+        none = accuracy.get((method, seed, "none"))
+        if arm != "none" and none is not None and (not arms or arm in arms):
+            pairs[arm][method].append(value - none)
+    methods = sorted({method for of_arm in pairs.values() for method in of_arm})
+    lines = [f"| arm | pairs | minus `none` | {' | '.join(methods)} |", "|---" * (3 + len(methods)) + "|"]
+    for arm in sorted(pairs):
+        together = dict(enumerate(d for of_method in pairs[arm].values() for d in of_method))
+        means = (f"{np.mean(pairs[arm][m]):+.2f}" if pairs[arm][m] else "" for m in methods)
+        difference_to_zero = difference(together, dict.fromkeys(together, 0.0))
+        lines.append(f"| `{arm}` | {len(together)} | {difference_to_zero} | {' | '.join(means)} |")
+    return "\n".join(lines) + "\n\n" + caption(records, best_epoch=False)
+
+
+def caption(records: Records, best_epoch: bool = True) -> str:
     config = records[0]["config"]
     tested = "the test set" if config["split"] == "test" else f"{config['held_out']} held-out training images"
     dates = sorted({record["date"][:10] for record in records})
@@ -82,8 +101,10 @@ def caption(records: Records) -> str:
         f"{config['data']}, {config['train_size'] or 'all'} training images, {config['epochs']} epochs, "
         f"{config['model']} of width {config['width']}, batches of {config['batch_size']}; accuracy (%) on {tested} "
         "after the last epoch, mean ± standard deviation; differences paired by seed, in points, with their 95 % "
-        "interval (Student's t), bold where it excludes zero. The best epoch is chosen with hindsight and for "
-        f"information only. {len(records)} runs, {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}, "
+        "interval (Student's t), bold where it excludes zero. "
+        + "The best epoch is chosen with hindsight and for information only. "
+        * best_epoch
+        + f"{len(records)} runs, {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}, "
         f"{together(records, 'device')}, commit {together(records, 'commit')}."
     )
 
@@ -101,7 +122,8 @@ def fill(text: str, results: Path) -> str:
         if source == "overhead":
             content = overhead_report.table(overhead_records, name, *arms.split()[:1], arms.split()[1:])
         else:
-            content = table(list(read_results(results / f"{name}.jsonl").values()), arms.split())
+            write = pooled if source == "pooled" else table
+            content = write(list(read_results(results / f"{name}.jsonl").values()), arms.split())
         return f"{begin}\n{content}\n\n{end}"
 
     return SECTION.sub(section, text)
