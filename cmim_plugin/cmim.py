@@ -213,7 +213,7 @@ class CMIM(nn.Module):
                 "No forward pass to take the loss of. Call model(x) in training mode, with gradients enabled, before "
                 "each cmim(model); one forward pass gives one loss. (Not captured: a pass under torch.no_grad(), one "
                 "that raised, one through nn.DataParallel or model.forward(x), and any pass of a model that was "
-                "compiled and run before CMIM was attached: attach first, or call torch._dynamo.reset().)"
+                "compiled and run before CMIM was attached, itself or its twin: attach first, or torch._dynamo.reset().)"
             )
         reached = [k for k, pair in enumerate(pairs) if pair.rows[BINARY] is not None and pair.rows[LATENT] is not None]
         if not reached:
@@ -450,7 +450,7 @@ class _HeadsWatch:
         self._done = not self._heads
 
     def look(self, cmim: CMIM) -> None:
-        if self._done:
+        if self._done or not any(p.requires_grad for p, _ in self._heads):
             return
         if any(p._version != before for p, before in self._heads):
             self._done = True

@@ -39,12 +39,15 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def push(self, z_b: Tensor, z_f: Tensor, labels: Tensor | None) -> None:
-        """Put a batch ``(n, D)`` in, the oldest entries out. ``labels``: ``(n,)`` integers or None."""
+        """Put a batch ``(n, D)`` in, the oldest entries out. ``labels``: ``(n,)`` integers or None.
+
+        NaN becomes zero: one bad batch must not make the losses of all those after it NaN.
+        """
         size = len(self.labels)
         z_b, z_f = z_b[-size:], z_f[-size:]
         at = (self.pushed + torch.arange(len(z_b), device=self.labels.device)) % size
-        self.embeddings_b[at] = z_b.to(self.embeddings_b.dtype)
-        self.embeddings_f[at] = z_f.to(self.embeddings_f.dtype)
+        self.embeddings_b[at] = z_b.to(self.embeddings_b.dtype).nan_to_num()
+        self.embeddings_f[at] = z_f.to(self.embeddings_f.dtype).nan_to_num()
         self.labels[at] = NO_LABEL if labels is None else labels[-size:].to(self.labels.dtype)
         self.pushed += len(z_b)
         self.filled = min(self.filled + len(z_b), size)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
@@ -264,7 +265,7 @@ class _RootHook(_Hook):
         if self.taps.active:
             # The pass before was interrupted (KeyboardInterrupt): torch calls no hook then.
             self.taps.abandon()
-        if module.training and torch.is_grad_enabled():
+        if module.training and torch.is_grad_enabled() and not _aside():
             self.taps.begin(args, kwargs)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -355,6 +356,21 @@ def _capture(taps: Taps, captures: Sequence[_Capture], kind: str, tree: Any) -> 
                 taps.keep(c.tap, c.side, _at(tree, c.site.path), c.layout)
             finally:
                 taps.muted = False
+
+
+def _aside() -> bool:
+    """Whether the pass that starts is none of a training step.
+
+    Recomputation of a checkpointed model within a backward pass, torch.func, forward-mode differentiation, torch.jit.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._current_graph_task_id() != -1
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _at(tree: Any, path: tuple[Any, ...]) -> Tensor:
