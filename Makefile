@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-timm format bench-accuracy bench-overhead tables clean
+.PHONY: help demo test test-slow test-timm format bench-accuracy bench-overhead tables docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 18
@@ -44,6 +44,10 @@ bench-overhead: $(INSTALLED) ## measure what CMIM costs (BENCH_ARGS=--help for i
 
 tables: $(INSTALLED) ## rewrite the README's tables from benchmarks/results
 	$(BIN)/python benchmarks/tables.py
+
+docs: $(INSTALLED) ## build the documentation into build/docs; a warning is an error
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet -d build/doctrees docs build/docs
+	@echo "Open build/docs/index.html"
 
 clean: ## remove the environment, caches and build outputs
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -17,6 +17,7 @@ from .cmim import CMIM
 from .discovery import BinaryActivation, find_binary_activations
 from .errors import CMIMError, CMIMWarning
 from .objectives import count_negatives, info_nce, info_nce_bound, nce, nce_bound
+from .report import Report, TapReport
 from .taps import Tap
 
 __version__ = "0.1.0"
@@ -28,7 +29,9 @@ __all__ = [
     "CMIMError",
     "CMIMWarning",
     "PublishedCMIM",
+    "Report",
     "Tap",
+    "TapReport",
     "count_negatives",
     "find_binary_activations",
     "info_nce",

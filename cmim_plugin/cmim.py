@@ -7,7 +7,7 @@ import copy
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -21,6 +21,7 @@ from .errors import CMIMError, CMIMWarning
 from .heads import HeadPair, embed
 from .negatives import Queue
 from .objectives import count_negatives, info_nce, info_nce_bound, nce, nce_bound
+from .report import Report, measure
 from .taps import BINARY, LATENT, Pair, Tap, Taps, attached_to
 from .teacher import Teacher, latent_layout
 
@@ -213,7 +214,8 @@ class CMIM(nn.Module):
                 "No forward pass to take the loss of. Call model(x) in training mode, with gradients enabled, before "
                 "each cmim(model); one forward pass gives one loss. (Not captured: a pass under torch.no_grad(), one "
                 "that raised, one through nn.DataParallel or model.forward(x), and any pass of a model that was "
-                "compiled and run before CMIM was attached, itself or its twin: attach first, or torch._dynamo.reset().)"
+                "compiled and run before CMIM was attached, or whose twin was: attach first, or call "
+                "torch._dynamo.reset().)"
             )
         reached = [k for k, pair in enumerate(pairs) if pair.rows[BINARY] is not None and pair.rows[LATENT] is not None]
         if not reached:
@@ -309,8 +311,7 @@ class CMIM(nn.Module):
         "bound" is the lower bound on the mutual information that the objective gives, for the two objectives of this
         library. Computed when it is read.
         """
-        objective = self.objective.func if isinstance(self.objective, partial) else self.objective
-        bound = _BOUNDS.get(objective)
+        bound = self._bound
         found = {}
         for group in self._groups:
             counts = group.negatives().expand(len(group.taps), -1) if bound else None
@@ -319,6 +320,43 @@ class CMIM(nn.Module):
                 if bound and counts is not None:
                     found[k]["bound"] = bound(group.losses[i], counts[i])
         return {self.taps[k].name: found[k] for k in sorted(found)}
+
+    def report(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        *,
+        inputs: Callable[[Any], Any] | None = None,
+        max_batches: int | None = None,
+        since: Report | None = None,
+    ) -> Report:
+        """What each tap keeps of its latent, over held-out data: see :class:`Report`. Nothing of the training moves.
+
+        The model runs in eval mode without gradients, whatever mode it is in, and comes back in that mode; so do the
+        random generators. Queue and labels play no part: the negatives are the other instances of the batch. Every
+        report looks at the same positions. On several ranks each runs and reports its own data, by itself (a sharded
+        model needs as many batches on each).
+
+        The bound and the retrieval are those of the heads: for a network that was trained without CMIM, attach one and
+        train its heads alone first.
+
+        Args:
+            model: the model that was attached to, as it is or wrapped.
+            loader: batches. Of a tuple, list or dict the first element is the input of the model: a tensor, a tuple of
+                positional inputs or a dict of keyword inputs. Tensors are moved to the device of the model.
+            inputs: batch to input of the model, for batches of another form.
+            max_batches: stop after so many.
+            since: an earlier report on the same inputs in the same order, to count the codes that flipped since.
+
+        Raises:
+            CMIMError: another model, a batch without an input, no batch, no tap reached, or ``since`` saw other inputs.
+        """
+        return measure(self, self._checked(model), loader, inputs, max_batches, since)
+
+    @property
+    def _bound(self) -> Callable[[Tensor, Tensor | int], Tensor] | None:
+        """From a loss and the number of negatives; None for an objective of the user's own."""
+        return _BOUNDS.get(self.objective.func if isinstance(self.objective, partial) else self.objective)
 
     @property
     def _device(self) -> torch.device:
@@ -421,13 +459,17 @@ class CMIM(nn.Module):
             queue.recount()
         self._shared = True
 
-    def _check_call(self, model: nn.Module) -> None:
+    def _checked(self, model: nn.Module) -> nn.Module:
         own = self._model()
         if own is None or _plain(model) is not own:
             raise CMIMError(
                 f"This CMIM is attached to another model than the {type(model).__name__} passed in. A copy "
                 "(copy.deepcopy, an EMA) is a plain model: attach a CMIM of its own to train it."
             )
+        return own
+
+    def _check_call(self, model: nn.Module) -> None:
+        own = self._checked(model)
         if not self._finalizer.alive:
             raise CMIMError("This CMIM was removed from its model: build a new one to go on.")
         if not self._hooks.attached:

@@ -13,7 +13,7 @@ import itertools
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,7 +168,7 @@ def watch(model: nn.Module, example: Any) -> tuple[Trace, Trace]:
         for sizes in (_PROBE_BATCHES, None):
             probes = _probes(example, sizes)
             try:
-                with torch.enable_grad(), _uncompiled(model):
+                with torch.enable_grad(), uncompiled(model):
                     model(*probes[0][1][0], **probes[0][1][1])
                     first, second = (_trace(model, batch, inputs) for batch, inputs in probes)
                 return first, second
@@ -192,7 +192,7 @@ def _awaken(model: nn.Module) -> None:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator, device="cpu"))
 
 
-def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+def uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """What is compiled runs as plain Python, where every function call can be seen."""
     for module in model.modules():
         if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
@@ -357,17 +357,10 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
     attributes = [(owner, dict(vars(owner))) for owner in owners]
     # Containers are put back in place, not replaced: handles of the user's hooks point at the very dictionaries.
     containers = [(c, c.copy()) for _, a in attributes for c in a.values() if isinstance(c, (dict, list, set))]
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy is not None else None  # type: ignore[attr-defined]
-    python_state = random.getstate()
-    devices = sorted({t.device.index for t, _, _ in tensors.values() if t.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=devices):
+        with generators_kept(t for t, _, _ in tensors.values()):
             yield
     finally:
-        random.setstate(python_state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)  # type: ignore[attr-defined]
         for owner, before in attributes:
             vars(owner).clear()
             vars(owner).update(before)
@@ -380,6 +373,22 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
                     t.data = storage
                 if not same(t.detach(), value):
                     t.data.copy_(value)
+
+
+@contextlib.contextmanager
+def generators_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """The random generators of Python, numpy and torch are put back, on the devices of the tensors too."""
+    numpy = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy is not None else None  # type: ignore[attr-defined]
+    python_state = random.getstate()
+    devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)  # type: ignore[attr-defined]
 
 
 def _own_tensors(attributes: dict[str, Any]) -> Iterator[Tensor]:

@@ -2,7 +2,7 @@
 
 What is kept of an activation is (n, C): pooled or sampled inside the hook, because in-place functions may overwrite the
 activation right after it. A pair passes through here only in training: the model in training mode, gradients enabled,
-within a forward pass of the model that was attached to.
+within a forward pass of the model that was attached to. (A report measures with taps of its own, in eval mode.)
 """
 
 from __future__ import annotations
@@ -93,6 +93,8 @@ class Taps:
         taps: what to tap.
         draws: ``(taps, n)`` uniform numbers in [0, 1) from which positions are drawn, refilled by the owner between
             steps; None to pool over all positions.
+        look: called with tap, a_B as a whole and its layout. With it every pass is captured: in eval mode and without
+            gradients too.
     """
 
     def __init__(
@@ -100,9 +102,11 @@ class Taps:
         model: nn.Module,
         taps: tuple[Tap, ...],
         draws: Tensor | None,
+        look: Callable[[int, Tensor, Layout], None] | None = None,
     ) -> None:
         self.taps = taps
         self.draws = draws
+        self.look = look
         self.pairs: list[Pair] = []
         # A complete forward pass was captured and not asked for yet.
         self.fresh = False
@@ -188,7 +192,9 @@ class Taps:
 
     def keep(self, tap: int, side: int, activation: Tensor, layout: Layout) -> None:
         """Take the instances of one side out of an activation."""
-        if side == BINARY and not activation.requires_grad:
+        if side == BINARY and self.look is not None:
+            self.look(tap, activation, layout)
+        elif side == BINARY and not activation.requires_grad:
             raise CMIMError(
                 f"The binary activation of tap {self.taps[tap].name} came without a gradient, which it had in the dry "
                 "run. Reentrant activation checkpointing does that (pass use_reentrant=False to checkpoint), or layers "
@@ -265,7 +271,7 @@ class _RootHook(_Hook):
         if self.taps.active:
             # The pass before was interrupted (KeyboardInterrupt): torch calls no hook then.
             self.taps.abandon()
-        if module.training and torch.is_grad_enabled() and not _aside():
+        if self.taps.look is not None or (module.training and torch.is_grad_enabled() and not _aside()):
             self.taps.begin(args, kwargs)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

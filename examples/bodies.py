@@ -7,7 +7,7 @@ matched by name. The stem, the shape-changing shortcuts and the classifier stay 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -78,9 +78,17 @@ class Unit(nn.Module):
         return self.nonlinearity(self.bn(self.conv(self.binary(x))) + self.shortcut(x))
 
 
-def stem(recipe: Recipe, in_channels: int, width: int) -> dict[str, nn.Module]:
+def stem(recipe: Recipe, in_channels: int, width: int, large: bool = False) -> dict[str, nn.Module]:
+    """For large images ResNet's own, which leaves a quarter of their size. Its pool comes before its norm here: nearly
+    every maximum has the sign +1, which the norm undoes."""
+    first: dict[str, nn.Module] = {"conv1": nn.Conv2d(in_channels, width, 3, padding=1, bias=False)}
+    if large:
+        first = {
+            "conv1": nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False),
+            "pool1": nn.MaxPool2d(3, stride=2, padding=1),
+        }
     return {
-        "conv1": nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
+        **first,
         "bn1": nn.BatchNorm2d(width),
         "nonlinearity1": recipe.nonlinearity(width),
     }
@@ -96,18 +104,25 @@ def classifier(channels: int, size: int, num_classes: int) -> dict[str, nn.Modul
 
 
 def resnet(
-    recipe: Recipe, num_classes: int, in_channels: int = 3, *, stages: int, units: int, width: int
+    recipe: Recipe,
+    num_classes: int,
+    in_channels: int = 3,
+    *,
+    stages: int,
+    units: int | Sequence[int],
+    width: int,
+    large: bool = False,
 ) -> nn.Sequential:
-    """ResNet for small images (He et al., arXiv 1512.03385): `units` convolutions a stage, widths doubling.
+    """ResNet (He et al., arXiv 1512.03385): `units` convolutions a stage, widths doubling.
 
-    Input (batch, in_channels, height, width) float, output (batch, num_classes).
+    Input (batch, in_channels, height, width) float, output (batch, num_classes). `large`: images of some 224 pixels.
     """
-    modules = stem(recipe, in_channels, width)
+    modules = stem(recipe, in_channels, width, large)
     in_width = width
-    for stage in range(stages):
+    for stage, count in enumerate([units] * stages if isinstance(units, int) else units):
         out_width = width * 2**stage
         first = Unit(recipe, in_width, out_width, stride=1 if stage == 0 else 2)
-        rest = [Unit(recipe, out_width, out_width) for _ in range(units - 1)]
+        rest = [Unit(recipe, out_width, out_width) for _ in range(count - 1)]
         modules[f"layer{stage + 1}"] = nn.Sequential(first, *rest)
         in_width = out_width
     modules.update(classifier(in_width, 1, num_classes))
@@ -138,5 +153,7 @@ BODIES = {
     "resnet8": partial(resnet, stages=3, units=2, width=16),
     "resnet20": partial(resnet, stages=3, units=6, width=16),
     "resnet18": partial(resnet, stages=4, units=4, width=64),
+    "resnet18_224": partial(resnet, stages=4, units=4, width=64, large=True),
+    "resnet34_224": partial(resnet, stages=4, units=(6, 8, 12, 6), width=64, large=True),
     "vgg_small": partial(vgg_small, width=128),
 }

@@ -29,14 +29,18 @@ def libra(weight: Tensor, slope: Callable[[Tensor], Tensor]) -> Tensor:
     return Sign.apply(w, slope) * scale
 
 
-class IRConv2d(nn.Conv2d):
-    """Weight by `libra`, both signs with the error decay estimator (EDE, section 3.3)."""
+class EDE:
+    """The error decay estimator (section 3.3), which a layer has for both of its signs."""
 
     t, k = 0.1, 10.0  # where `anneal` starts
 
     def slope(self, x: Tensor) -> Tensor:
         """Derivative of g(x) = k tanh(t x), which stands in for sign in the backward pass."""
         return self.k * self.t * (1 - torch.tanh(self.t * x) ** 2)
+
+
+class IRConv2d(EDE, nn.Conv2d):
+    """Weight by `libra`, both signs with the error decay estimator."""
 
     def forward(self, x: Tensor) -> Tensor:
         binary_w = libra(self.weight, self.slope)
@@ -48,7 +52,7 @@ def anneal(model: nn.Module, epoch: int, epochs: int) -> None:
     """EDE's schedule: from nearly the identity, which updates all, to nearly sign."""
     t = 0.1 * 10 ** (epoch / epochs * 2)  # t_min = 0.1, t_max = 10
     for module in model.modules():
-        if isinstance(module, IRConv2d):
+        if isinstance(module, EDE):
             module.t, module.k = t, max(1 / t, 1.0)
 
 

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=2 examples/timm_train.py ROOT --model vit_tiny_patch16_224 --opt adamw --lr 5e-4
 
 Model, data, optimizer, schedule and EMA come from timm's factories. The inner layers are binarized as in Bi-Real Net
-(bireal.py). The CMIM lines are in `main`.
+(binarize.py). The CMIM lines are in `main`. For other methods, and runs of days, see imagenet.py.
 """
 
 from __future__ import annotations
@@ -27,54 +27,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from bireal import MagnitudeAwareConv2d, magnitude_aware, polynomial_slope
-from bodies import Sign
+from binarize import binarize
 from cmim_plugin import CMIM
 
-# --- binarization ----------------------------------------------------------------------------------------
 
-
-class BinaryConv2d(MagnitudeAwareConv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(Sign.apply(x, polynomial_slope))
-
-
-class BinaryLinear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(Sign.apply(x, polynomial_slope), magnitude_aware(self.weight), self.bias)
-
-
-def binarize(model: nn.Module) -> None:
-    """Make every convolution and linear layer of a timm model binary, in place, but the first and the classifier.
-
-    Signs must vary to carry anything. Behind a ReLU all are +1: it becomes PReLU. Behind a residual branch that starts
-    at zero, nearly all are: its normalization starts at one.
-    """
-    ends = _names(model.pretrained_cfg.get("first_conv")) | _names(model.pretrained_cfg.get("classifier"))
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, (nn.ReLU, nn.ReLU6)):
-            model.set_submodule(name, nn.PReLU())
-        elif isinstance(module, nn.BatchNorm2d) and not module.weight.any():
-            nn.init.ones_(module.weight)
-        elif type(module) is nn.Conv2d and name not in ends:  # a subclass brings a forward of its own: left alone
-            module.__class__ = BinaryConv2d  # all but the forward stays: weights, stride, padding, groups, ...
-        elif type(module) is nn.Linear and name not in ends:
-            module.__class__ = BinaryLinear
-
-
-def _names(names: str | Iterable[str] | None) -> set[str]:
-    return {names} if isinstance(names, str) else set(names or ())
-
-
-# --- training --------------------------------------------------------------------------------------------
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(description: str) -> argparse.ArgumentParser:
+    """Those that imagenet.py has too."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("root", help="folder with train/CLASS/* and val/CLASS/*")
     parser.add_argument("--model", default="resnet18", help="any name that timm.create_model knows")
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="such as img_size=64 depth=4")
-    parser.add_argument("--pretrained", action="store_true", help="start from the full-precision weights")
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--pretrained", action=switch, default=False, help="start from the full-precision weights")
     parser.add_argument("--img-size", type=int, help="side of the images, where not the model's usual")
     parser.add_argument("--batch-size", type=int, default=128, help="of one process")
     parser.add_argument("--workers", type=int, default=4)
@@ -85,10 +49,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=1e-2)
     parser.add_argument("--ema-decay", type=float, default=0.9998)
-    parser.add_argument("--amp", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--cmim-weight", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = options(__doc__.splitlines()[0])
+    parser.add_argument("--amp", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--output", type=Path, default=Path("checkpoint.pt"))
     parser.add_argument("--resume", type=Path, help="a file that --output wrote")
     return parser.parse_args(argv)
@@ -138,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
 
     start = 0
     if args.resume:
-        checkpoint = torch.load(args.resume, map_location=device, weights_only=True)
+        checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
         for name, part in ("model", model), ("ema", ema), ("cmim", cmim), ("optimizer", optimizer):
             part.load_state_dict(checkpoint[name])
         start = checkpoint["epoch"]

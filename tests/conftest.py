@@ -3,6 +3,7 @@
 import os
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -20,3 +21,21 @@ hypothesis.settings.load_profile("cmim")
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """Images of many sizes in the layout of torchvision's ImageFolder: 12 to train on, 6 to validate, 3 classes."""
+    from PIL import Image
+
+    root, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, count in {"train": 4, "val": 2}.items():
+        for channel, name in enumerate(["red", "green", "blue"]):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                height, width = generator.integers(20, 60, 2)
+                pixels = generator.integers(0, 100, (height, width, 3), dtype=np.uint8)
+                pixels[..., channel] += 150
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return str(root)

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
@@ -197,22 +196,6 @@ def test_accelerate_saves_and_restores_the_heads(accelerate_loop, tmp_path):
 
 
 # -- timm ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """Images of many sizes in the layout of torchvision's ImageFolder: 12 to train on, 6 to validate, 3 classes."""
-    root, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for split, count in {"train": 4, "val": 2}.items():
-        for channel, name in enumerate(["red", "green", "blue"]):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                height, width = generator.integers(20, 60, 2)
-                pixels = generator.integers(0, 100, (height, width, 3), dtype=np.uint8)
-                pixels[..., channel] += 150
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-    return str(root)
 
 
 def test_timm_trains_the_heads_on_a_folder_of_images(images, tmp_path, capsys):

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 
+from binarize import IRLinear
 from bireal import ApproxSign, MagnitudeAwareConv2d, magnitude_aware
-from bodies import Sign
-from irnet import IRConv2d, libra
+from irnet import IRConv2d
 
 
 def _small(name: str, size: int, **smaller) -> tuple[str, int, dict]:
@@ -158,13 +158,6 @@ _RECTIFIERS = {"ReLU", "ReLU6", "StarReLU", "SquaredReLU"}
 _CONVOLUTIONS = (nn.Conv2d, StdConv2d, ScaledStdConv2d)  # others pad in their own forward
 
 _FEWEST_WEIGHTS = 8
-
-
-class IRLinear(nn.Linear):
-    t, k, slope = IRConv2d.t, IRConv2d.k, IRConv2d.slope
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(Sign.apply(x, self.slope), libra(self.weight, self.slope), self.bias)
 
 
 class BiRealConv2d(MagnitudeAwareConv2d):
