@@ -172,7 +172,7 @@ class CMIM(nn.Module):
     def paper(cls, model: nn.Module, example_input: Any, num_samples: int, **settings: Any) -> CMIM:
         """The paper's plain reading: whole images, every layer, :func:`nce`, weights that grow towards the output.
 
-        Where it was measured it did not help (benchmarks/FINDINGS.md). Weight 0.03 and layer decay 0.8 are this
+        What it gave where it was measured is in benchmarks/FINDINGS.md. Weight 0.03 and layer decay 0.8 are this
         library's, not the paper's.
 
         Args:
