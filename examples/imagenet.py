@@ -261,8 +261,7 @@ def evaluate(models: dict[str, nn.Module], loader: PrefetchLoader, classes: int,
     metrics = {}
     for prefix, model in models.items():
         top1, top5 = (MulticlassAccuracy(classes, top_k=min(k, classes), average="micro") for k in (1, 5))
-        # Without groups: they are guessed from the first batch, in which both may count the same.
-        both = MetricCollection({"top1": top1, "top5": top5}, prefix=prefix, compute_groups=False)
+        both = MetricCollection({"top1": top1, "top5": top5}, prefix=prefix)
         metrics[prefix] = both.to(next(model.eval().parameters()).device)
     for x, y in loader:
         with autocast():
