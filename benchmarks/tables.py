@@ -26,6 +26,8 @@ from training import paired_difference  # accuracy.py makes the examples importa
 DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "benchmarks" / "FINDINGS.md"]
 SECTION = re.compile(r"(<!-- (table|pooled|overhead): (\S+)(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
+CONTROL = "position_shuffled"
+
 Records = list[dict[str, Any]]
 
 
@@ -53,6 +55,8 @@ def table(records: Records, arms: list[str] | None = None) -> str:
     distilling = any(arm_options(arm).get("distill") for _, arm in rows if not arms or arm in arms)
     columns = ["method", "arm", "seeds", "test accuracy", "training accuracy", "minus `none`", "best epoch"]
     columns += ["minus `distill`"] * distilling
+    controlled = any(arm == CONTROL for _, arm in rows if not arms or arm in arms)
+    columns += [f"minus `{CONTROL}`"] * controlled
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     shown: Records = []
     for method, arm in sorted(rows, key=lambda row: (row[0], order.index(row[1].partition("+")[0]), row[1])):
@@ -66,11 +70,13 @@ def table(records: Records, arms: list[str] | None = None) -> str:
         to_none = difference(values, accuracy.get((method, "none"), {})) if arm != "none" else ""
         distilled = arm_options(arm).get("distill") and arm != "distill"
         to_distill = difference(values, accuracy.get((method, "distill"), {})) if distilled else ""
+        shares_loss = arm.partition("+")[0] == CONTROL.removesuffix("_shuffled")
+        to_control = difference(values, accuracy.get((method, CONTROL), {})) if shares_loss else ""
         trained = np.mean([run["train_accuracy"] for run in runs])
         best = np.mean([run["best_epoch_accuracy"] for run in runs])
         lines.append(
             f"| {method} | `{arm}` | {len(runs)} | {np.mean(list(values.values())):.2f}{spread} | {trained:.1f} "
-            f"| {to_none} | {best:.2f} |" + f" {to_distill} |" * distilling
+            f"| {to_none} | {best:.2f} |" + f" {to_distill} |" * distilling + f" {to_control} |" * controlled
         )
     return "\n".join(lines) + "\n\n" + caption(shown) if shown else "No results yet."
 
@@ -100,9 +106,10 @@ def caption(records: Records, best_epoch: bool = True) -> str:
     return (
         f"{config['data']}, {config['train_size'] or 'all'} training images, {config['epochs']} epochs, "
         f"{config['model']} of width {config['width']}, batches of {config['batch_size']}; accuracy (%) on {tested} "
-        "after the last epoch, mean ± standard deviation; differences paired by seed, in points, with their 95 % "
+        "after the last epoch, mean ± standard deviation; training accuracy as counted during the last epoch. "
+        "Differences are paired by seed, over the seeds that both arms have, in points, with their 95 % "
         "interval (Student's t), bold where it excludes zero. "
-        + "The best epoch is chosen with hindsight and for information only. "
+        + "The best of the epochs tested is chosen with hindsight. "
         * best_epoch
         + f"{len(records)} runs, {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}, "
         f"{together(records, 'device')}, commit {together(records, 'commit')}."

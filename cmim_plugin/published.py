@@ -42,7 +42,7 @@ def bank_nce(anchors: Tensor, candidates: Tensor, num_samples: int, temperature:
 
 
 class PublishedCMIM(CMIM):
-    """CMIM as its authors' code computes it, for comparison with their figures.
+    """CMIM as we understand its authors' code, for comparison with their figures.
 
     A separate, pretrained full-precision network gives the other side; the last tap only; negatives from other classes,
     out of a memory bank of both sides' embeddings that every sample of the training set has an entry in::
@@ -51,7 +51,8 @@ class PublishedCMIM(CMIM):
         loss = criterion(model(x), y) + cmim(model, indices)  # where the samples stand in the training set
 
     Written from a description of that code, which was not run beside it: the negatives of an anchor are drawn with
-    replacement here.
+    replacement here. The loss starts large (one term for each negative) and falls within some steps. With frozen heads
+    there is nothing of it for an optimizer.
 
     Args:
         model, example_input: as for :class:`CMIM`.
@@ -137,7 +138,8 @@ class PublishedCMIM(CMIM):
 
         Args:
             model: as for :class:`CMIM`.
-            labels: ``(B,)`` integers: not classes, but *where each sample stands in the training set*.
+            labels: ``(B,)`` integers: not classes (which would pass, as indices), but *where each sample
+                stands in the training set*.
         """
         if labels is None:
             raise CMIMError("PublishedCMIM needs the samples' indices in the training set: cmim(model, indices).")

@@ -249,6 +249,8 @@ def measure(
     """:meth:`cmim_plugin.CMIM.report`, of the model inside any wrapper."""
     if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
         raise CMIMError(f"max_batches must be an integer, 1 or more, or None for all; found {max_batches!r}.")
+    if isinstance(loader, Tensor):
+        raise CMIMError("The loader must give batches: for a single batch x, pass [x]; found a tensor.")
     if since is not None and not isinstance(since, Report):
         raise CMIMError(f"since must be an earlier report of cmim.report(); found a {type(since).__name__}.")
     device = next((p.device for p in model.parameters()), cmim._device)

@@ -2,7 +2,7 @@
 
 accelerate launch examples/accelerate_loop.py
 accelerate launch examples/accelerate_loop.py --mixed-precision bf16 --accumulation 2 --output checkpoint
-    accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
+accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
 """
 
 from __future__ import annotations

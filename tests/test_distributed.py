@@ -14,7 +14,7 @@ import torch
 from distributed import cases
 
 WORLDS = [2, 4]
-SHARDED = [f"sharded {name}" for name in ("positions", "labelled images")]
+SHARDED = [f"sharded {name}" for name in cases.SHARDED]
 
 
 @pytest.fixture(scope="module", params=WORLDS, ids=lambda world: f"{world} ranks")

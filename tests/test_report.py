@@ -861,3 +861,9 @@ def test_without_matplotlib_the_table_works_and_the_figure_says_what_to_install(
     assert str(reports[1]) and reports[1].scalars()
     reports[1].to_csv(tmp_path / "report.csv")
     assert not (tmp_path / "report.png").exists()
+
+
+def test_a_single_tensor_in_place_of_a_loader_is_refused():
+    model = network()
+    with pytest.raises(CMIMError, match=r"pass \[x\]"):
+        CMIM(model, X).report(model, X)

@@ -303,10 +303,14 @@ EXPORTS = {
 @each_way
 def test_what_is_exported_within_a_pause_is_the_bare_model(inside, training, export):
     model, cmim = attached(inside)
-    bare = copy.deepcopy(model)
+    bare = copy.deepcopy(model).train(training)
+    try:
+        expected = export(bare)
+    except torch._dynamo.exc.Unsupported:
+        pytest.skip("this release of torch cannot export the network itself")
     with cmim.paused():
         found = export(model.train(training))
-    assert found == export(bare.train(training))
+    assert found == expected
     assert captures_nothing(model.train(), cmim)
     assert works_as_if_new(model, cmim, attached(inside))
 
