@@ -102,7 +102,7 @@ class Report:
 
     @property
     def worst(self) -> str:
-        """The tap that loses the most: it keeps the least of what its bound could reach.
+        """The tap that loses the most, which keeps the least of what its bound could reach.
 
         By the retrieval where the objective gives no bound, "" where there is neither.
         """

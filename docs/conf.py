@@ -27,6 +27,7 @@ python_maximum_signature_line_length = 88
 # Every reference has to lead somewhere, but for those to torch and to what of this library is not public.
 nitpicky = True
 nitpick_ignore_regex = [
+    ("py:class", r"os\.PathLike"),
     (r"py:.*", r"(torch|nn|collections|typing)\b.*|(Tensor|Module|Any|Mapping|Collection|Callable|Iterator)"),
     (r"py:.*", r"(.*\.)?(Site|Layout)"),
 ]
