@@ -269,7 +269,9 @@ def test_two_processes_of_which_one_is_killed_end_as_unbroken_ones(images, tmp_p
         (tmp_path / name).mkdir()
         done = start(torchrun, at, images, tmp_path / name, [*RUN, "--checkpoint-every=1"])
         assert done.returncode == 0, done.stderr[-5000:]
-        assert ("epoch 1, step 2 of 3" in done.stdout) is (name == "killed")
+        # The first rank may have been stopped before or after it wrote the checkpoint of the step before.
+        went_on = any(f"epoch 1, step {step} of 3" in done.stdout for step in (1, 2))
+        assert went_on is (name == "killed")
         ends.append(read(tmp_path / name))
     assert ends[0]["settings"]["processes"] == 2
     check_equal(ends[1], ends[0])
