@@ -2,7 +2,7 @@
 
     python examples/imagenet.py ROOT --config examples/configs/imagenet_resnet18.yaml
     python examples/imagenet.py data --config examples/configs/cifar100_resnet18.yaml --download
-    torchrun --nproc_per_node=8 --max-restarts=3 examples/imagenet.py ROOT --model resnet50 --method bireal --amp bf16
+    torchrun --nproc_per_node=8 examples/imagenet.py ROOT --model resnet50 --method bireal --amp bf16
 
 The network is one of timm's or, as bodies.NAME, one of bodies.py; --method says how it is binarized (binarize.py). A
 config file has options as keys; the command line overrides it. OUTPUT/log.csv has a line an epoch; with the package
