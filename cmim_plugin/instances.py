@@ -59,9 +59,8 @@ class Layout:
         where: list[Any] = [row, *place]
         if self.spatial is not None:
             where[1:1] = [slice(None)] * (x.ndim - 1 - self.spatial)
-        if torch.compiler.is_compiling():
-            return x[tuple(where)].flatten(1)  # fused with what is around it
-        if not (x.requires_grad and torch.is_grad_enabled()):
+        # What is compiled is fused with what is around it.
+        if torch.compiler.is_compiling() or not (x.requires_grad and torch.is_grad_enabled()):
             return x[tuple(where)].flatten(1)
         scatter = _Scatter(tuple(where), x.shape, x.stride())
         x.register_hook(scatter)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cmim import CMIM, _Group
+from .discovery import find_binary_activations
 from .errors import CMIMError
 from .objectives import nce
 
@@ -185,7 +186,5 @@ class PublishedCMIM(CMIM):
 
 
 def _last_tap(model: nn.Module, example_input: Any) -> list[str] | None:
-    from .discovery import find_binary_activations
-
     found = [f.name for f in find_binary_activations(model, example_input) if f.tapped]
     return found[-1:] or None
