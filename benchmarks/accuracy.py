@@ -70,6 +70,8 @@ SMALL = {"data": "cifar10", "model": "vgg_small", "width": 16, "batch_size": 50}
 REGIMES: dict[str, dict[str, Any]] = {
     "overfit": {**SMALL, "train_size": 500, "epochs": 50},
     "underfit": {**SMALL, "train_size": 10_000, "epochs": 3},
+    "fashion": {**SMALL, "data": "fashion_mnist", "train_size": 1000, "epochs": 30},
+    "resnet20": {**SMALL, "model": "resnet20", "train_size": 2500, "epochs": 20},
     "full": {"data": "cifar10", "model": "resnet20", "width": 16, "train_size": None, "epochs": 100},
     "digits": {"data": "digits", "model": "resnet8", "width": 8, "train_size": None, "epochs": 15},
 }
