@@ -4,6 +4,11 @@
     python examples/imagenet.py data --config examples/configs/cifar100_resnet18.yaml --download
     torchrun --nproc_per_node=8 examples/imagenet.py ROOT --model resnet50 --method bireal --amp bf16
 
+The variant of the code published with the paper, with a full-precision network that is trained first as its teacher:
+
+    python examples/imagenet.py data --config CONFIG --full-precision --output runs/full
+    python examples/imagenet.py data --config CONFIG --published --teacher runs/full/last.pt
+
 The network is one of timm's or, as bodies.NAME, one of bodies.py; --method says how it is binarized (binarize.py). A
 config file has options as keys; the command line overrides it. OUTPUT/log.csv has a line an epoch; with the package
 tensorboard there are curves too. OUTPUT/last.pt has all of the run, and the same command goes on from it. What chance
@@ -42,13 +47,13 @@ from torchvision.transforms import Compose, PILToTensor, RandomCrop, RandomHoriz
 from tqdm import tqdm
 
 from binarize import METHODS, binarize
-from bodies import BODIES
-from cmim_plugin import CMIM
+from bodies import BODIES, full_precision
+from cmim_plugin import CMIM, PublishedCMIM, Report
 from timm_train import options
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # With these changed a run is still the same.
-FREE = ("root", "output", "config", "workers", "device", "download", "checkpoint_every")
+FREE = ("root", "output", "config", "workers", "device", "download", "checkpoint_every", "report_batches")
 
 # --- options ---------------------------------------------------------------------------------------------
 
@@ -68,12 +73,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--channels-last", action=switch, default=False)
     parser.add_argument("--cmim-kwargs", nargs="*", default={}, action=ParseKwargs, help="such as instances=image")
     parser.add_argument("--cmim-labels", action=switch, default=False, help="same class: no negatives of each other")
+    parser.add_argument("--full-precision", action=switch, default=False, help="do not binarize: to train a teacher")
+    parser.add_argument("--teacher", metavar="FILE", help="contrast with the network that --full-precision left there")
+    parser.add_argument("--published", action=switch, default=False, help="PublishedCMIM; weight 3.2 if not given")
+    parser.add_argument("--report-batches", type=int, default=0, help="look inside each tap on so many test batches")
     parser.add_argument("--output", type=Path, default=Path("runs/imagenet"))
     parser.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS", help="and after each epoch")
     if config := parser.parse_known_args(argv)[0].config:
         # Last comes an option of one value: words of the file could swallow ROOT.
         argv = [*words(yaml.safe_load(config.read_text())), f"--config={config}", *argv]
     args = parser.parse_args(argv)
+    if args.published and (not args.teacher or args.cmim_labels):
+        parser.error("--published needs --teacher, and knows the labels without --cmim-labels")
+    if args.full_precision or args.published:
+        parser.set_defaults(cmim_weight=3.2 if args.published else 0.0)
+        args = parser.parse_args(argv)
+    if args.full_precision and args.cmim_weight:
+        parser.error("--full-precision has no binary activation to contrast: leave --cmim-weight out")
     if args.model.startswith("bodies.") and (args.pretrained or args.model.removeprefix("bodies.") not in BODIES):
         parser.error(f"--model {args.model}: bodies.py has {', '.join(BODIES)}, none of them pretrained")
     return args
@@ -118,7 +134,10 @@ class Batches(Sampler[list[tuple[int, int]]]):
 
 
 class Seeded(Dataset[Any]):
-    """Augments an image by the seed that comes with its index: not by which worker has it, and what that did before."""
+    """Image, and both its label and its index.
+
+    An image is augmented by the seed that comes with its index: not by which worker has it, and what that did before.
+    """
 
     def __init__(self, dataset: Dataset[Any]):
         self.dataset = dataset
@@ -126,7 +145,14 @@ class Seeded(Dataset[Any]):
     def __getitem__(self, place: tuple[int, int]) -> Any:
         index, seed = place
         random_seed(seed)
-        return self.dataset[index]
+        image, label = self.dataset[index]
+        return image, np.array([label, index])
+
+
+def targets_of(dataset: Any) -> torch.Tensor:
+    """The label of each training image, in the order of their indices."""
+    labels = dataset.targets if hasattr(dataset, "targets") else [label for _, label in dataset.reader.samples]
+    return torch.as_tensor(labels)
 
 
 def load(args: argparse.Namespace) -> tuple[Dataset[Any], Dataset[Any], int]:
@@ -161,13 +187,29 @@ def loaders(train: Any, test: Any, batches: Batches, config: dict[str, Any], arg
 # --- training --------------------------------------------------------------------------------------------
 
 
-def build(args: argparse.Namespace, classes: int) -> nn.Module:
+def build(args: argparse.Namespace, classes: int, binary: bool = True) -> nn.Module:
+    """The network, or its full-precision twin, whose modules have the same names."""
     if args.model.startswith("bodies."):
+        recipe = METHODS[args.method].recipe
         body = BODIES[args.model.removeprefix("bodies.")]
-        return body(METHODS[args.method].recipe, classes, **args.model_kwargs)
+        return body(recipe if binary else full_precision(recipe), classes, **args.model_kwargs)
     model = create_model(args.model, pretrained=args.pretrained, num_classes=classes, **args.model_kwargs)
-    binarize(model, args.method)
+    if binary:
+        binarize(model, args.method)
     return model
+
+
+def attach(args: argparse.Namespace, model: nn.Module, train_set: Any, classes: int, size: list[int]) -> CMIM:
+    device = next(model.parameters()).device
+    example = torch.randn(8, *size, device=device)
+    settings = {"weight": args.cmim_weight, **args.cmim_kwargs}
+    if args.teacher:
+        teacher = build(args, classes, binary=False).to(device).eval().requires_grad_(False)
+        teacher.load_state_dict(torch.load(args.teacher, map_location=device, weights_only=True)["model"])
+        settings["teacher"] = teacher
+    if args.published:
+        return PublishedCMIM(model, example, targets=targets_of(train_set), **settings)
+    return CMIM(model, example, **settings)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -184,15 +226,14 @@ def main(argv: list[str] | None = None) -> None:
     batches = Batches(len(train_set), args)
     if not (steps := len(batches)):
         sys.exit(f"{len(train_set)} training images for {args.world_size} x {args.batch_size}: lower --batch-size")
-    model = build(args, classes).to(device, memory_format=layout)
+    model = build(args, classes, binary=not args.full_precision).to(device, memory_format=layout)
     config = resolve_data_config({"img_size": args.img_size, **args.data_kwargs}, model=model)
     loader, test_loader = loaders(train_set, test_set, batches, config, args)
 
     optimizer = create_optimizer_v2(model, args.opt, args.lr, args.weight_decay, **args.opt_kwargs)
     cmim = None
     if args.cmim_weight:
-        example = torch.randn(8, *config["input_size"], device=device)
-        cmim = CMIM(model, example, weight=args.cmim_weight, **args.cmim_kwargs)
+        cmim = attach(args, model, train_set, classes, config["input_size"])
         optimizer.add_param_group({"params": cmim.parameters()})
 
     # After CMIM: the schedule counts the optimizer's groups. A copy of the model has no hooks, DDP passes through them.
@@ -215,19 +256,21 @@ def main(argv: list[str] | None = None) -> None:
             place = {"epoch": epoch, "step": step, "sums": sums, "log": log, "settings": settings}
             write({name: part.state_dict() for name, part in parts.items()} | place, last)
 
+    report = None
     for epoch in range(start, epochs):
         batches.epoch, batches.first = epoch, first
         METHODS[args.method].on_epoch(model, epoch, epochs)
         trained.train()
         progress = tqdm(loader, f"epoch {epoch}", steps, initial=first, disable=None if args.rank == 0 else True)
-        for step, (x, y) in enumerate(progress, first + 1):
+        for step, (x, labels) in enumerate(progress, first + 1):
+            y, indices = labels.unbind(1)
             update = epoch * steps + step
             random_seed(int(np.random.SeedSequence((args.seed, args.rank, update)).generate_state(1)[0]))  # for dropout
             with autocast():
                 loss = F.cross_entropy(trained(x.contiguous(memory_format=layout)), y)
                 seen = {"loss": loss.detach().clone()}
                 if cmim:
-                    loss += cmim(trained, labels=y if args.cmim_labels else None)
+                    loss += cmim(trained, indices if args.published else y if args.cmim_labels else None)
                     seen |= {f"bound/{tap}": m["bound"] for tap, m in cmim.metrics.items() if "bound" in m}
             optimizer.zero_grad()
             scaler.scale(loss).backward()
@@ -249,6 +292,9 @@ def main(argv: list[str] | None = None) -> None:
         log.append(line)
         if args.rank == 0:
             write_log(log, args.output / "log.csv", writer)
+            if cmim and args.report_batches:
+                report = cmim.report(model, test_loader, max_batches=args.report_batches, since=report)
+                write_report(report, epoch, args.output / "report.csv", writer)
             print(*(f"{name} {value:.5g}" for name, value in line.items() if "/" not in name), sep=", ", flush=True)
         save(epoch + 1, 0)
     if args.distributed:
@@ -317,6 +363,15 @@ def write_log(log: list[dict[str, float]], path: Path, writer: Any) -> None:
     if writer:
         for name, value in log[-1].items():
             writer.add_scalar(name, value, log[-1]["epoch"])
+        writer.flush()
+
+
+def write_report(report: Report, epoch: int, path: Path, writer: Any) -> None:
+    """Of the last epoch as a table, of all of them as curves. (Flips are missing in the first of this process.)"""
+    report.to_csv(path)
+    if writer:
+        for name, value in report.scalars().items():
+            writer.add_scalar(f"report/{name}", value, epoch)
         writer.flush()
 
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 import binarize
 import imagenet
 from bodies import BODIES
-from cmim_plugin import CMIM, find_binary_activations
+from cmim_plugin import CMIM, PublishedCMIM, find_binary_activations
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
@@ -165,6 +165,95 @@ def test_channels_last_reaches_network_and_images(images, tmp_path, monkeypatch)
     assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
     training = batches[:6]
     assert all(x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() for x in training)
+
+
+# -- against a teacher ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def teacher(images, tmp_path_factory):
+    """The option that names a full-precision network's checkpoint."""
+    output = tmp_path_factory.mktemp("teacher")
+    state = train(images, output, *BODY, *SHORT, "--full-precision")
+    assert "cmim" not in state
+    return f"--teacher={output / 'last.pt'}"
+
+
+def test_the_published_variant_trains_against_the_teacher_by_one_flag(images, teacher, tmp_path, monkeypatch):
+    made, seen = [], []
+
+    class Published(PublishedCMIM):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+        def forward(self, model, labels):
+            seen.append(labels)
+            return super().forward(model, labels)
+
+    monkeypatch.setattr(imagenet, "PublishedCMIM", Published)
+    state = train(images, tmp_path, *BODY, *SHORT, teacher, "--published")
+    (cmim,) = made
+    assert (cmim.weight, cmim.temperature, cmim.momentum, cmim.num_negatives) == (3.2, 0.1, 0.5, 4096)
+    assert [key for key in state["log"][0] if key.startswith("bound/")] == [f"bound/{cmim.taps[0].name}"]
+    # Of the 12 training images, and each once an epoch.
+    assert torch.cat(seen[:6]).sort().values.tolist() == torch.cat(seen[6:]).sort().values.tolist() == [*range(12)]
+    train_set, _, _ = imagenet.load(imagenet.parse([images]))
+    assert cmim.targets.tolist() == [label for _, label in train_set] == [0] * 4 + [1] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_published_heads_stay_as_drawn_unless_they_are_to_be_trained(trained, images, teacher, tmp_path):
+    heads = []
+    for epochs in (1, 2):
+        options = [*BODY, *SHORT, teacher, "--published", f"--cmim-kwargs=train_heads={trained}", f"--epochs={epochs}"]
+        state = train(images, tmp_path / str(epochs), *options)["cmim"]
+        heads.append({name: value for name, value in state.items() if name.startswith("heads.")})
+    assert heads[0] and all(torch.equal(heads[0][name], heads[1][name]) is not trained for name in heads[0])
+
+
+def test_a_published_run_stopped_at_any_step_ends_as_an_unbroken_one(images, teacher, tmp_path, monkeypatch):
+    """The memory bank, its constants and where its negatives are drawn from are in the checkpoint."""
+    options = [*BODY, *SHORT, teacher, "--published", "--cmim-kwargs=num_negatives=16", "--checkpoint-every=4"]
+    expected = train(images, tmp_path / "unbroken", *options)
+    with monkeypatch.context() as patch:
+        stopping = type("StoppingPublished", (Stopping, PublishedCMIM), {})
+        Stopping.at, Stopping.stop = 5, raise_stopped
+        patch.setattr(imagenet, "PublishedCMIM", stopping)
+        with pytest.raises(Stopped):
+            train(images, tmp_path / "broken", *options)
+    check_equal(train(images, tmp_path / "broken", *options), expected)
+
+
+def test_the_default_can_have_a_teacher_too(images, teacher, tmp_path):
+    state = train(images, tmp_path, *BODY, *SHORT, teacher, "--cmim-kwargs=instances=image")
+    assert len([key for key in state["log"][0] if key.startswith("bound/")]) == 6
+
+
+def test_a_timm_network_has_its_unbinarized_self_as_teacher(images, tmp_path):
+    timm = ["--model=test_resnet", "--img-size=32"]
+    train(images, tmp_path / "full", *timm, *SHORT, "--full-precision")
+    state = train(images, tmp_path / "binary", *timm, *SHORT, "--published", f"--teacher={tmp_path / 'full/last.pt'}")
+    assert state["log"][-1]["loss"] > 0
+
+
+@pytest.mark.parametrize(
+    "options, error",
+    [
+        (["--published"], "--published needs --teacher"),
+        (["--published", "--teacher=x.pt", "--cmim-labels"], "knows the labels"),
+        (["--full-precision", "--cmim-weight=0.1"], "leave --cmim-weight out"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, error, capsys):
+    with pytest.raises(SystemExit):
+        imagenet.parse(["ROOT", *options])
+    assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given, weight", [([], 3.2), (["--cmim-weight=1"], 1.0)])
+def test_a_weight_that_is_given_goes_before_the_published_one(given, weight):
+    assert imagenet.parse(["ROOT", "--published", "--teacher=x.pt", *given]).cmim_weight == weight
 
 
 # -- interruptions -------------------------------------------------------------------------------------------------
@@ -354,6 +443,24 @@ def test_without_tensorboard_there_is_the_csv(images, tmp_path, monkeypatch, cap
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "log.csv"]
 
 
+def test_a_report_is_written_after_each_epoch(images, tmp_path):
+    state = train(images, tmp_path, *BODY, *SHORT, "--report-batches=2")
+    with (tmp_path / "report.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    taps = [key.removeprefix("bound/") for key in state["log"][0] if key.startswith("bound/")]
+    assert [line["name"] for line in table] == taps and len(taps) == 6
+    curves = {name: points for name, points in scalars(tmp_path).items() if name.startswith("report/")}
+    for line in table:
+        for figure, epochs in (("bound", [0, 1]), ("retrieval", [0, 1]), ("dead", [0, 1]), ("flips", [1])):
+            points = curves[f"report/{line['name']}/{figure}"]
+            assert [epoch for epoch, _ in points] == epochs
+            assert points[-1][1] == pytest.approx(float(line[figure]), rel=1e-6)
+
+
+def test_a_report_changes_nothing_of_the_run(images, unbroken, tmp_path):
+    check_equal(train(images, tmp_path, *RUN, "--report-batches=1"), read(unbroken))
+
+
 # -- configs -------------------------------------------------------------------------------------------------------
 
 
@@ -500,11 +607,11 @@ def test_an_image_depends_on_its_seed_alone(images):
     imagenet.loaders(train_set, test_set, imagenet.Batches(12, args), config, args)
     assert classes == 3
     dataset = imagenet.Seeded(train_set)
-    first, label = dataset[5, 7]
+    first, (label, index) = dataset[5, 7]
     dataset[4, 8]
     assert torch.equal(torch.as_tensor(dataset[5, 7][0]), torch.as_tensor(first))
     assert not torch.equal(torch.as_tensor(dataset[5, 8][0]), torch.as_tensor(first))
-    assert label == train_set[5][1]
+    assert (label, index) == (train_set[5][1], 5)
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
