@@ -9,7 +9,8 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -71,6 +72,9 @@ class CMIM(nn.Module):
         instances: what is one sample of the contrast: "position" (a random sample of the positions or tokens of the
             batch: a local binary code against its own latent) or "image" (pooled over space: the paper's reading).
         num_positions: positions a tap and step, for ``instances="position"``; of all ranks together.
+        taps_per_step: contrast so many taps a step, chosen at random, whose losses then stand for those of all: the
+            expected gradient is the same, the cost does not grow with depth. None for all of them; so is the first
+            step, and whatever is compiled.
         objective: :func:`info_nce`; :func:`nce` as ``functools.partial(nce, num_samples=len(dataset))``; or any
             function of ``(z_b, z_f, *, temperature, labels, queue_b, queue_f, queue_labels)`` that takes the embeddings
             of several taps side by side, ``(taps, n, D)``, and returns their losses, ``(taps,)``.
@@ -96,6 +100,7 @@ class CMIM(nn.Module):
         weight: float = 0.1,
         instances: str = "position",
         num_positions: int = 64,
+        taps_per_step: int | None = 6,
         objective: Callable[..., Tensor] = info_nce,
         temperature: float = 0.1,
         embed_dim: int = 128,
@@ -106,6 +111,8 @@ class CMIM(nn.Module):
     ) -> None:
         super().__init__()
         _check_settings(weight, instances, num_positions, objective, temperature, embed_dim, queue_size, layer_decay)
+        if taps_per_step is not None and (not isinstance(taps_per_step, int) or taps_per_step < 1):
+            raise CMIMError(f"taps_per_step must be an integer, 1 or more, or None for all; found {taps_per_step!r}.")
         model = _plain(model)
         if teacher is not None and _plain(teacher) is model:
             raise CMIMError("The teacher is the binary network itself: pass another, full-precision network.")
@@ -114,9 +121,11 @@ class CMIM(nn.Module):
         self.weight = weight
         self.instances = instances
         self.num_positions = num_positions
+        self.taps_per_step = taps_per_step
         self.objective = objective
         self.temperature = temperature
-        self._groups: list[_Group] = []
+        # Tap -> where its last loss is.
+        self._last: dict[int, tuple[_Group, int]] = {}
         self._model = weakref.ref(model)
         self.found = tuple(find_binary_activations(model, example_input))
         if instances == "position" and teacher is None:
@@ -157,7 +166,8 @@ class CMIM(nn.Module):
         self._hooks = hooks = Taps(model, tapped, None)
         self._shared = False
         self._share()
-        self._draw()
+        self._compiled = False
+        self._draw(first=True)
         if self._teacher is not None:
             hooks.before = partial(self._teacher.deliver, hooks)
         hooks.attach()
@@ -185,6 +195,7 @@ class CMIM(nn.Module):
             "objective": partial(nce, num_samples=num_samples),
             "weight": 0.03,
             "layer_decay": 0.8,
+            "taps_per_step": None,
             **settings,
         }
         return cls(model, example_input, **chosen)
@@ -218,33 +229,42 @@ class CMIM(nn.Module):
                 "torch._dynamo.reset().)"
             )
         reached = [k for k, pair in enumerate(pairs) if pair.rows[BINARY] is not None and pair.rows[LATENT] is not None]
-        if not reached:
+        asked = range(len(pairs)) if self._hooks.chosen is None else sorted(self._hooks.chosen)
+        if not reached and self._hooks.chosen is None:
             raise CMIMError(
                 "The forward pass reached none of the taps. A model that was compiled and run before CMIM was attached "
                 "does that (attach first, or call torch._dynamo.reset()), or inputs that take another way through it."
             )
-        for k in sorted(set(range(len(pairs))) - set(reached)):
+        for k in sorted(set(asked) - set(reached)):
             self._warn(f"The forward pass did not reach tap {self.taps[k].name}: it adds nothing to the loss.")
 
-        z, row_labels, sizes = self._embedded(pairs, reached, labels)
+        z, row_labels, sizes = self._embedded(pairs, reached, asked, labels)
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for k, size in enumerate(sizes):
+        for k, size in sizes.items():
             if size:
                 groups[size, self._queued(k)].append(k)
-        self._groups = []
-        total = torch.zeros((), dtype=z.dtype, device=z.device)
+        total = z.new_zeros(()) if groups else z.sum()
         for taps in groups.values():
             of_taps = None if row_labels is None else _side_by_side(row_labels, taps, sizes)
-            total = total + self._loss(taps, _side_by_side(z, taps, sizes), of_taps)
+            losses = self._losses(taps, _side_by_side(z, taps, sizes), of_taps)
+            scaled = [self.layer_weights[k] * pairs[k].scale for k in taps]
+            total = total + (_tensor(scaled, losses.dtype, losses.device) * losses).sum()
         self._steps = min(self._steps + 1, _FIRST_STEPS)
         self._draw()
         self._watch.look(self)
         return self.weight * total
 
     def _embedded(
-        self, pairs: list[Pair], reached: list[int], labels: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, list[int]]:
+        self, pairs: list[Pair], reached: list[int], asked: Collection[int], labels: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, dict[int, int]]:
         """Both sides' embeddings ``(rows, 2 D)`` of all ranks, tap by tap, their labels, and the rows of each tap."""
+        if labels is not None and reached:
+            labels = _checked_labels(labels, pairs[reached[0]], self._device)
+        present = sorted({*asked, *reached})
+        if distributed.ranks() > 1 and not self._shared:
+            # Each rank has chosen for itself so far.
+            present = list(range(len(pairs)))
+        self._share()
         sides: tuple[list[Tensor], list[Tensor]] = ([], [])
         for k in reached:
             for side in (BINARY, LATENT):
@@ -252,34 +272,40 @@ class CMIM(nn.Module):
                 assert rows is not None
                 sides[side].append(rows)
             self._check_rows(k, sides[BINARY][-1], sides[LATENT][-1])
-        sizes = [0] * len(pairs)
+        sizes = dict.fromkeys(present, 0)
         for k, rows in zip(reached, sides[BINARY], strict=True):
             sizes[k] = len(rows)
-        row_labels = None
-        if labels is not None:
-            labels = _checked_labels(labels, pairs[reached[0]], sides[BINARY][0].device)
-            row_labels = torch.cat([_labels_of(pairs[k], labels, self.taps[k].name) for k in reached])
 
-        self._share()
-        weights: tuple[Tensor, ...] = tuple(self.heads.parameters())
+        # Weight and bias of the binary head, then of the latent one, tap by tap.
+        weights: tuple[Tensor, ...] = tuple([p for k in present for p in self.heads[k].parameters()])
         if self._shared:
             weights = distributed.averaged(weights)
-        # Weight and bias of the binary head, then of the latent one, tap by tap.
+        heads = {k: weights[4 * i : 4 * i + 4] for i, k in enumerate(present)}
         pieces = [
-            (rows, weights[4 * k + 2 * side], weights[4 * k + 2 * side + 1])
+            (rows, heads[k][2 * side], heads[k][2 * side + 1])
             for side in (BINARY, LATENT)
             for k, rows in zip(reached, sides[side], strict=True)
         ]
+        if not reached:
+            # No rows, but a graph: other ranks may have some, and wait for this one in the backward pass.
+            pieces = [(w.new_zeros(0, w.shape[1]), w, bias) for w, bias in (weights[0:2], weights[2:4])]
         z = torch.cat(embed(pieces).chunk(2), 1)
+        row_labels = None
+        if labels is not None:
+            found = [_labels_of(pairs[k], labels, self.taps[k].name) for k in reached]
+            row_labels = torch.cat(found) if found else labels.new_zeros(0, device=z.device)
         if self._shared:
-            counts = distributed.counts_of_all(sizes, z.device)
+            counts = distributed.counts_of_all(list(sizes.values()), z.device)
             z = distributed.gather(z, counts)
             row_labels = None if row_labels is None else distributed.gather(row_labels, counts)
-            sizes = [sum(of_tap) for of_tap in zip(*counts, strict=True)]
+            sizes = {k: sum(of_tap) for k, *of_tap in zip(present, *counts, strict=True)}
         return z, row_labels, sizes
 
-    def _loss(self, taps: list[int], z: Tensor, labels: Tensor | None) -> Tensor:
-        """The weighted sum of the losses of taps whose embeddings, ``(taps, n, 2 D)``, lie side by side."""
+    def _losses(self, taps: list[int], z: Tensor, labels: Tensor | None) -> Tensor:
+        """The losses of taps whose embeddings, ``(taps, n, 2 D)``, lie side by side: ``(taps,)``."""
+        if torch.compiler.is_compiling():
+            # Each choice of taps would be compiled anew.
+            self._compiled = True
         z_b, z_f = z.chunk(2, -1)
         queued: dict[str, Tensor] = {}
         if len(self.queues):
@@ -298,28 +324,31 @@ class CMIM(nn.Module):
         queue_labels = queued.get("queue_labels")
         in_queue = 0 if queue_labels is None else queue_labels.shape[-1]
         group = _Group(taps, losses.detach(), z.shape[1], in_queue, labels, queue_labels)
-        self._groups.append(group)
+        self._note(group)
         none = z.shape[1] + in_queue == 1
         if none or (labels is not None and self._steps < _FIRST_STEPS and not bool(group.negatives().any(-1).all())):
             self._warn("A batch had no negatives (one instance, or one class only): its loss is zero.")
-        return (_tensor(tuple([self.layer_weights[k] for k in taps]), losses.dtype, losses.device) * losses).sum()
+        return losses
+
+    def _note(self, group: _Group) -> None:
+        """Keep a group's losses for :attr:`metrics`."""
+        for i, k in enumerate(group.taps):
+            self._last[k] = (group, i)
 
     @property
     def metrics(self) -> dict[str, dict[str, Tensor]]:
-        """``{tap name: {"loss": nats, "bound": nats}}`` of the last call, 0-d tensors without a graph.
+        """``{tap name: {"loss": nats, "bound": nats}}``, 0-d tensors without a graph: of the last step with the tap.
 
         "bound" is the lower bound on the mutual information that the objective gives, for the two objectives of this
         library. Computed when it is read.
         """
         bound = self._bound
         found = {}
-        for group in self._groups:
-            counts = group.negatives().expand(len(group.taps), -1) if bound else None
-            for i, k in enumerate(group.taps):
-                found[k] = {"loss": group.losses[i]}
-                if bound and counts is not None:
-                    found[k]["bound"] = bound(group.losses[i], counts[i])
-        return {self.taps[k].name: found[k] for k in sorted(found)}
+        for k, (group, i) in sorted(self._last.items(), key=itemgetter(0)):
+            found[self.taps[k].name] = figures = {"loss": group.losses[i]}
+            if bound:
+                figures["bound"] = bound(group.losses[i], group.negatives().expand(len(group.taps), -1)[i])
+        return found
 
     def report(
         self,
@@ -399,12 +428,12 @@ class CMIM(nn.Module):
 
     def get_extra_state(self) -> dict[str, Tensor]:
         """Where the next positions are drawn from, so that a resumed run draws what the unbroken one would."""
-        return {"generator": self._drawn_from}
+        return {"generator": self._drawn_from, "first": torch.tensor(self._hooks.chosen is None)}
 
     def set_extra_state(self, state: dict[str, Tensor]) -> None:
         """What :meth:`get_extra_state` returned."""
         self._generator.set_state(state["generator"].cpu())
-        self._draw()
+        self._draw(first=bool(state["first"]))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CMIM:
         copied = self.__new__(type(self))
@@ -437,15 +466,19 @@ class CMIM(nn.Module):
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
-    def _draw(self) -> None:
-        """Draw the positions of the next step: those of all ranks, of which this one takes its share."""
+    def _draw(self, first: bool = False) -> None:
+        """Draw taps and positions of the next step: positions of all ranks, of which this one takes its share."""
         self._drawn_from = self._generator.get_state()
+        self._hooks.chosen = None
+        if self.taps_per_step is not None and self.taps_per_step < len(self.taps) and not (first or self._compiled):
+            order = torch.randperm(len(self.taps), generator=self._generator, device="cpu")
+            self._hooks.chosen = frozenset(order[: self.taps_per_step].tolist())
         if self.instances == "position":
             ranks = distributed.ranks() if self._shared else 1
             share = -(-self.num_positions // ranks)
             draws = torch.rand(len(self.taps), share * ranks, generator=self._generator, device="cpu")
-            first = share * distributed.rank() if self._shared else 0
-            self._hooks.draws = draws[:, first : first + share].contiguous()
+            start = share * distributed.rank() if self._shared else 0
+            self._hooks.draws = draws[:, start : start + share].contiguous()
 
     def _share(self) -> None:
         """Start from the same heads, queue and generator on all ranks, as soon as there are several."""
@@ -614,15 +647,14 @@ def _labels_of(pair: Pair, labels: Tensor, name: str) -> Tensor:
     return labels[(samples, *reversed(at))]
 
 
-@lru_cache(maxsize=64)
-def _tensor(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Kept, because copying it to a device waits for the device."""
-    return torch.tensor(values, dtype=dtype, device=device)
+def _tensor(values: list[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Without waiting for the device: the values are in pageable memory, which is copied at once."""
+    return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
 
-def _side_by_side(rows: Tensor, taps: list[int], sizes: list[int]) -> Tensor:
+def _side_by_side(rows: Tensor, taps: list[int], sizes: dict[int, int]) -> Tensor:
     """``(taps, n, ...)``: the rows of those taps, which have ``n`` each, out of the rows of all."""
     if len(taps) == len(sizes):
         return rows.unflatten(0, (len(taps), -1))
-    parts = rows.split(sizes)
+    parts = dict(zip(sizes, rows.split(list(sizes.values())), strict=True))
     return torch.stack([parts[k] for k in taps])

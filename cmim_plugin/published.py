@@ -106,6 +106,7 @@ class PublishedCMIM(CMIM):
             taps=taps if taps is not None else _last_tap(model, example_input),
             weight=weight,
             instances="image",
+            taps_per_step=None,
             objective=partial(nce, num_samples=len(targets)),
             temperature=temperature,
             embed_dim=embed_dim,
@@ -146,11 +147,11 @@ class PublishedCMIM(CMIM):
             raise CMIMError("PublishedCMIM needs the samples' indices in the training set: cmim(model, indices).")
         return super().forward(model, labels)
 
-    def _loss(self, taps: list[int], z: Tensor, labels: Tensor | None) -> Tensor:
+    def _losses(self, taps: list[int], z: Tensor, labels: Tensor | None) -> Tensor:
         assert labels is not None
         losses = torch.stack([self._bank_loss(k, z[i], labels[i]) for i, k in enumerate(taps)])
-        self._groups.append(_Group(taps, losses.detach(), 1, self.num_negatives, None, None))
-        return losses.mean()
+        self._note(_Group(taps, losses.detach(), 1, self.num_negatives, None, None))
+        return losses
 
     def _bank_loss(self, k: int, z: Tensor, indices: Tensor) -> Tensor:
         z_b, z_f = z.chunk(2, 1)

@@ -63,6 +63,7 @@ class Pair:
         places: the dimensions that the positions of one sample are counted over, where they are those of an image.
         total: positions of the whole batch.
         batch: samples in the batch.
+        scale: what its loss is multiplied by: one over the probability that the tap was chosen.
     """
 
     rows: list[Tensor | None]
@@ -70,6 +71,7 @@ class Pair:
     places: torch.Size | None = None
     total: int = 0
     batch: int = 0
+    scale: float = 1.0
 
     def samples(self) -> Tensor:
         """Which sample of the batch each row of sampled positions belongs to: ``(n,)``."""
@@ -107,6 +109,8 @@ class Taps:
         self.taps = taps
         self.draws = draws
         self.look = look
+        # The taps that the next pass captures, chosen by the owner between steps; None for all.
+        self.chosen: frozenset[int] | None = None
         self.pairs: list[Pair] = []
         # A complete forward pass was captured and not asked for yet.
         self.fresh = False
@@ -180,7 +184,8 @@ class Taps:
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass of the model starts that is to be captured."""
-        self.pairs = [Pair([None, None]) for _ in self.taps]
+        share = 1.0 if torch.compiler.is_compiling() or self.chosen is None else len(self.chosen) / len(self.taps)
+        self.pairs = [Pair([None, None], scale=1 / share) for _ in self.taps]
         self._spreads = {}
         self._drawn = {}
         self.fresh = False
@@ -189,6 +194,10 @@ class Taps:
             hook.reset()
         if self.before is not None:
             self.before(args, kwargs)
+
+    def wants(self, tap: int) -> bool:
+        """Whether this pass captures the tap. What is compiled captures all: each choice would be compiled anew."""
+        return torch.compiler.is_compiling() or self.chosen is None or tap in self.chosen
 
     def keep(self, tap: int, side: int, activation: Tensor, layout: Layout) -> None:
         """Take the instances of one side out of an activation."""
@@ -203,6 +212,8 @@ class Taps:
         pair = self.pairs[tap]
         shape = activation.shape
         pair.batch = shape[0] // layout.fold
+        if torch.compiler.is_compiling():
+            pair.scale = 1.0
         if self.draws is None:
             pair.rows[side] = layout.pooled(activation)
             return
@@ -295,7 +306,7 @@ class _ModuleHook(_Hook):
         super().__init__(taps, module)
         self._plan = plan or {}
         self._calls = 0
-        self._running: list[tuple[tuple[_Capture, ...], _Listener | None]] = []
+        self._running: list[tuple[list[_Capture], _Listener | None]] = []
 
     def reset(self) -> None:
         self._calls = 0
@@ -308,10 +319,10 @@ class _ModuleHook(_Hook):
         taps = self.taps
         if taps is None or not taps.active or not self.serves(module):
             return
-        captures = self._plan.get(self._calls, ())
+        # Comprehensions of lists here and below, not generators: torch.compile of torch 2.6 traces no generator.
+        captures = [c for c in self._plan.get(self._calls, ()) if taps.wants(c.tap)]
         self._calls += 1
         _capture(taps, captures, "input", (args, kwargs))
-        # Comprehensions of lists here and below, not generators: torch.compile of torch 2.6 traces no generator.
         functions = [c.site.function for c in captures if c.site.function is not None]
         listener = None
         if functions:
@@ -333,7 +344,7 @@ class _ModuleHook(_Hook):
 class _Listener(TorchFunctionMode):
     """Sees the torch functions called while one module runs, and picks up the operands that were planned."""
 
-    def __init__(self, taps: Taps, captures: tuple[_Capture, ...], functions: list[Callable[..., Any]]) -> None:
+    def __init__(self, taps: Taps, captures: list[_Capture], functions: list[Callable[..., Any]]) -> None:
         super().__init__()
         self._taps = taps
         self._captures = captures

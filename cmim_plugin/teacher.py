@@ -82,7 +82,8 @@ class Teacher:
         if self.model.training:
             raise CMIMError("The teacher is in training mode: leave it out of model.train(), or call teacher.eval().")
         for tap, activation in enumerate(self._run(args, kwargs)):
-            taps.keep(tap, LATENT, activation, taps.taps[tap].layouts[LATENT])
+            if taps.wants(tap):
+                taps.keep(tap, LATENT, activation, taps.taps[tap].layouts[LATENT])
 
 
 def latent_layout(tap: Tap, shape: torch.Size) -> Layout:

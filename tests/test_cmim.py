@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import io
+import itertools
 import math
 import pickle
 import random
@@ -532,7 +533,11 @@ def test_the_state_holds_heads_and_queue_and_nothing_of_the_model():
     assert [module for module in cmim.modules() if module in {*model.modules(), *teacher.modules()}] == []
 
 
-@pytest.mark.parametrize("settings", [{"instances": "image"}, {"num_positions": 10}], ids=["image", "position"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"instances": "image"}, {"num_positions": 10}, {"taps_per_step": 1}],
+    ids=["image", "position", "some taps"],
+)
 @pytest.mark.parametrize("queue_size", [0, 17])
 def test_a_resumed_run_repeats_the_unbroken_one_bit_by_bit(settings, queue_size):
     def start(seed):
@@ -906,6 +911,7 @@ def test_printing_shows_what_is_tapped_and_what_is_not_and_why():
         ({"weight": -1}, "weight must be a number, zero or more; found -1"),
         ({"weight": "0.3"}, "weight must be a number, zero or more; found '0.3'"),
         ({"num_positions": 0}, "num_positions must be an integer, 1 or more; found 0"),
+        ({"taps_per_step": 0}, "taps_per_step must be an integer, 1 or more, or None for all; found 0"),
         ({"embed_dim": 0}, "embed_dim must be an integer, 1 or more; found 0"),
         ({"embed_dim": 3.5}, "found 3.5"),
         ({"queue_size": -1}, "queue_size must be an integer, 0 or more; found -1"),
@@ -919,6 +925,105 @@ def test_printing_shows_what_is_tapped_and_what_is_not_and_why():
 def test_settings_out_of_range_are_refused(setting, said):
     with pytest.raises(CMIMError, match=said):
         CMIM(network(), X, **setting)
+
+
+# -- some taps a step ----------------------------------------------------------------------------------------------
+
+
+def test_the_first_step_contrasts_all_taps_and_each_further_one_as_many_as_asked_for():
+    model = network(units=2)
+    cmim = CMIM(model, X, taps_per_step=3)
+    seen = []
+    for step in range(41):
+        cmim.zero_grad()
+        a_loss(model, cmim).backward()
+        seen.append([k for k, head in enumerate(cmim.heads) if any(p.grad is not None for p in head.parameters())])
+        assert [len(seen[-1])] == [4 if step == 0 else 3]
+    counts = [sum(k in taps for taps in seen[1:]) for k in range(4)]
+    assert sum(counts) == 120 and all(20 < count <= 40 for count in counts)
+
+
+@each_instance
+def test_the_mean_over_all_choices_of_taps_is_the_loss_of_all_with_its_gradients(instances):
+    model = network(units=2)
+    cmim = CMIM(model, X, taps_per_step=2, instances=instances, layer_decay=0.5)
+    state = cmim.state_dict()
+
+    def loss_of(chosen):
+        cmim.load_state_dict(state)  # the same positions again
+        cmim._hooks.chosen = None if chosen is None else frozenset(chosen)
+        loss = a_loss(model, cmim)
+        parameters = [*model.parameters(), *cmim.parameters()]
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return loss, [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+    expected, expected_gradients = loss_of(None)
+    losses, found = zip(*[loss_of(pair) for pair in itertools.combinations(range(4), 2)], strict=True)
+    torch.testing.assert_close(torch.stack(losses).mean(), expected)
+    for each, wanted in zip(zip(*found, strict=True), expected_gradients, strict=True):
+        torch.testing.assert_close(torch.stack(each).mean(0), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_network_of_no_more_taps_contrasts_all_of_them_in_each_step():
+    losses = []
+    for taps_per_step in (None, 2, 6):
+        model = network()
+        cmim = CMIM(model, X, taps_per_step=taps_per_step)
+        losses.append([a_loss(model, cmim).item() for _ in range(3)])
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_metrics_are_those_of_the_last_step_that_chose_the_tap():
+    model = network(units=2)
+    cmim = CMIM(model, X, taps_per_step=1)
+    a_loss(model, cmim)
+    expected = {name: metrics["bound"].item() for name, metrics in cmim.metrics.items()}
+    assert list(expected) == [tap.name for tap in cmim.taps]
+    for _ in range(4):
+        (k,) = cmim._hooks.chosen
+        a_loss(model, cmim)
+        found = {name: metrics["bound"].item() for name, metrics in cmim.metrics.items()}
+        name = cmim.taps[k].name
+        assert found[name] != expected[name]
+        assert found == {**expected, name: found[name]}
+        expected = found
+
+
+def test_a_chosen_tap_that_was_not_reached_gives_zero_and_a_warning(recorded):
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(2, 4, 3, padding=1)
+            self.first, self.second = (nn.Sequential(SignModule(), nn.Conv2d(4, 4, 3, padding=1)) for _ in range(2))
+            self.short = False
+
+        def forward(self, x):
+            x = self.first(self.stem(x))
+            return (x if self.short else self.second(x)).mean((2, 3))
+
+    model = Sometimes()
+    cmim = CMIM(model, X, taps_per_step=1)
+    a_loss(model, cmim)
+    model.short = True
+    for labels in (None, Y):
+        losses = []
+        for chosen in (0, 1):
+            cmim._hooks.chosen = frozenset([chosen])
+            logits = model(X)
+            losses.append(cmim(model, labels=labels))
+            (F.cross_entropy(logits, Y) + losses[-1]).backward()
+        assert losses[0] > 0 and losses[1] == 0 and losses[1].requires_grad
+    assert raised_warnings(recorded) == ["The forward pass did not reach tap second.0: it adds nothing to the loss."]
+
+
+def test_what_is_not_chosen_is_not_looked_at():
+    model = network(IRNET)
+    cmim = CMIM(model, X, taps_per_step=1)
+    a_loss(model, cmim)
+    (chosen,) = cmim._hooks.chosen
+    model(X)
+    for k, pair in enumerate(cmim._hooks.pairs):
+        assert all((rows is not None) is (k == chosen) for rows in pair.rows)
 
 
 # -- weights and metrics -------------------------------------------------------------------------------------------

@@ -19,19 +19,22 @@ def network(recipe):
     return BODIES["resnet8"](recipe, 4, in_channels=2, stages=2, units=1, width=4)
 
 
+@pytest.mark.parametrize("taps_per_step", [None, 1], ids=["all taps", "some taps"])
 @pytest.mark.parametrize("instances", ["image", "position"])
 @pytest.mark.parametrize("recipe", [IRNET, BIREAL], ids=["IR-Net", "Bi-Real"])
-def test_the_compiled_model_gives_the_loss_of_the_eager_one(recipe, instances):
+def test_the_compiled_model_gives_the_loss_of_the_eager_one(recipe, instances, taps_per_step):
+    """Of all taps: each choice of some would be compiled anew."""
     torch._dynamo.reset()
     counters.clear()
     model = network(recipe)
-    cmim = CMIM(model, X, instances=instances)
+    cmim = CMIM(model, X, instances=instances, taps_per_step=taps_per_step)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for _ in range(3):
         state = cmim.state_dict()
         logits, loss = compiled(X), cmim(compiled)
         gradients = torch.autograd.grad(loss, [p for n, p in model.named_parameters() if n.startswith("conv1")])
         cmim.load_state_dict(state)  # the same positions again
+        cmim._hooks.chosen = None
         assert torch.equal(model(X), logits)
         expected = cmim(model)
         torch.testing.assert_close(loss, expected)
@@ -62,11 +65,12 @@ def test_the_objectives_compile_into_one_graph(objective, labels):
     torch.testing.assert_close(torch.autograd.grad(found, z), torch.autograd.grad(expected, z))
 
 
+@pytest.mark.parametrize("taps_per_step", [None, 1], ids=["all taps", "some taps"])
 @pytest.mark.parametrize("whole", [False, True], ids=["the loss", "the whole step"])
-def test_a_compiled_loss_is_that_of_the_eager_one(whole):
+def test_a_compiled_loss_is_that_of_the_eager_one(whole, taps_per_step):
     torch._dynamo.reset()
     model = network(BIREAL)
-    cmim = CMIM(model, X)
+    cmim = CMIM(model, X, taps_per_step=taps_per_step)
 
     def step(loss_of):
         logits = model(X)
@@ -79,6 +83,7 @@ def test_a_compiled_loss_is_that_of_the_eager_one(whole):
     counters.clear()
     for _ in range(3):
         state = cmim.state_dict()
+        assert len(cmim.taps) == 2 and cmim._hooks.chosen is None
         loss = compiled(compiled_loss)
         gradients = torch.autograd.grad(loss, list(cmim.parameters()))
         cmim.load_state_dict(state)

@@ -54,8 +54,9 @@ def test_ranks_train_what_one_process_trains(ranks, name):
             assert close(found[what], expected[what]), what
 
 
-def test_a_tap_that_some_ranks_do_not_reach_counts_for_those_that_do(ranks):
-    first, *others = (rank["other ways"] for rank in ranks)
+@pytest.mark.parametrize("name", ["other ways", "other ways, one tap a step"])
+def test_a_tap_that_some_ranks_do_not_reach_counts_for_those_that_do(name, ranks):
+    first, *others = (rank[name] for rank in ranks)
     assert first["taps"] == 2
     for other in others:
         assert other["taps"] == 2

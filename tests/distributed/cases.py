@@ -96,6 +96,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "queue of positions": ({"num_positions": 16, "queue_size": 40}, {}),
     "nce": ({"num_positions": 16, "objective": partial(nce, num_samples=100), "layer_decay": 0.5}, {"labels": True}),
     "accumulation": ({"num_positions": 48}, {"accumulate": 2}),
+    "some taps": ({"num_positions": 48, "taps_per_step": 1, "layer_decay": 0.5}, {}),
+    "some taps, labelled, with a queue": (
+        {"instances": "image", "queue_size": 20, "taps_per_step": 2},
+        {"labels": True},
+    ),
     "uneven images": ({"instances": "image", "queue_size": 20}, {"labels": True, "uneven": True}),
     "uneven positions": (ALL, {"labels": True, "uneven": True}),
 }
@@ -118,6 +123,12 @@ def attached(name: str, rank: int = 0) -> tuple[nn.Module, CMIM]:
     # Other seeds on other ranks: heads and positions have to be those of rank 0 nevertheless.
     torch.manual_seed(100 + rank)
     return model, CMIM(model, batch(0)[0], **CASES[name][0]).double()
+
+
+def whole(t: Tensor | None) -> Tensor:
+    if t is None:  # heads of a tap that was not chosen
+        return torch.zeros(())
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 def train(
@@ -153,9 +164,6 @@ def train(
             losses.append(contrast.item())
         optimizer.step()
 
-    def whole(t: Tensor) -> Tensor:
-        return t.full_tensor() if hasattr(t, "full_tensor") else t
-
     return {
         "losses": losses,
         "gradients": [whole(p.grad) for p in [*model.parameters(), *cmim.parameters()]],
@@ -165,20 +173,21 @@ def train(
     }
 
 
-def train_with_other_ways(rank: int, world: int) -> dict[str, Any]:
-    """A tap that only some ranks reach, in the second step."""
+def train_with_other_ways(rank: int, world: int, taps_per_step: int | None, steps: int) -> dict[str, Any]:
+    """A tap that only some ranks reach, in the second step; with one tap a step, in some later steps."""
     torch.manual_seed(0)
     model = Sometimes()
-    cmim = CMIM(model, torch.rand(4, 2, 6, 6))
+    cmim = CMIM(model, torch.rand(4, 2, 6, 6), taps_per_step=taps_per_step)
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
     losses = []
-    for positive in (True, rank == 0):
+    for positive in [True, *[rank == 0] * (steps - 1)]:
         x = torch.rand(4, 2, 6, 6) + 0.1
         logits = ddp(x if positive else -x)
         loss = cmim(ddp)
         (logits.sum() + loss).backward()
         losses.append(loss.item())
-    return {"losses": losses, "gradients": [p.grad for p in cmim.parameters()], "taps": len(cmim.metrics)}
+    gradients = [whole(p.grad) for p in cmim.parameters()]
+    return {"losses": losses, "gradients": gradients, "taps": len(cmim.metrics)}
 
 
 def main(out: Path) -> None:
@@ -191,7 +200,8 @@ def main(out: Path) -> None:
         results[name] = train(name, *attached(name, rank), rank, world)
     for name in SHARDED:
         results[f"sharded {name}"] = train(name, *attached(name, rank), rank, world, shard=True)
-    results["other ways"] = train_with_other_ways(rank, world)
+    results["other ways"] = train_with_other_ways(rank, world, None, steps=2)
+    results["other ways, one tap a step"] = train_with_other_ways(rank, world, 1, steps=8)
     torch.save(results, out / f"{world}-{rank}.pt")
     dist.destroy_process_group()
 

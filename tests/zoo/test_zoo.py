@@ -135,7 +135,7 @@ def test_gradients_reach_the_heads_and_the_first_layer(entry: Entry):
 @each(WITH_TAPS)
 def test_trains_for_two_steps(entry: Entry):
     model = entry.make()
-    cmim = CMIM(model, entry.example())
+    cmim = CMIM(model, entry.example(), taps_per_step=None)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     optimizer.add_param_group({"params": list(cmim.parameters())})
     for seed in (4, 5, 6):
