@@ -45,31 +45,34 @@ class Layout:
         # Divided after the sum: the gradient of the sum alone is a view, that of a mean another map.
         return sums / (self.positions(x.shape) * self.fold)
 
-    def coordinates(self, index: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
-        """Row and place of each position of ``index``, counted over the batch: int64 tensors shaped like it."""
-        found = []
-        for size in reversed(self.places(shape)):
-            found.append(index % size)
-            index = index // size
-        return index, *reversed(found)
+    def side_by_side(self, x: Tensor) -> Tensor | None:
+        """``(positions of the batch, C)``, a view, where the channels of a position lie side by side; else None."""
+        moved = x if self.spatial is None else x.movedim(1, -1)
+        simple = self.spatial in (None, x.ndim - 2) and moved.is_contiguous()
+        return moved.reshape(-1, moved.shape[-1]) if simple else None
 
-    def sampled(self, x: Tensor, coordinates: tuple[Tensor, ...]) -> Tensor:
-        """The channels at ``coordinates``, each ``(n,)``: ``(n, C)``."""
-        row, *place = coordinates
-        where: list[Any] = [row, *place]
-        if self.spatial is not None:
-            where[1:1] = [slice(None)] * (x.ndim - 1 - self.spatial)
+    def where(self, index: Tensor, shape: torch.Size) -> tuple[Any, ...]:
+        """What selects those positions, counted over the batch, in any activation of this shape."""
+        at: list[Any] = []
+        for size in reversed(self.places(shape)):
+            at.append(index % size)
+            index = index // size
+        channels = 0 if self.spatial is None else len(shape) - 1 - self.spatial
+        return (index, *[slice(None)] * channels, *reversed(at))
+
+    def sampled(self, x: Tensor, index: Tensor) -> Tensor:
+        """The channels at those positions, ``(n,)``, counted over the batch: ``(n, C)``."""
         # What is compiled is fused with what is around it.
         if torch.compiler.is_compiling() or not (x.requires_grad and torch.is_grad_enabled()):
-            return x[tuple(where)].flatten(1)
-        scatter = _Scatter(tuple(where), x.shape, x.stride())
+            return x[self.where(index, x.shape)].flatten(1)
+        scatter = _Scatter(self, index, x)
         x.register_hook(scatter)
         rows: Tensor = _Gather.apply(x, scatter)
-        return rows.flatten(1)
+        return rows
 
 
 class _Gather(torch.autograd.Function):
-    """``x[where]`` at distinct positions.
+    """The channels at distinct positions.
 
     The gradient of a sample is zero nearly everywhere. As a whole map it would cost more than the rest of the plug-in,
     and the engine would hold the maps of all taps at once, since it comes to the loss before it comes to the network.
@@ -81,7 +84,8 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scatter: _Scatter) -> Tensor:
         # Kept on ctx, not saved: activation checkpointing counts what is saved, and its recomputation captures nothing.
         ctx.scatter = scatter
-        return x[scatter.where]
+        flat = scatter.layout.side_by_side(x)
+        return x[scatter.where].flatten(1) if flat is None else flat[scatter.index]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -89,7 +93,7 @@ class _Gather(torch.autograd.Function):
         if torch.is_grad_enabled():
             # A graph of the gradient is wanted (create_graph=True).
             full = scatter.zeros(grad.detach())
-            full[scatter.where] = grad
+            full[scatter.where] = grad.view_as(full[scatter.where])
             return full, None
         scatter.rows = grad
         return grad.new_zeros(()).expand(scatter.shape), None
@@ -101,11 +105,17 @@ class _Scatter:
     The engine has just summed the latter with our expanded zero, into a tensor that nobody else holds.
     """
 
-    def __init__(self, where: tuple[Any, ...], shape: torch.Size, strides: tuple[int, ...]) -> None:
-        self.where = where
-        self.shape = shape
-        self.strides = strides
+    def __init__(self, layout: Layout, index: Tensor, x: Tensor) -> None:
+        self.layout = layout
+        self.index = index
+        self.shape = x.shape
+        self.strides = x.stride()
         self.rows: Tensor | None = None
+
+    @property
+    def where(self) -> tuple[Any, ...]:
+        """What selects the rows in an activation that lies in memory in any way."""
+        return self.layout.where(self.index, self.shape)
 
     def __call__(self, grad: Tensor) -> Tensor | None:
         rows, self.rows = self.rows, None
@@ -113,7 +123,13 @@ class _Scatter:
             return None
         if not any(grad.stride()):
             grad = self.zeros(grad)  # no other gradient came
-        grad[self.where] += rows
+        flat = self.layout.side_by_side(grad)
+        if flat is None:
+            where = self.where
+            there = grad[where]
+            grad[where] = there + rows.view_as(there)
+        else:
+            flat[self.index] += rows
         return grad
 
     def zeros(self, like: Tensor) -> Tensor:

@@ -350,7 +350,7 @@ class _Tally:
         self.values += higher.numel() // self.channels
         if self.kept < _CODES:
             index = spread(draw.to(activation.device), shape[0] * layout.positions(shape))
-            bits = layout.sampled(higher, layout.coordinates(index, shape)).flatten()
+            bits = layout.sampled(higher, index).flatten()
             self.codes[-1] = (_packed(bits), len(bits))
             self.kept += len(bits)
 

@@ -123,7 +123,6 @@ class Taps:
         self.model = weakref.ref(model)
         # Positions of all taps at once, for as many taps as share their number; made anew in each pass.
         self._spreads: dict[Any, Tensor] = {}
-        self._drawn: dict[Any, list[tuple[Tensor, ...]]] = {}
         self._hooks: list[_Hook] = []
         self._handles: list[RemovableHandle] = []
         self._plan: dict[str, dict[int, list[_Capture]]] = defaultdict(lambda: defaultdict(list))
@@ -166,7 +165,6 @@ class Taps:
         """Forget what was captured."""
         self.pairs = []
         self._spreads = {}
-        self._drawn = {}
         self.fresh = False
         self.active = False
 
@@ -187,7 +185,6 @@ class Taps:
         share = 1.0 if torch.compiler.is_compiling() or self.chosen is None else len(self.chosen) / len(self.taps)
         self.pairs = [Pair([None, None], scale=1 / share) for _ in self.taps]
         self._spreads = {}
-        self._drawn = {}
         self.fresh = False
         self.active = True
         for hook in self._hooks:
@@ -225,29 +222,20 @@ class Taps:
                 f"The two sides of tap {self.taps[tap].name} have {pair.total} and {total} positions in this batch and "
                 'cannot be paired position by position: leave it out with taps=, or use instances="image".'
             )
-        pair.index, coordinates = self._positions(tap, layout, shape, total, activation.device)
+        pair.index = self._positions(tap, total, activation.device)
         if layout.spatial is not None and layout.fold == 1:
             pair.places = layout.places(shape)
-        pair.rows[side] = layout.sampled(activation, coordinates)
+        pair.rows[side] = layout.sampled(activation, pair.index)
 
-    def _positions(
-        self, tap: int, layout: Layout, shape: torch.Size, total: int, device: torch.device
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The positions of a tap, counted over the batch, and where they lie in an activation of this shape."""
+    def _positions(self, tap: int, total: int, device: torch.device) -> Tensor:
+        """The positions of a tap, counted over the batch."""
         assert self.draws is not None
         if torch.compiler.is_compiling():
-            index = spread(self.draws[tap].to(device), total)
-            return index, layout.coordinates(index, shape)
-        key = (layout, shape, device)
-        if key not in self._drawn:
-            if (total, device) not in self._spreads:
-                # Without waiting for the device: the draws are in pageable memory, which is copied at once.
-                self._spreads[total, device] = spread(self.draws.to(device, non_blocking=True), total)
-            of_taps = self._spreads[total, device]
-            coordinates = layout.coordinates(of_taps, shape)
-            self._drawn[key] = list(zip(*[t.unbind() for t in (of_taps, *coordinates)], strict=True))
-        index, *place = self._drawn[key][tap]
-        return index, tuple(place)
+            return spread(self.draws[tap].to(device), total)
+        if (total, device) not in self._spreads:
+            # Without waiting for the device: the draws are in pageable memory, which is copied at once.
+            self._spreads[total, device] = spread(self.draws.to(device, non_blocking=True), total)
+        return self._spreads[total, device][tap]
 
 
 class _Hook:

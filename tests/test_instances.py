@@ -125,7 +125,7 @@ def test_sampling_takes_the_channels_at_positions_counted_over_the_batch(shape, 
     assert shape[0] * layout.positions(torch.Size(shape)) == total
     index = torch.randperm(total)[: max(1, total // 2)]
     for x in memory_formats(shape):
-        rows = layout.sampled(x, layout.coordinates(index, x.shape))
+        rows = layout.sampled(x, index)
         assert rows.shape == (len(index), channels)
         for row, place in enumerate(index.tolist()):
             for channel in range(channels):
@@ -144,7 +144,7 @@ def test_gradients_reach_the_activation(shape, layout, channels, positions, at):
         (gradient,) = torch.autograd.grad(layout.pooled(x).sum(), x)
         assert torch.allclose(gradient, torch.full_like(x, 1 / positions))
         index = torch.tensor([0, shape[0] // layout.fold * positions - 1])
-        rows = layout.sampled(x, layout.coordinates(index, x.shape))
+        rows = layout.sampled(x, index)
         (gradient,) = torch.autograd.grad((rows * torch.tensor([[1.0], [2.0]])).sum(), x)
         expected = torch.zeros_like(x)
         for channel in range(channels):
@@ -158,7 +158,7 @@ def test_the_gradient_of_an_overlapping_or_gapped_activation_is_right():
     for x in (torch.randn(4, 3, 5, 10)[..., ::2], torch.randn(4, 1, 5, 5).expand(4, 3, 5, 5)):
         x = x.detach().requires_grad_()
         layout = Layout(2)
-        rows = layout.sampled(x, layout.coordinates(torch.tensor([7, 99]), x.shape))
+        rows = layout.sampled(x, torch.tensor([7, 99]))
         (gradient,) = torch.autograd.grad(rows.sum(), x)
         expected = torch.zeros(4, 3, 5, 5)
         expected[0, :, 1, 2] = 1
@@ -169,8 +169,8 @@ def test_the_gradient_of_an_overlapping_or_gapped_activation_is_right():
 def test_gradients_of_gradients_pass_through_the_sampling():
     x = torch.randn(4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     layout = Layout(2)
-    where = layout.coordinates(torch.tensor([1, 6, 15]), x.shape)
-    assert torch.autograd.gradgradcheck(lambda t: layout.sampled(t, where).pow(3), x)
+    index = torch.tensor([1, 6, 15])
+    assert torch.autograd.gradgradcheck(lambda t: layout.sampled(t, index).pow(3), x)
 
 
 def test_what_shares_the_gradient_of_the_activation_stays_as_it_is():
@@ -178,7 +178,7 @@ def test_what_shares_the_gradient_of_the_activation_stays_as_it_is():
     a, b = (torch.randn(4, 3, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
     x, shortcut = a * 2, b * 3
     layout = Layout(2)
-    rows = layout.sampled(x, layout.coordinates(torch.tensor([0, 7, 15]), x.shape))
+    rows = layout.sampled(x, torch.tensor([0, 7, 15]))
     weight = torch.randn(4, 3, 2, 2, dtype=torch.float64)
     ((x + shortcut) * weight).sum().add(rows.sum()).backward()
     assert torch.equal(b.grad, 3 * weight)
@@ -192,7 +192,7 @@ def test_two_samples_of_one_activation_both_count_and_a_second_backward_adds_the
     a = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     x = a * 2
     layout = Layout(None)
-    first, second = (layout.sampled(x, (torch.tensor(index),)) for index in ([0, 2], [2, 3]))
+    first, second = (layout.sampled(x, torch.tensor(index)) for index in ([0, 2], [2, 3]))
     loss = first.sum() + 10 * second.sum() + x.sum()
     expected = torch.tensor([4.0, 2.0, 24.0, 22.0], dtype=torch.float64)[:, None].expand(4, 6)
     for times in (1, 2):
@@ -208,7 +208,7 @@ def test_two_samples_of_one_activation_both_count_and_a_second_backward_adds_the
 def test_backward_holds_no_whole_map_for_a_sample_before_the_network_needs_it():
     x = (torch.randn(4, 3, 32, 32, requires_grad=True) * 1).sigmoid()
     layout = Layout(2)
-    rows = layout.sampled(x, layout.coordinates(torch.tensor([1, 2]), x.shape))
+    rows = layout.sampled(x, torch.tensor([1, 2]))
     held = []
     rows.grad_fn.register_hook(lambda gradients, _: held.append(gradients[0].untyped_storage().nbytes()))
     rows.sum().backward()
