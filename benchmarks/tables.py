@@ -4,8 +4,9 @@
 
 A section `<!-- table: NAME -->` ... `<!-- end -->` gets the table of results/NAME.jsonl, and
 `<!-- table: NAME none image -->` those arms of it only; `<!-- pooled: NAME -->` gets one row an arm, its differences to
-`none` over the pairs of all methods; `<!-- overhead: KIND DEVICE -->` (likewise with arms) gets one
-of the tables of overhead_report.py from results/overhead.json, which is also drawn into results/overhead-DEVICE.png.
+`none` over the pairs of all methods; `<!-- dense: NAME -->` what examples/dense.py makes of it;
+`<!-- overhead: KIND DEVICE -->` (all likewise with arms) gets one of the tables of overhead_report.py from
+results/overhead.json, which is also drawn into results/overhead-DEVICE.png.
 A document without such a section stays as it is.
 """
 
@@ -24,9 +25,13 @@ from overhead import read_results as read_overhead
 from training import paired_difference  # accuracy.py makes the examples importable
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "benchmarks" / "FINDINGS.md"]
-SECTION = re.compile(r"(<!-- (table|pooled|overhead): (\S+)(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+SECTION = re.compile(r"(<!-- (table|pooled|dense|overhead): (\S+)(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 CONTROL = "position_shuffled"
+PAIRED = (
+    "Differences are paired by seed, over the seeds that both arms have, in points, with their 95 % interval "
+    "(Student's t), bold where it excludes zero."
+)
 
 Records = list[dict[str, Any]]
 
@@ -99,19 +104,31 @@ def pooled(records: Records, arms: list[str] | None = None) -> str:
     return "\n".join(lines) + "\n\n" + caption(records, best_epoch=False)
 
 
+def dense_table(records: Records, arms: list[str] | None = None) -> str:
+    """Markdown: a row for each method and arm of the dense prediction."""
+    import dense  # not above: it imports this module
+
+    return dense.table([r for r in records if not arms or r["arm"] in arms]) if records else "No results yet."
+
+
 def caption(records: Records, best_epoch: bool = True) -> str:
     config = records[0]["config"]
     tested = "the test set" if config["split"] == "test" else f"{config['held_out']} held-out training images"
-    dates = sorted({record["date"][:10] for record in records})
     return (
         f"{config['data']}, {config['train_size'] or 'all'} training images, {config['epochs']} epochs, "
         f"{config['model']} of width {config['width']}, batches of {config['batch_size']}; accuracy (%) on {tested} "
         "after the last epoch, mean ± standard deviation; training accuracy as counted during the last epoch. "
-        "Differences are paired by seed, over the seeds that both arms have, in points, with their 95 % "
-        "interval (Student's t), bold where it excludes zero. "
-        + "The best of the epochs tested is chosen with hindsight. "
-        * best_epoch
-        + f"{len(records)} runs, {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}, "
+        + f"{PAIRED} "
+        + "The best of the epochs tested is chosen with hindsight. " * best_epoch
+        + origin(records)
+    )
+
+
+def origin(records: Records) -> str:
+    """How many runs, when, on what and by which code."""
+    dates = sorted({record["date"][:10] for record in records})
+    return (
+        f"{len(records)} runs, {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}, "
         f"{together(records, 'device')}, commit {together(records, 'commit')}."
     )
 
@@ -129,7 +146,7 @@ def fill(text: str, results: Path) -> str:
         if source == "overhead":
             content = overhead_report.table(overhead_records, name, *arms.split()[:1], arms.split()[1:])
         else:
-            write = pooled if source == "pooled" else table
+            write = {"table": table, "pooled": pooled, "dense": dense_table}[source]
             content = write(list(read_results(results / f"{name}.jsonl").values()), arms.split())
         return f"{begin}\n{content}\n\n{end}"
 

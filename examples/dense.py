@@ -415,7 +415,13 @@ def table(records: list[dict[str, Any]]) -> str:
             difference = tables.difference(seeds, none) if arm != "none" else ""
             cells += [f"{np.mean(list(seeds.values())):.2f}{spread}", difference]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    config = records[0]["config"]
+    caption = (
+        f"{config['data']}, images of {' x '.join(map(str, config['size']))} pixels, an encoder-decoder of width "
+        f"{config['width']}, {config['epochs']} epochs, batches of {config['batch_size']}; {config['split']} images, "
+        f"after the last epoch, mean ± standard deviation. {tables.PAIRED} {tables.origin(records)}"
+    )
+    return "\n".join(lines) + "\n\n" + caption
 
 
 def main(arguments: list[str] | None = None) -> None:

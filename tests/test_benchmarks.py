@@ -107,6 +107,19 @@ def test_validation_tests_on_training_images_that_are_not_trained_on() -> None:
     assert all((everything == image).flatten(1).all(1).any() for image in val.x_test)
 
 
+def test_dense_results_get_their_own_table(tmp_path) -> None:
+    config = {"data": "camvid", "task": "segmentation", "split": "test", "size": [4, 6], "width": 8, "epochs": 2}
+    about = {"config": config | {"batch_size": 1}, "date": "2020-01-01T00:00:00", "device": "cpu", "commit": "abc"}
+    runs = [{"method": "irnet", "arm": arm, "seed": 0} for arm in ("none", "image", "position")]
+    metrics = {"miou": 0.25, "pixel_accuracy": 0.75}
+    (tmp_path / "roads.jsonl").write_text(
+        "".join(json.dumps(run | about | {"metrics": metrics}) + "\n" for run in runs)
+    )
+    filled = tables.fill("<!-- dense: roads none image -->\n<!-- end -->\n", tmp_path)
+    assert "| irnet | `image` | 1 | 25.00 | +0.00 (one seed) | 75.00 | +0.00 (one seed) |" in filled
+    assert "position" not in filled and "camvid, images of 4 x 6 pixels" in filled and "2 runs, 2020-01-01" in filled
+
+
 def test_table_from_two_results_files(tmp_path) -> None:
     def record(arm: str, seed: int, value: float) -> dict:
         common = {"method": "bireal", "train_accuracy": 60.0, "best_epoch_accuracy": value + 1}

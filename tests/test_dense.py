@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -294,7 +295,9 @@ def test_training_learns_what_can_be_learned(camvid_root) -> None:
 def test_table_pairs_by_seed() -> None:
     def record(arm: str, seed: int, value: float) -> dict:
         metrics = {"rmse": value, "abs_rel": 0.25, "delta1": 0.5}
-        return {"method": "bireal", "arm": arm, "seed": seed, "metrics": metrics, "config": {"task": "depth"}}
+        made = {"date": "2026-11-23T01:02:03", "device": "cpu", "commit": "abc"}
+        run = {"method": "bireal", "arm": arm, "seed": seed, "metrics": metrics, "config": asdict(config(task="depth"))}
+        return run | made
 
     records = [record("none", s, 0.5 + 0.1 * s) for s in range(3)] + [record("image", s, 0.6) for s in range(2)]
     text = dense.table(records)
@@ -304,3 +307,4 @@ def test_table_pairs_by_seed() -> None:
         f"| bireal | `image` | 2 | 60.00 ± 0.00 | +5.00 ({5 - half:+.2f} to {5 + half:+.2f}) | 25.00 ± 0.00 |" in text
     )
     assert "| bireal | `none` | 3 | 60.00 ± 10.00 |  | 25.00 ± 0.00 |  |" in text
+    assert "5 runs, 2026-11-23, cpu, commit abc." in text
