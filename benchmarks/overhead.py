@@ -51,10 +51,11 @@ T = TypeVar("T")
 SCRIPTS = ("benchmarks/overhead.py", "benchmarks/naive.py")
 PHASES = ("forward", "loss", "backward", "optimizer")
 
-# NAME:COUNT is an arm on the first COUNT taps only.
+# NAME:COUNT is an arm on the first COUNT taps only, all of them in every step.
 ARMS = {
     "none": "the binary network alone",
     "position": "CMIM's default: one sample is a position",
+    "position_all": "the same, but all taps in every step",
     "image": "CMIM, one sample is a whole image",
     "teacher_pass": "no CMIM, but a forward pass of a full-precision teacher: what any method with a teacher pays",
     "teacher": "CMIM against the teacher's activations, one sample is an image",
@@ -232,11 +233,11 @@ def attach(name: str, model: nn.Module, case: Case, x: Tensor) -> nn.Module | No
         return None
     if kind.startswith("naive"):
         return Naive(model, x, instances=kind.removeprefix("naive_"))
-    if kind in ("position", "image"):
-        taps = (
-            [found.name for found in find_binary_activations(model, x) if found.tapped][: int(count)] if count else None
-        )
-        return CMIM(model, x, instances=kind, taps=taps)
+    if kind in ("position", "position_all", "image"):
+        settings: dict[str, Any] = {"taps_per_step": None} if count or kind == "position_all" else {}
+        if count:
+            settings["taps"] = [found.name for found in find_binary_activations(model, x) if found.tapped][: int(count)]
+        return CMIM(model, x, instances=kind.removesuffix("_all"), **settings)
     teacher = network(case, binary=False).eval().requires_grad_(False)
     if kind == "teacher":
         return CMIM(model, x, instances="image", teacher=teacher)

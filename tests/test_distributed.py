@@ -54,6 +54,12 @@ def test_ranks_train_what_one_process_trains(ranks, name):
             assert close(found[what], expected[what]), what
 
 
+def test_ranks_that_chose_taps_alone_agree_from_the_first_step_together(ranks):
+    first, *others = (rank["taps chosen before the group"]["losses"] for rank in ranks)
+    assert all(0 < loss < 100 for loss in first)
+    assert all(other == first for other in others)
+
+
 @pytest.mark.parametrize("name", ["other ways", "other ways, one tap a step"])
 def test_a_tap_that_some_ranks_do_not_reach_counts_for_those_that_do(name, ranks):
     first, *others = (rank[name] for rank in ranks)

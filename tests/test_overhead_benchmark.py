@@ -183,6 +183,7 @@ def test_a_tiny_run_measures_every_suite_and_resumes(arguments: list[str], resul
     assert {arm: m["taps"] for arm, m in step["arms"].items()} == {
         "none": 0,
         "position": 4,
+        "position_all": 4,
         "image": 4,
         "teacher_pass": 0,
         "teacher": 4,

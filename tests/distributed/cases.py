@@ -194,8 +194,12 @@ def main(out: Path) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     model, cmim = attached("images", rank)
+    chosen_alone = attached("some taps", rank)
+    train("some taps", *chosen_alone)
+    assert chosen_alone[1]._hooks.chosen is not None
     dist.init_process_group("gloo")
     results = {"attached before the group": train("images", model, cmim, rank, world)}
+    results["taps chosen before the group"] = train("some taps", *chosen_alone, rank, world)
     for name in CASES:
         results[name] = train(name, *attached(name, rank), rank, world)
     for name in SHARDED:
