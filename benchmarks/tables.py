@@ -108,7 +108,7 @@ def dense_table(records: Records, arms: list[str] | None = None) -> str:
     """Markdown: a row for each method and arm of the dense prediction."""
     import dense  # not above: it imports this module
 
-    return dense.table([r for r in records if not arms or r["arm"] in arms]) if records else "No results yet."
+    return dense.table(records, arms) if records else "No results yet."
 
 
 def caption(records: Records, best_epoch: bool = True) -> str:

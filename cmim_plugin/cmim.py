@@ -9,8 +9,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
-from operator import itemgetter
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -44,9 +43,11 @@ class _Group:
     labels: Tensor | None
     queue_labels: Tensor | None
 
+    @cached_property
     def negatives(self) -> Tensor:
-        """How many each anchor has: ``(n,)``, or ``(taps, n)``."""
-        return count_negatives(self.rows, self.labels, self.queue_labels, self.queued)
+        """How many each anchor has: ``(taps, n)``."""
+        counts = count_negatives(self.rows, self.labels, self.queue_labels, self.queued)
+        return counts.expand(len(self.taps), -1)
 
 
 class CMIM(nn.Module):
@@ -126,6 +127,8 @@ class CMIM(nn.Module):
         self.temperature = temperature
         # Tap -> where its last loss is.
         self._last: dict[int, tuple[_Group, int]] = {}
+        # What a loaded state says of the taps that had no loss since.
+        self._before: dict[str, dict[str, Tensor]] = {}
         self._model = weakref.ref(model)
         self.found = tuple(find_binary_activations(model, example_input))
         if instances == "position" and teacher is None:
@@ -166,7 +169,6 @@ class CMIM(nn.Module):
         self._hooks = hooks = Taps(model, tapped, None)
         self._shared = False
         self._share()
-        self._compiled = False
         self._draw(first=True)
         if self._teacher is not None:
             hooks.before = partial(self._teacher.deliver, hooks)
@@ -229,13 +231,13 @@ class CMIM(nn.Module):
                 "torch._dynamo.reset().)"
             )
         reached = [k for k, pair in enumerate(pairs) if pair.rows[BINARY] is not None and pair.rows[LATENT] is not None]
-        asked = range(len(pairs)) if self._hooks.chosen is None else sorted(self._hooks.chosen)
+        asked = list(range(len(pairs))) if self._hooks.chosen is None else sorted(self._hooks.chosen)
         if not reached and self._hooks.chosen is None:
             raise CMIMError(
                 "The forward pass reached none of the taps. A model that was compiled and run before CMIM was attached "
                 "does that (attach first, or call torch._dynamo.reset()), or inputs that take another way through it."
             )
-        for k in sorted(set(asked) - set(reached)):
+        for k in [k for k in asked if k not in reached]:
             self._warn(f"The forward pass did not reach tap {self.taps[k].name}: it adds nothing to the loss.")
 
         z, row_labels, sizes = self._embedded(pairs, reached, asked, labels)
@@ -247,7 +249,8 @@ class CMIM(nn.Module):
         for taps in groups.values():
             of_taps = None if row_labels is None else _side_by_side(row_labels, taps, sizes)
             losses = self._losses(taps, _side_by_side(z, taps, sizes), of_taps)
-            scaled = [self.layer_weights[k] * pairs[k].scale for k in taps]
+            # Those that were asked for stand for all.
+            scaled = [self.layer_weights[k] * len(pairs) / len(asked) for k in taps]
             total = total + (_tensor(scaled, losses.dtype, losses.device) * losses).sum()
         self._steps = min(self._steps + 1, _FIRST_STEPS)
         self._draw()
@@ -255,15 +258,13 @@ class CMIM(nn.Module):
         return self.weight * total
 
     def _embedded(
-        self, pairs: list[Pair], reached: list[int], asked: Collection[int], labels: Tensor | None
+        self, pairs: list[Pair], reached: list[int], asked: list[int], labels: Tensor | None
     ) -> tuple[Tensor, Tensor | None, dict[int, int]]:
         """Both sides' embeddings ``(rows, 2 D)`` of all ranks, tap by tap, their labels, and the rows of each tap."""
         if labels is not None and reached:
             labels = _checked_labels(labels, pairs[reached[0]], self._device)
-        present = sorted({*asked, *reached})
-        if distributed.ranks() > 1 and not self._shared:
-            # Each rank has chosen for itself so far.
-            present = list(range(len(pairs)))
+        # Before they shared a generator each rank chose for itself.
+        present = asked if self._shared or distributed.ranks() == 1 else range(len(pairs))
         self._share()
         sides: tuple[list[Tensor], list[Tensor]] = ([], [])
         for k in reached:
@@ -276,13 +277,12 @@ class CMIM(nn.Module):
         for k, rows in zip(reached, sides[BINARY], strict=True):
             sizes[k] = len(rows)
 
-        # Weight and bias of the binary head, then of the latent one, tap by tap.
-        weights: tuple[Tensor, ...] = tuple([p for k in present for p in self.heads[k].parameters()])
-        if self._shared:
+        weights: tuple[Tensor, ...] = tuple(self.heads.parameters())
+        if self._shared or len(present) < len(pairs):
             weights = distributed.averaged(weights)
-        heads = {k: weights[4 * i : 4 * i + 4] for i, k in enumerate(present)}
+        # Weight and bias of the binary head, then of the latent one, tap by tap.
         pieces = [
-            (rows, heads[k][2 * side], heads[k][2 * side + 1])
+            (rows, weights[4 * k + 2 * side], weights[4 * k + 2 * side + 1])
             for side in (BINARY, LATENT)
             for k, rows in zip(reached, sides[side], strict=True)
         ]
@@ -304,8 +304,7 @@ class CMIM(nn.Module):
     def _losses(self, taps: list[int], z: Tensor, labels: Tensor | None) -> Tensor:
         """The losses of taps whose embeddings, ``(taps, n, 2 D)``, lie side by side: ``(taps,)``."""
         if torch.compiler.is_compiling():
-            # Each choice of taps would be compiled anew.
-            self._compiled = True
+            self._hooks.compiled = True
         z_b, z_f = z.chunk(2, -1)
         queued: dict[str, Tensor] = {}
         if len(self.queues):
@@ -326,7 +325,7 @@ class CMIM(nn.Module):
         group = _Group(taps, losses.detach(), z.shape[1], in_queue, labels, queue_labels)
         self._note(group)
         none = z.shape[1] + in_queue == 1
-        if none or (labels is not None and self._steps < _FIRST_STEPS and not bool(group.negatives().any(-1).all())):
+        if none or (labels is not None and self._steps < _FIRST_STEPS and not bool(group.negatives.any(-1).all())):
             self._warn("A batch had no negatives (one instance, or one class only): its loss is zero.")
         return losses
 
@@ -337,17 +336,21 @@ class CMIM(nn.Module):
 
     @property
     def metrics(self) -> dict[str, dict[str, Tensor]]:
-        """``{tap name: {"loss": nats, "bound": nats}}``, 0-d tensors without a graph: of the last step with the tap.
+        """``{tap name: {"loss": nats, "bound": nats}}``, 0-d tensors without a graph: of the last step with that tap.
 
         "bound" is the lower bound on the mutual information that the objective gives, for the two objectives of this
         library. Computed when it is read.
         """
         bound = self._bound
-        found = {}
-        for k, (group, i) in sorted(self._last.items(), key=itemgetter(0)):
-            found[self.taps[k].name] = figures = {"loss": group.losses[i]}
-            if bound:
-                figures["bound"] = bound(group.losses[i], group.negatives().expand(len(group.taps), -1)[i])
+        found: dict[str, dict[str, Tensor]] = {}
+        for k, tap in enumerate(self.taps):
+            if k in self._last:
+                group, i = self._last[k]
+                found[tap.name] = {"loss": group.losses[i]}
+                if bound:
+                    found[tap.name]["bound"] = bound(group.losses[i], group.negatives[i])
+            elif tap.name in self._before:
+                found[tap.name] = self._before[tap.name]
         return found
 
     def report(
@@ -426,14 +429,20 @@ class CMIM(nn.Module):
 
     # -- state ---------------------------------------------------------------------------------------------------
 
-    def get_extra_state(self) -> dict[str, Tensor]:
-        """Where the next positions are drawn from, so that a resumed run draws what the unbroken one would."""
-        return {"generator": self._drawn_from, "first": torch.tensor(self._hooks.chosen is None)}
+    def get_extra_state(self) -> dict[str, Any]:
+        """Where the next taps and positions are drawn from, so that a resumed run draws what the unbroken one would."""
+        first = torch.tensor(self._hooks.chosen is None)
+        return {"generator": self._drawn_from, "first": first, "metrics": self.metrics}
 
-    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+    def set_extra_state(self, state: dict[str, Any]) -> None:
         """What :meth:`get_extra_state` returned."""
         self._generator.set_state(state["generator"].cpu())
         self._draw(first=bool(state["first"]))
+        self._last.clear()
+        self._before = {
+            name: {key: value.to(self._device) for key, value in figures.items()}
+            for name, figures in state["metrics"].items()
+        }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CMIM:
         copied = self.__new__(type(self))
@@ -470,7 +479,11 @@ class CMIM(nn.Module):
         """Draw taps and positions of the next step: positions of all ranks, of which this one takes its share."""
         self._drawn_from = self._generator.get_state()
         self._hooks.chosen = None
-        if self.taps_per_step is not None and self.taps_per_step < len(self.taps) and not (first or self._compiled):
+        if (
+            self.taps_per_step is not None
+            and self.taps_per_step < len(self.taps)
+            and not (first or self._hooks.compiled)
+        ):
             order = torch.randperm(len(self.taps), generator=self._generator, device="cpu")
             self._hooks.chosen = frozenset(order[: self.taps_per_step].tolist())
         if self.instances == "position":

@@ -91,7 +91,10 @@ def _order(counts: tuple[tuple[int, ...], ...], rank: int, device: torch.device)
 
 
 def averaged(parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The parameters themselves, with gradients that are the mean over all ranks."""
+    """The parameters themselves, each with a gradient: the mean over all ranks, zero for what was not used.
+
+    Who wraps the heads (Lightning's DistributedDataParallel) waits for the gradients of all of them.
+    """
     found: tuple[Tensor, ...] = _Average.apply(*parameters)
     return found
 
@@ -103,6 +106,8 @@ class _Average(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        if ranks() == 1:
+            return gradients
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat)
         flat /= ranks()

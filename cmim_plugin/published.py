@@ -149,7 +149,9 @@ class PublishedCMIM(CMIM):
 
     def _losses(self, taps: list[int], z: Tensor, labels: Tensor | None) -> Tensor:
         assert labels is not None
-        losses = torch.stack([self._bank_loss(k, z[i], labels[i]) for i, k in enumerate(taps)])
+        # Scores in half precision, divided by the temperature and exponentiated, would be others.
+        with torch.autocast(z.device.type, enabled=False):
+            losses = torch.stack([self._bank_loss(k, z[i], labels[i]) for i, k in enumerate(taps)])
         self._note(_Group(taps, losses.detach(), 1, self.num_negatives, None, None))
         return losses
 

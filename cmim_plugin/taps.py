@@ -63,7 +63,6 @@ class Pair:
         places: the dimensions that the positions of one sample are counted over, where they are those of an image.
         total: positions of the whole batch.
         batch: samples in the batch.
-        scale: what its loss is multiplied by: one over the probability that the tap was chosen.
     """
 
     rows: list[Tensor | None]
@@ -71,7 +70,6 @@ class Pair:
     places: torch.Size | None = None
     total: int = 0
     batch: int = 0
-    scale: float = 1.0
 
     def samples(self) -> Tensor:
         """Which sample of the batch each row of sampled positions belongs to: ``(n,)``."""
@@ -111,6 +109,8 @@ class Taps:
         self.look = look
         # The taps that the next pass captures, chosen by the owner between steps; None for all.
         self.chosen: frozenset[int] | None = None
+        # A pass was compiled, at least in part: each choice of taps would be compiled anew.
+        self.compiled = False
         self.pairs: list[Pair] = []
         # A complete forward pass was captured and not asked for yet.
         self.fresh = False
@@ -182,8 +182,7 @@ class Taps:
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass of the model starts that is to be captured."""
-        share = 1.0 if torch.compiler.is_compiling() or self.chosen is None else len(self.chosen) / len(self.taps)
-        self.pairs = [Pair([None, None], scale=1 / share) for _ in self.taps]
+        self.pairs = [Pair([None, None]) for _ in self.taps]
         self._spreads = {}
         self.fresh = False
         self.active = True
@@ -193,11 +192,13 @@ class Taps:
             self.before(args, kwargs)
 
     def wants(self, tap: int) -> bool:
-        """Whether this pass captures the tap. What is compiled captures all: each choice would be compiled anew."""
-        return torch.compiler.is_compiling() or self.chosen is None or tap in self.chosen
+        """Whether this pass captures the tap."""
+        return self.chosen is None or tap in self.chosen
 
     def keep(self, tap: int, side: int, activation: Tensor, layout: Layout) -> None:
         """Take the instances of one side out of an activation."""
+        if torch.compiler.is_compiling():
+            self.compiled = True
         if side == BINARY and self.look is not None:
             self.look(tap, activation, layout)
         elif side == BINARY and not activation.requires_grad:
@@ -209,8 +210,6 @@ class Taps:
         pair = self.pairs[tap]
         shape = activation.shape
         pair.batch = shape[0] // layout.fold
-        if torch.compiler.is_compiling():
-            pair.scale = 1.0
         if self.draws is None:
             pair.rows[side] = layout.pooled(activation)
             return

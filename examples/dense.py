@@ -398,7 +398,7 @@ def execute(run: accuracy.Run, config: Config, data: Data, pictures: Path) -> di
 # --- report ----------------------------------------------------------------------------------------------------------
 
 
-def table(records: list[dict[str, Any]]) -> str:
+def table(records: list[dict[str, Any]], arms: list[str] | None = None) -> str:
     """Markdown: mean ± standard deviation over seeds, and the mean difference to `none` with its 95 % interval."""
     task = Depth if records[0]["config"]["task"] == "depth" else Segmentation
     values: dict[tuple[str, str, str], dict[int, float]] = defaultdict(dict)
@@ -407,7 +407,10 @@ def table(records: list[dict[str, Any]]) -> str:
             values[r["method"], r["arm"], name][r["seed"]] = 100 * r["metrics"][name]
     columns = ["method", "arm", "seeds", *(c for column in task.columns.values() for c in (column, "minus `none`"))]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for method, arm in dict.fromkeys((r["method"], r["arm"]) for r in records):
+    shown = [r for r in records if not arms or r["arm"] in arms]
+    if not shown:
+        return "No results yet."
+    for method, arm in dict.fromkeys((r["method"], r["arm"]) for r in shown):
         cells = [method, f"`{arm}`", str(len(values[method, arm, name]))]
         for name in task.columns:
             seeds, none = values[method, arm, name], values[method, "none", name]
@@ -419,7 +422,7 @@ def table(records: list[dict[str, Any]]) -> str:
     caption = (
         f"{config['data']}, images of {' x '.join(map(str, config['size']))} pixels, an encoder-decoder of width "
         f"{config['width']}, {config['epochs']} epochs, batches of {config['batch_size']}; {config['split']} images, "
-        f"after the last epoch, mean ± standard deviation. {tables.PAIRED} {tables.origin(records)}"
+        f"after the last epoch, mean ± standard deviation. {tables.PAIRED} {tables.origin(shown)}"
     )
     return "\n".join(lines) + "\n\n" + caption
 

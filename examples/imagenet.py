@@ -53,7 +53,7 @@ from timm_train import options
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # With these changed a run is still the same.
-FREE = ("root", "output", "config", "workers", "device", "download", "checkpoint_every", "report_batches")
+FREE = ("root", "output", "config", "workers", "device", "download", "checkpoint_every", "report_batches", "teacher")
 
 # --- options ---------------------------------------------------------------------------------------------
 
@@ -83,13 +83,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
         # Last comes an option of one value: words of the file could swallow ROOT.
         argv = [*words(yaml.safe_load(config.read_text())), f"--config={config}", *argv]
     args = parser.parse_args(argv)
+    if args.full_precision or args.published:
+        parser.set_defaults(cmim_weight=0.0 if args.full_precision else 3.2)
+        args = parser.parse_args(argv)
+    of_cmim = [args.teacher, args.published, args.cmim_labels, args.report_batches]
+    if args.full_precision and (args.cmim_weight or any(of_cmim)):
+        parser.error("--full-precision has no binary activation to contrast: leave the options of CMIM out")
+    if any(of_cmim) and not args.cmim_weight:
+        parser.error("without CMIM (--cmim-weight 0) leave its other options out")
     if args.published and (not args.teacher or args.cmim_labels):
         parser.error("--published needs --teacher, and knows the labels without --cmim-labels")
-    if args.full_precision or args.published:
-        parser.set_defaults(cmim_weight=3.2 if args.published else 0.0)
-        args = parser.parse_args(argv)
-    if args.full_precision and args.cmim_weight:
-        parser.error("--full-precision has no binary activation to contrast: leave --cmim-weight out")
     if args.model.startswith("bodies.") and (args.pretrained or args.model.removeprefix("bodies.") not in BODIES):
         parser.error(f"--model {args.model}: bodies.py has {', '.join(BODIES)}, none of them pretrained")
     return args
@@ -205,7 +208,12 @@ def attach(args: argparse.Namespace, model: nn.Module, train_set: Any, classes: 
     settings = {"weight": args.cmim_weight, **args.cmim_kwargs}
     if args.teacher:
         teacher = build(args, classes, binary=False).to(device).eval().requires_grad_(False)
-        teacher.load_state_dict(torch.load(args.teacher, map_location=device, weights_only=True)["model"])
+        checkpoint = torch.load(args.teacher, map_location="cpu", weights_only=True)
+        wanted = {name: getattr(args, name) for name in ("model", "model_kwargs", "method")} | {"full_precision": True}
+        if other := [name for name in wanted if checkpoint["settings"].get(name) != wanted[name]]:
+            trained = ", ".join(f"{name} {checkpoint['settings'].get(name)}" for name in other)
+            sys.exit(f"{args.teacher} is no teacher of this network, with {trained}: train one with --full-precision.")
+        teacher.load_state_dict(checkpoint["model"])
         settings["teacher"] = teacher
     if args.published:
         return PublishedCMIM(model, example, targets=targets_of(train_set), **settings)
@@ -278,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
             scaler.update()
             ema.update(model, update)
             scheduler.step_update(update)
-            sums = {name: sums.get(name, 0) + value for name, value in seen.items()}
+            sums |= {name: sums.get(name, 0) + value for name, value in seen.items()}
             if step % args.checkpoint_every == 0 and step < steps:
                 save(epoch, step)
 
@@ -357,7 +365,7 @@ def summary_writer(folder: Path, epoch: int) -> Any:
 def write_log(log: list[dict[str, float]], path: Path, writer: Any) -> None:
     """All lines anew, so that it says what the checkpoint does."""
     with path.open("w", newline="") as file:
-        table = csv.DictWriter(file, log[0])
+        table = csv.DictWriter(file, log[-1])
         table.writeheader()
         table.writerows(log)
     if writer:

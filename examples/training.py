@@ -134,7 +134,8 @@ class History:
     train_loss: list[float] = field(default_factory=list)
     train_accuracy: list[float] = field(default_factory=list)
     test_accuracy: list[float] = field(default_factory=list)
-    bounds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # tap -> nats
+    # Tap -> nats: means over the steps, in each of which a tap counts with its last value.
+    bounds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     predictions: Tensor | None = None  # int64 (N,), of the test images after the last epoch
     seconds: float = 0.0  # of training, without tests
 

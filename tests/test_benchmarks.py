@@ -118,6 +118,9 @@ def test_dense_results_get_their_own_table(tmp_path) -> None:
     filled = tables.fill("<!-- dense: roads none image -->\n<!-- end -->\n", tmp_path)
     assert "| irnet | `image` | 1 | 25.00 | +0.00 (one seed) | 75.00 | +0.00 (one seed) |" in filled
     assert "position" not in filled and "camvid, images of 4 x 6 pixels" in filled and "2 runs, 2020-01-01" in filled
+    filled = tables.fill("<!-- dense: roads image -->\n<!-- end -->\n", tmp_path)
+    assert "| irnet | `image` | 1 | 25.00 | +0.00 (one seed)" in filled and "| `none` |" not in filled
+    assert "No results yet" in tables.fill("<!-- dense: roads paper -->\n<!-- end -->\n", tmp_path)
 
 
 def test_table_from_two_results_files(tmp_path) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 from bireal import BIREAL
-from bodies import BODIES
+from bodies import BODIES, full_precision
 from cmim_plugin import CMIM, CMIMError, info_nce, nce
 from irnet import IRNET
 
@@ -41,6 +41,22 @@ def test_the_compiled_model_gives_the_loss_of_the_eager_one(recipe, instances, t
         wanted = torch.autograd.grad(expected, [p for n, p in model.named_parameters() if n.startswith("conv1")])
         torch.testing.assert_close(gradients, wanted)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_with_a_teacher_a_network_compiled_in_parts_has_all_taps_too():
+    """The teacher runs outside of what is compiled."""
+    torch._dynamo.reset()
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model, teacher = network(BIREAL), network(full_precision(BIREAL))
+        settings = {"instances": "image", "teacher": teacher, "taps_per_step": 1 if compiled else None}
+        cmim = CMIM(model, X, **settings)
+        if compiled:
+            for block in (*model.layer1, *model.layer2):
+                block.compile(backend="aot_eager")
+        losses.append([(model(X), cmim(model))[1].item() for _ in range(4)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_attached_after_the_first_compiled_call_the_loss_is_refused():

@@ -32,7 +32,9 @@ BODY = ["--model=bodies.resnet8", "--model-kwargs", "width=4", "--img-size=32"]
 SHORT = ["--batch-size=2", "--workers=0", "--epochs=2", "--warmup-epochs=0", "--device=cpu"]  # of 6 steps an epoch
 # What could differ after an interruption: dropout, momenta, a queue, an average, statistics.
 CHANCE = ["--model=test_resnet", "--model-kwargs", "drop_rate=0.2", "drop_path_rate=0.2", "--img-size=32"]
-RUN = [*CHANCE, *SHORT, "--cmim-kwargs", "queue_size=300", "--checkpoint-every=4", "--ema-decay=0.6"]
+# ... and which of the taps are contrasted: 5 of 14 in a step.
+CMIM_KWARGS = ["--cmim-kwargs", "queue_size=300", "taps_per_step=5"]
+RUN = [*CHANCE, *SHORT, *CMIM_KWARGS, "--checkpoint-every=4", "--ema-decay=0.6"]
 
 pytestmark = pytest.mark.filterwarnings("error::cmim_plugin.errors.CMIMWarning")
 
@@ -237,12 +239,25 @@ def test_a_timm_network_has_its_unbinarized_self_as_teacher(images, tmp_path):
     assert state["log"][-1]["loss"] > 0
 
 
+@pytest.mark.parametrize("options", [[], ["--full-precision", "--method=bireal"]], ids=["binary", "of another method"])
+def test_what_is_no_teacher_is_refused(options, images, tmp_path):
+    short = [*BODY, *SHORT, "--epochs=1"]
+    train(images, tmp_path / "other", *short, *options)
+    with pytest.raises(
+        SystemExit, match=r"last\.pt is no teacher of this network, with .*: train one with --full-prec"
+    ):
+        train(images, tmp_path / "run", *short, "--published", f"--teacher={tmp_path / 'other/last.pt'}")
+
+
 @pytest.mark.parametrize(
     "options, error",
     [
         (["--published"], "--published needs --teacher"),
         (["--published", "--teacher=x.pt", "--cmim-labels"], "knows the labels"),
-        (["--full-precision", "--cmim-weight=0.1"], "leave --cmim-weight out"),
+        (["--full-precision", "--cmim-weight=0.1"], "leave the options of CMIM out"),
+        (["--full-precision", "--published", "--teacher=x.pt"], "leave the options of CMIM out"),
+        (["--full-precision", "--report-batches=3"], "leave the options of CMIM out"),
+        (["--teacher=x.pt", "--cmim-weight=0"], "without CMIM (--cmim-weight 0) leave its other options out"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, error, capsys):
