@@ -54,6 +54,11 @@ def test_ranks_train_what_one_process_trains(ranks, name):
             assert close(found[what], expected[what]), what
 
 
+def test_heads_may_be_wrapped_with_the_network_also_those_of_taps_that_are_not_chosen(ranks):
+    expected = cases.train_wrapped_heads()
+    assert all(close(rank["wrapped heads"], expected) for rank in ranks)
+
+
 def test_ranks_that_chose_taps_alone_agree_from_the_first_step_together(ranks):
     first, *others = (rank["taps chosen before the group"]["losses"] for rank in ranks)
     assert all(0 < loss < 100 for loss in first)

@@ -159,6 +159,16 @@ def test_settings_that_do_not_fit_are_refused_and_the_model_has_no_hook(settings
     CMIM(model, X)
 
 
+def test_autocast_does_not_reach_heads_and_critic():
+    losses = []
+    for autocast in (False, True):
+        model, _, cmim = (part.float() for part in start(num_negatives=64))  # float64 is none of autocast's business
+        model(X)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            losses.append(cmim(model, torch.arange(4)).item())
+    assert losses[0] == losses[1]
+
+
 def test_indices_are_asked_for_and_checked():
     model, _, cmim = start()
     model(X.double())

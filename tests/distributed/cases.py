@@ -171,6 +171,29 @@ def train(
     }
 
 
+class Whole(nn.Module):
+    """Network and heads in one module, as Lightning wraps them."""
+
+    def __init__(self, model: nn.Module, cmim: CMIM) -> None:
+        super().__init__()
+        self.model, self.cmim = model, cmim
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.model(x), y) + self.cmim(self.model)
+
+
+def train_wrapped_heads(rank: int = 0, world: int = 1) -> list[Tensor]:
+    """The weights after some steps."""
+    whole = Whole(*attached("some taps", rank))
+    wrapped = DistributedDataParallel(whole) if world > 1 else whole
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.5, momentum=0.9)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        wrapped(*(share(t, rank, world, uneven=False) for t in batch(step))).backward()
+        optimizer.step()
+    return [p.detach() for p in whole.parameters()]
+
+
 def train_with_other_ways(rank: int, world: int, taps_per_step: int | None, steps: int) -> dict[str, Any]:
     """A tap that only some ranks reach, in the second step; with one tap a step, in some later steps."""
     torch.manual_seed(0)
@@ -202,6 +225,7 @@ def main(out: Path) -> None:
         results[name] = train(name, *attached(name, rank), rank, world)
     for name in SHARDED:
         results[f"sharded {name}"] = train(name, *attached(name, rank), rank, world, shard=True)
+    results["wrapped heads"] = train_wrapped_heads(rank, world)
     results["other ways"] = train_with_other_ways(rank, world, None, steps=2)
     results["other ways, one tap a step"] = train_with_other_ways(rank, world, 1, steps=8)
     torch.save(results, out / f"{world}-{rank}.pt")
