@@ -60,11 +60,16 @@ class Layout:
         channels = 0 if self.spatial is None else len(shape) - 1 - self.spatial
         return (index, *[slice(None)] * channels, *reversed(at))
 
-    def sampled(self, x: Tensor, index: Tensor) -> Tensor:
+    def rows(self, x: Tensor, index: Tensor) -> Tensor:
         """The channels at those positions, ``(n,)``, counted over the batch: ``(n, C)``."""
+        flat = self.side_by_side(x)
+        return x[self.where(index, x.shape)].flatten(1) if flat is None else flat[index]
+
+    def sampled(self, x: Tensor, index: Tensor) -> Tensor:
+        """:meth:`rows`, with a gradient that costs what they do."""
         # What is compiled is fused with what is around it.
         if torch.compiler.is_compiling() or not (x.requires_grad and torch.is_grad_enabled()):
-            return x[self.where(index, x.shape)].flatten(1)
+            return self.rows(x, index)
         scatter = _Scatter(self, index, x)
         x.register_hook(scatter)
         rows: Tensor = _Gather.apply(x, scatter)
@@ -84,8 +89,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scatter: _Scatter) -> Tensor:
         # Kept on ctx, not saved: activation checkpointing counts what is saved, and its recomputation captures nothing.
         ctx.scatter = scatter
-        flat = scatter.layout.side_by_side(x)
-        return x[scatter.where].flatten(1) if flat is None else flat[scatter.index]
+        return scatter.layout.rows(x, scatter.index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
