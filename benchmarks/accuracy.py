@@ -45,6 +45,7 @@ from reactnet import REACTNET  # noqa: E402
 METHODS = {"irnet": (IRNET, anneal), "bireal": (BIREAL, None), "reactnet": (REACTNET, None)}
 
 # What differs from plain training. The keys that `arm_arguments` does not consume are CMIM's arguments.
+PAPER = {"weight": 0.03, "instances": "image", "layer_decay": 0.8, "nce": True, "taps_per_step": None}  # CMIM.paper
 IMAGE = {"weight": 0.1, "instances": "image"}
 POSITION = {"weight": 0.1, "instances": "position", "num_positions": 64}
 TEACHER = {"weight": 0.5, "instances": "image", "last": 1, "teacher": True}
@@ -53,7 +54,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "full_precision": {"full_precision": True},  # no binary network: the teacher of the same method and seed
     "none": {},
     "image": IMAGE,  # whole images, all layers, no labels, else as the default
-    "paper": {"weight": 0.03, "instances": "image", "layer_decay": 0.8, "nce": True},  # CMIM.paper
+    "paper": PAPER,
     "image_labels": {**IMAGE, "labels": True},  # images of the same class are not contrasted
     "position": POSITION,
     "position_labels": {**POSITION, "labels": True},

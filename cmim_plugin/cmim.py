@@ -74,14 +74,14 @@ class CMIM(nn.Module):
             batch: a local binary code against its own latent) or "image" (pooled over space: the paper's reading).
         num_positions: positions a tap and step, for ``instances="position"``; of all ranks together.
         taps_per_step: contrast so many taps a step, chosen at random, whose losses then stand for those of all: the
-            expected gradient is the same, the cost does not grow with depth. None for all of them; so is the first
-            step, and whatever is compiled.
+            expected gradient is the same, the cost does not grow with depth. None for all of them, as in the first
+            step, and wherever something is compiled.
         objective: :func:`info_nce`; :func:`nce` as ``functools.partial(nce, num_samples=len(dataset))``; or any
             function of ``(z_b, z_f, *, temperature, labels, queue_b, queue_f, queue_labels)`` that takes the embeddings
             of several taps side by side, ``(taps, n, D)``, and returns their losses, ``(taps,)``.
         temperature: of the critic.
         embed_dim: width ``D`` of the embeddings.
-        queue_size: past embeddings kept a tap as further negatives, 0 for none.
+        queue_size: past embeddings kept a tap as further negatives, 0 for none: of the steps that chose the tap.
         layer_decay: in (0, 1]; below 1 the weights grow towards the output.
         teacher: a full-precision network whose activations stand in for the latents; runs on the same inputs without
             gradients, in eval mode, and is not kept in this module's parameters or state.
