@@ -163,7 +163,11 @@ TABLES: dict[str, tuple[str, Callable[[Records, list[str]], Rows], str]] = {
         "medians.",
     ),
     "attach": ("step", attach_table, "Building a CMIM, and a forward pass in training mode: medians of five, in turn."),
-    "taps": ("taps", taps_table, "What the first taps of a network whose taps are all of one shape add to its step."),
+    "taps": (
+        "taps",
+        taps_table,
+        "What the first taps of a network whose taps are all of one shape add to its step, with all in every step.",
+    ),
     "critic": (
         "critic",
         critic_table,

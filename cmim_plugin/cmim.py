@@ -467,9 +467,10 @@ class CMIM(nn.Module):
         widths = [max(len(line[column]) for line in table) for column in range(4)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
         state = "" if self._hooks.attached else ", not attached"
+        some = f", {self.taps_per_step} of them a step" if (self.taps_per_step or len(rows)) < len(rows) else ""
         title = (
-            f"CMIM: {len(rows)} of {len(self.found)} binary activations tapped, one instance = one {self.instances}, "
-            f"weight {self.weight:g}{state}"
+            f"CMIM: {len(rows)} of {len(self.found)} binary activations tapped{some}, "
+            f"one instance = one {self.instances}, weight {self.weight:g}{state}"
         )
         return "\n".join([title, *(line.rstrip() for line in lines)])
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import os
 import sys
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ from timm_train import options
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # With these changed a run is still the same.
-FREE = ("root", "output", "config", "workers", "device", "download", "checkpoint_every", "report_batches", "teacher")
+FREE = ("root", "output", "config", "workers", "device", "download", "checkpoint_every", "report_batches")
 
 # --- options ---------------------------------------------------------------------------------------------
 
@@ -89,6 +90,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     of_cmim = [args.teacher, args.published, args.cmim_labels, args.report_batches]
     if args.full_precision and (args.cmim_weight or any(of_cmim)):
         parser.error("--full-precision has no binary activation to contrast: leave the options of CMIM out")
+    if args.teacher and not Path(args.teacher).is_file():
+        parser.error(f"--teacher {args.teacher}: there is no such file")
+    if args.report_batches < 0:
+        parser.error("--report-batches is a number of batches, 0 for no report")
     if any(of_cmim) and not args.cmim_weight:
         parser.error("without CMIM (--cmim-weight 0) leave its other options out")
     if args.published and (not args.teacher or args.cmim_labels):
@@ -160,11 +165,26 @@ def targets_of(dataset: Any) -> torch.Tensor:
 
 def load(args: argparse.Namespace) -> tuple[Dataset[Any], Dataset[Any], int]:
     """Images to train and to test on, and the number of classes."""
+    if not args.dataset:
+        check_folders(Path(args.root))
     create = partial(create_dataset, args.dataset, args.root, download=args.download)
     train = create(split="train")
     if args.dataset:
         return train, create(split="val"), len(train.classes)
     return train, create(split="val", class_map=train.reader.class_to_idx), len(train.reader.class_to_idx)
+
+
+def check_folders(root: Path) -> None:
+    """timm takes all of ROOT for a split whose folder it does not find, and leaves out classes that it does not know."""
+    classes = {}
+    for names in (("train",), ("val", "validation")):
+        folder = next((root / name for name in names if (root / name).is_dir()), None)
+        if folder is None:
+            sys.exit(f"{root} has no folder {names[0]}/ with one of images for each class.")
+        classes[folder] = {path.name for path in folder.iterdir() if path.is_dir()}
+    if len({frozenset(names) for names in classes.values()}) > 1:
+        odd = sorted(set.symmetric_difference(*classes.values()))
+        sys.exit(f"{' and '.join(map(str, classes))} have other classes; in one of them only: {', '.join(odd[:10])}.")
 
 
 Loaders = tuple[PrefetchLoader, PrefetchLoader]
@@ -225,6 +245,8 @@ def main(argv: list[str] | None = None) -> None:
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
     device = init_distributed_device(args)  # sets args.rank, args.world_size and args.distributed
     settings["processes"] = args.world_size
+    if args.teacher:  # wherever the file is
+        settings["teacher"] = hashlib.sha256(Path(args.teacher).read_bytes()).hexdigest()
     random_seed(args.seed)
     torch.backends.cudnn.benchmark = True
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
@@ -255,7 +277,8 @@ def main(argv: list[str] | None = None) -> None:
     last = args.output / "last.pt"
     start, first, sums, log = resume(last, parts, settings)
     if args.rank == 0:
-        print(cmim or "without CMIM", f"epoch {start}, step {first} of {steps}", sep="\n", flush=True)
+        place = f"epoch {start}, step {first} of {steps}" if start < epochs else f"{last}: all epochs are done"
+        print(cmim or "without CMIM", place, sep="\n", flush=True)
         args.output.mkdir(parents=True, exist_ok=True)
         writer = summary_writer(args.output, start)
 

@@ -1021,6 +1021,12 @@ def test_a_chosen_tap_that_was_not_reached_gives_zero_and_a_warning(recorded):
     assert raised_warnings(recorded) == ["The forward pass did not reach tap second.0: it adds nothing to the loss."]
 
 
+def test_printing_says_how_many_taps_a_step_has():
+    model = network(units=2)
+    assert "4 of 4 binary activations tapped, one instance" in str(CMIM(model, X))
+    assert "4 of 4 binary activations tapped, 3 of them a step, one" in str(CMIM(network(units=2), X, taps_per_step=3))
+
+
 def test_what_is_not_chosen_is_not_looked_at():
     model = network(IRNET)
     cmim = CMIM(model, X, taps_per_step=1)

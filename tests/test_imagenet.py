@@ -5,6 +5,7 @@ Started by Python or torchrun this file is also the script of a process that is 
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -253,11 +254,13 @@ def test_what_is_no_teacher_is_refused(options, images, tmp_path):
     "options, error",
     [
         (["--published"], "--published needs --teacher"),
-        (["--published", "--teacher=x.pt", "--cmim-labels"], "knows the labels"),
+        (["--published", f"--teacher={__file__}", "--cmim-labels"], "knows the labels"),
         (["--full-precision", "--cmim-weight=0.1"], "leave the options of CMIM out"),
-        (["--full-precision", "--published", "--teacher=x.pt"], "leave the options of CMIM out"),
+        (["--full-precision", "--published", f"--teacher={__file__}"], "leave the options of CMIM out"),
         (["--full-precision", "--report-batches=3"], "leave the options of CMIM out"),
-        (["--teacher=x.pt", "--cmim-weight=0"], "without CMIM (--cmim-weight 0) leave its other options out"),
+        (["--teacher=x.pt"], "--teacher x.pt: there is no such file"),
+        (["--report-batches=-1"], "--report-batches is a number of batches"),
+        ([f"--teacher={__file__}", "--cmim-weight=0"], "without CMIM (--cmim-weight 0) leave its other options out"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, error, capsys):
@@ -268,7 +271,7 @@ def test_options_that_do_not_go_together_are_refused(options, error, capsys):
 
 @pytest.mark.parametrize("given, weight", [([], 3.2), (["--cmim-weight=1"], 1.0)])
 def test_a_weight_that_is_given_goes_before_the_published_one(given, weight):
-    assert imagenet.parse(["ROOT", "--published", "--teacher=x.pt", *given]).cmim_weight == weight
+    assert imagenet.parse(["ROOT", "--published", f"--teacher={__file__}", *given]).cmim_weight == weight
 
 
 # -- interruptions -------------------------------------------------------------------------------------------------
@@ -612,6 +615,37 @@ def test_a_resumed_epoch_goes_on_with_the_next_batch(first):
 def test_processes_share_the_batches_of_one():
     shares = [batches(20, batch_size=2, world_size=2, rank=rank) for rank in (0, 1)]
     assert [one + other for one, other in zip(*shares, strict=True)] == batches(20)
+
+
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        (lambda root: shutil.rmtree(root / "val"), "has no folder val/"),
+        (lambda root: (root / "val").rename(root / "validation"), None),
+        (lambda root: (root / "val" / "red").rename(root / "val" / "zebra"), "in one of them only: red, zebra"),
+    ],
+    ids=["no val", "another name", "other classes"],
+)
+def test_folders_that_timm_would_misunderstand_are_refused(change, error, images, tmp_path):
+    root = tmp_path / "images"
+    shutil.copytree(images, root)
+    change(root)
+    args = imagenet.parse([str(root)])
+    if error is None:
+        assert [len(dataset) for dataset in imagenet.load(args)[:2]] == [12, 6]
+    else:
+        with pytest.raises(SystemExit, match=error):
+            imagenet.load(args)
+
+
+def test_another_teacher_is_another_run_and_the_same_one_elsewhere_is_not(images, teacher, tmp_path):
+    options = [*BODY, *SHORT, "--published", "--cmim-kwargs=num_negatives=16"]
+    expected = train(images, tmp_path / "run", *options, teacher)
+    shutil.copy(teacher.removeprefix("--teacher="), tmp_path / "moved.pt")
+    check_equal(train(images, tmp_path / "run", *options, f"--teacher={tmp_path / 'moved.pt'}"), expected)
+    train(images, tmp_path / "other", *BODY, *SHORT, "--full-precision", "--seed=5")
+    with pytest.raises(SystemExit, match="of another run, with teacher"):
+        train(images, tmp_path / "run", *options, f"--teacher={tmp_path / 'other/last.pt'}")
 
 
 def test_an_image_depends_on_its_seed_alone(images):
