@@ -101,7 +101,7 @@ def pooled(records: Records, arms: list[str] | None = None) -> str:
         means = (f"{np.mean(pairs[arm][m]):+.2f}" if pairs[arm][m] else "" for m in methods)
         difference_to_zero = difference(together, dict.fromkeys(together, 0.0))
         lines.append(f"| `{arm}` | {len(together)} | {difference_to_zero} | {' | '.join(means)} |")
-    return "\n".join(lines) + "\n\n" + caption(records, best_epoch=False)
+    return "\n".join(lines) + "\n\n" + caption(records, best_epoch=False) if pairs else "No results yet."
 
 
 def dense_table(records: Records, arms: list[str] | None = None) -> str:

@@ -175,7 +175,7 @@ def load(args: argparse.Namespace) -> tuple[Dataset[Any], Dataset[Any], int]:
 
 
 def check_folders(root: Path) -> None:
-    """timm takes all of ROOT for a split whose folder it does not find, and leaves out classes that it does not know."""
+    """timm takes all of ROOT for a split whose folder it does not find, and leaves out classes of one split alone."""
     classes = {}
     for names in (("train",), ("val", "validation")):
         folder = next((root / name for name in names if (root / name).is_dir()), None)
