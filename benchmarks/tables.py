@@ -108,7 +108,7 @@ def dense_table(records: Records, arms: list[str] | None = None) -> str:
     """Markdown: a row for each method and arm of the dense prediction."""
     import dense  # not above: it imports this module
 
-    return dense.table(records, arms) if records else "No results yet."
+    return dense.table(records, arms)
 
 
 def caption(records: Records, best_epoch: bool = True) -> str:
@@ -118,7 +118,8 @@ def caption(records: Records, best_epoch: bool = True) -> str:
         f"{config['data']}, {config['train_size'] or 'all'} training images, {config['epochs']} epochs, "
         f"{config['model']} of width {config['width']}, batches of {config['batch_size']}; accuracy (%) on {tested} "
         "after the last epoch, mean ± standard deviation; training accuracy as counted during the last epoch. "
-        + f"{PAIRED} "
+        + PAIRED
+        + " "
         + "The best of the epochs tested is chosen with hindsight. " * best_epoch
         + origin(records)
     )

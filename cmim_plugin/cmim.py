@@ -92,6 +92,9 @@ class CMIM(nn.Module):
             is then as it was.
     """
 
+    # Which taps are contrasted where the user says nothing of them.
+    _unless_told = slice(None)
+
     def __init__(
         self,
         model: nn.Module,
@@ -134,7 +137,8 @@ class CMIM(nn.Module):
         if instances == "position" and teacher is None:
             apart = 'its latent has another number of positions: only instances="image" can contrast them'
             self.found = tuple(f if f.aligned or not f.tapped else replace(f, reason=apart) for f in self.found)
-        tapped = tuple(Tap.of(found) for found in _chosen(self.found, taps, model))
+        chosen = _chosen(self.found, taps, model)
+        tapped = tuple(Tap.of(found) for found in (chosen if taps is not None else chosen[self._unless_told]))
 
         self._teacher = None
         if teacher is not None:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cmim import CMIM, _Group
-from .discovery import find_binary_activations
 from .errors import CMIMError
 from .objectives import nce
 
@@ -75,6 +74,7 @@ class PublishedCMIM(CMIM):
     targets: Tensor
     banks: Tensor
     normalizers: Tensor
+    _unless_told = slice(-1, None)
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class PublishedCMIM(CMIM):
         super().__init__(
             model,
             example_input,
-            taps=taps if taps is not None else _last_tap(model, example_input),
+            taps=taps,
             weight=weight,
             instances="image",
             taps_per_step=None,
@@ -186,8 +186,3 @@ class PublishedCMIM(CMIM):
         others = len(self.targets) - size
         place = torch.minimum((draws.to(indices.device, torch.float64) * others).long(), others - 1)
         return self.order[torch.where(place < first, place, place + size)]
-
-
-def _last_tap(model: nn.Module, example_input: Any) -> list[str] | None:
-    found = [f.name for f in find_binary_activations(model, example_input) if f.tapped]
-    return found[-1:] or None

@@ -400,16 +400,17 @@ def execute(run: accuracy.Run, config: Config, data: Data, pictures: Path) -> di
 
 def table(records: list[dict[str, Any]], arms: list[str] | None = None) -> str:
     """Markdown: mean ± standard deviation over seeds, and the mean difference to `none` with its 95 % interval."""
-    task = Depth if records[0]["config"]["task"] == "depth" else Segmentation
+    shown = [r for r in records if not arms or r["arm"] in arms]
+    if not shown:
+        return "No results yet."
+    config = shown[0]["config"]
+    task = Depth if config["task"] == "depth" else Segmentation
     values: dict[tuple[str, str, str], dict[int, float]] = defaultdict(dict)
     for r in records:
         for name in task.columns:
             values[r["method"], r["arm"], name][r["seed"]] = 100 * r["metrics"][name]
     columns = ["method", "arm", "seeds", *(c for column in task.columns.values() for c in (column, "minus `none`"))]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    shown = [r for r in records if not arms or r["arm"] in arms]
-    if not shown:
-        return "No results yet."
     for method, arm in dict.fromkeys((r["method"], r["arm"]) for r in shown):
         cells = [method, f"`{arm}`", str(len(values[method, arm, name]))]
         for name in task.columns:
@@ -418,7 +419,6 @@ def table(records: list[dict[str, Any]], arms: list[str] | None = None) -> str:
             difference = tables.difference(seeds, none) if arm != "none" else ""
             cells += [f"{np.mean(list(seeds.values())):.2f}{spread}", difference]
         lines.append(f"| {' | '.join(cells)} |")
-    config = records[0]["config"]
     caption = (
         f"{config['data']}, images of {' x '.join(map(str, config['size']))} pixels, an encoder-decoder of width "
         f"{config['width']}, {config['epochs']} epochs, batches of {config['batch_size']}; {config['split']} images, "

@@ -25,7 +25,12 @@ def ranks(request, tmp_path_factory):
     root = here.parent.parent.parent
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={request.param}", here, out],
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+        },
         capture_output=True,
         text=True,
         timeout=240,

@@ -19,31 +19,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cmim_plugin import CMIM, nce
+from hazards.nets import Binary, BinaryConv
 
 BATCH = 8
 STEPS = 3
-
-
-class Sign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grad * (x.abs() <= 1)
-
-
-class Binary(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return Sign.apply(x)
-
-
-class BinaryConv(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(Sign.apply(x), self.weight, self.bias, self.stride, self.padding)
 
 
 class Sometimes(nn.Module):
