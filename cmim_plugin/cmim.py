@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import distributed
 from .discovery import BinaryActivation, find_binary_activations
 from .errors import CMIMError, CMIMWarning
-from .heads import HeadPair, embed
+from .heads import Heads
 from .negatives import Queue
 from .objectives import count_negatives, info_nce, info_nce_bound, nce, nce_bound
 from .report import Report, measure
@@ -165,8 +165,7 @@ class CMIM(nn.Module):
         self._generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(torch.initial_seed())
-            heads = [HeadPair(tap.channels, tap.latent_channels, embed_dim).float() for tap in tapped]
-            self.heads = nn.ModuleList(heads)
+            self.heads = Heads([(tap.channels, tap.latent_channels) for tap in tapped], embed_dim).float()
             self.queues = nn.ModuleList([Queue(queue_size, embed_dim) for _ in tapped if queue_size])
         self.to(device)
 
@@ -270,30 +269,26 @@ class CMIM(nn.Module):
         # Before they shared a generator each rank chose for itself.
         present = asked if self._shared or distributed.ranks() == 1 else range(len(pairs))
         self._share()
-        sides: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for k in reached:
-            for side in (BINARY, LATENT):
-                rows = pairs[k].rows[side]
-                assert rows is not None
-                sides[side].append(rows)
-            self._check_rows(k, sides[BINARY][-1], sides[LATENT][-1])
+        rows: list[tuple[Tensor, Tensor]] = []
         sizes = dict.fromkeys(present, 0)
-        for k, rows in zip(reached, sides[BINARY], strict=True):
-            sizes[k] = len(rows)
+        device = self._device
+        for k in reached:
+            binary, latent = pairs[k].rows
+            assert binary is not None and latent is not None
+            self._check_rows(k, binary, latent, device)
+            rows.append((binary, latent))
+            sizes[k] = len(binary)
 
-        weights: tuple[Tensor, ...] = tuple(self.heads.parameters())
+        parameters: tuple[Tensor, ...] = tuple(self.heads.parameters())
         if self._shared or len(present) < len(pairs):
-            weights = distributed.averaged(weights)
-        # Weight and bias of the binary head, then of the latent one, tap by tap.
-        pieces = [
-            (rows, weights[4 * k + 2 * side], weights[4 * k + 2 * side + 1])
-            for side in (BINARY, LATENT)
-            for k, rows in zip(reached, sides[side], strict=True)
-        ]
-        if not reached:
+            parameters = distributed.averaged(parameters)
+        if reached:
+            z = self.heads(reached, rows, parameters)
+        else:
             # No rows, but a graph: other ranks may have some, and wait for this one in the backward pass.
-            pieces = [(w.new_zeros(0, w.shape[1]), w, bias) for w, bias in (weights[0:2], weights[2:4])]
-        z = torch.cat(embed(pieces).chunk(2), 1)
+            tap = self.taps[0]
+            none = parameters[0].new_zeros(0, tap.channels), parameters[0].new_zeros(0, tap.latent_channels)
+            z = self.heads([0], [none], parameters)
         row_labels = None
         if labels is not None:
             found = [_labels_of(pairs[k], labels, self.taps[k].name) for k in reached]
@@ -402,10 +397,10 @@ class CMIM(nn.Module):
         queue = self.queues[k] if len(self.queues) else None
         return queue.filled if isinstance(queue, Queue) else 0
 
-    def _check_rows(self, k: int, binary: Tensor, latent: Tensor) -> None:
-        if binary.device != self._device:
+    def _check_rows(self, k: int, binary: Tensor, latent: Tensor, device: torch.device) -> None:
+        if binary.device != device:
             raise CMIMError(
-                f"The activations are on {binary.device}, the heads on {self._device}: "
+                f"The activations are on {binary.device}, the heads on {device}: "
                 f"call cmim.to({str(binary.device)!r}), or attach after moving the model."
             )
         if len(binary) != len(latent):
@@ -496,7 +491,7 @@ class CMIM(nn.Module):
             share = -(-self.num_positions // ranks)
             draws = torch.rand(len(self.taps), share * ranks, generator=self._generator, device="cpu")
             start = share * distributed.rank() if self._shared else 0
-            self._hooks.draws = draws[:, start : start + share].contiguous()
+            self._hooks.refill(draws[:, start : start + share].contiguous())
 
     def _share(self) -> None:
         """Start from the same heads, queue and generator on all ranks, as soon as there are several."""

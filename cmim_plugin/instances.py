@@ -63,7 +63,7 @@ class Layout:
     def rows(self, x: Tensor, index: Tensor) -> Tensor:
         """The channels at those positions, ``(n,)``, counted over the batch: ``(n, C)``."""
         flat = self.side_by_side(x)
-        return x[self.where(index, x.shape)].flatten(1) if flat is None else flat[index]
+        return x[self.where(index, x.shape)].flatten(1) if flat is None else flat.index_select(0, index)
 
     def sampled(self, x: Tensor, index: Tensor) -> Tensor:
         """:meth:`rows`, with a gradient that costs what they do."""

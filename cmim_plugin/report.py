@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from . import distributed
 from .discovery import codes
 from .errors import CMIMError, CMIMWarning
-from .heads import HeadPair, embed
 from .instances import Layout, spread
 from .probe import Sample, as_inputs, generators_kept, tensors_in, uncompiled
 from .taps import BINARY, LATENT, Pair, Taps
@@ -278,7 +277,7 @@ def measure(
                     _check_same(zip(seen[-1:], since._seen[len(seen) - 1 :], strict=False))
                 if cmim.instances == "position":
                     size = (len(tallies), cmim.num_positions)
-                    taps.draws = torch.rand(size, generator=for_instances, device="cpu")
+                    taps.refill(torch.rand(size, generator=for_instances, device="cpu"))
                 for tally in tallies:
                     tally.begin()
                 model(*args, **kwargs)
@@ -361,11 +360,8 @@ class _Tally:
             self.astray = True
         if binary is None or latent is None or len(binary) < 2:
             return
-        cmim._check_rows(k, binary, latent)
-        heads = cmim.heads[k]
-        assert isinstance(heads, HeadPair)
-        z_b = embed([(binary, heads.binary.weight, heads.binary.bias)])
-        z_f = embed([(latent, heads.latent.weight, heads.latent.bias)])
+        cmim._check_rows(k, binary, latent, cmim._device)
+        z_b, z_f = cmim.heads([k], [(binary, latent)]).chunk(2, 1)
         n = len(z_b)
         self.instances += n
         self.ceiling += n * math.log(n)

@@ -121,8 +121,9 @@ class Taps:
         # Called with the positional and keyword inputs of the model before each captured forward.
         self.before: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
         self.model = weakref.ref(model)
-        # Positions of all taps at once, for as many taps as share their number; made anew in each pass.
-        self._spreads: dict[Any, Tensor] = {}
+        # By the positions of a batch and their device: those drawn, tap by tap. Of this pass, and made ready for it.
+        self._positions: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
+        self._ready: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
         self._hooks: list[_Hook] = []
         self._handles: list[RemovableHandle] = []
         self._plan: dict[str, dict[int, list[_Capture]]] = defaultdict(lambda: defaultdict(list))
@@ -164,9 +165,15 @@ class Taps:
     def clear(self) -> None:
         """Forget what was captured."""
         self.pairs = []
-        self._spreads = {}
         self.fresh = False
         self.active = False
+
+    def refill(self, draws: Tensor) -> None:
+        """Draws for the next passes."""
+        self.draws = draws
+        # Between steps, not between the layers of the network: there each of these small operations, called once and
+        # then not for milliseconds, takes several times as long.
+        self._ready = {key: _spread_on(draws, *key).unbind() for key in self._positions}
 
     def take(self) -> list[Pair]:
         """The pairs of the last forward pass, which are then forgotten here. Empty where there was none."""
@@ -183,7 +190,7 @@ class Taps:
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass of the model starts that is to be captured."""
         self.pairs = [Pair([None, None]) for _ in self.taps]
-        self._spreads = {}
+        self._positions = {}
         self.fresh = False
         self.active = True
         for hook in self._hooks:
@@ -221,20 +228,25 @@ class Taps:
                 f"The two sides of tap {self.taps[tap].name} have {pair.total} and {total} positions in this batch and "
                 'cannot be paired position by position: leave it out with taps=, or use instances="image".'
             )
-        pair.index = self._positions(tap, total, activation.device)
+        pair.index = self._drawn(tap, total, activation.device)
         if layout.spatial is not None and layout.fold == 1:
             pair.places = layout.places(shape)
         pair.rows[side] = layout.sampled(activation, pair.index)
 
-    def _positions(self, tap: int, total: int, device: torch.device) -> Tensor:
+    def _drawn(self, tap: int, total: int, device: torch.device) -> Tensor:
         """The positions of a tap, counted over the batch."""
         assert self.draws is not None
         if torch.compiler.is_compiling():
-            return spread(self.draws[tap].to(device), total)
-        if (total, device) not in self._spreads:
-            # Without waiting for the device: the draws are in pageable memory, which is copied at once.
-            self._spreads[total, device] = spread(self.draws.to(device, non_blocking=True), total)
-        return self._spreads[total, device][tap]
+            return _spread_on(self.draws[tap], total, device)
+        key = total, device
+        if key not in self._positions:
+            self._positions[key] = self._ready.get(key) or _spread_on(self.draws, total, device).unbind()
+        return self._positions[key][tap]
+
+
+def _spread_on(draws: Tensor, total: int, device: torch.device) -> Tensor:
+    # Without waiting for the device: the draws are in pageable memory, which is copied at once.
+    return spread(draws.to(device, non_blocking=True), total)
 
 
 class _Hook:
@@ -292,10 +304,20 @@ class _ModuleHook(_Hook):
     ) -> None:
         super().__init__(taps, module)
         self._plan = plan or {}
+        # What is planned for this pass; empty for most modules, which are then done with at once.
+        self._now: dict[int, list[_Capture]] = {}
         self._calls = 0
         self._running: list[tuple[list[_Capture], _Listener | None]] = []
 
     def reset(self) -> None:
+        taps = self.taps
+        self._now = {}
+        if taps is not None:
+            for call, captures in self._plan.items():
+                # Lists here and below, not generators: torch.compile of torch 2.6 traces none.
+                wanted = [c for c in captures if taps.wants(c.tap)]
+                if wanted:
+                    self._now[call] = wanted
         self._calls = 0
         for _, listener in reversed(self._running):
             if listener is not None:
@@ -304,10 +326,9 @@ class _ModuleHook(_Hook):
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         taps = self.taps
-        if taps is None or not taps.active or not self.serves(module):
+        if not self._now or taps is None or not taps.active or not self.serves(module):
             return
-        # Comprehensions of lists here and below, not generators: torch.compile of torch 2.6 traces no generator.
-        captures = [c for c in self._plan.get(self._calls, ()) if taps.wants(c.tap)]
+        captures = self._now.get(self._calls, [])
         self._calls += 1
         _capture(taps, captures, "input", (args, kwargs))
         functions = [c.site.function for c in captures if c.site.function is not None]
@@ -319,7 +340,7 @@ class _ModuleHook(_Hook):
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         taps = self.taps
-        if taps is None or not self._running or not self.serves(module):
+        if not self._running or taps is None or not self.serves(module):
             return
         captures, listener = self._running.pop()
         if listener is not None:

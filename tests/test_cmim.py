@@ -9,6 +9,7 @@ import math
 import pickle
 import random
 import warnings
+from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -527,7 +528,10 @@ def test_the_state_holds_heads_and_queue_and_nothing_of_the_model():
     assert list(model.state_dict()) == keys
     state = cmim.state_dict()
     assert {key.split(".")[0] for key in state} == {"heads", "queues", "_extra_state"}
-    assert len(list(cmim.parameters())) == 2 * 2 * 2  # taps, sides, weight and bias
+    widths = Counter(tap.channels for tap in cmim.taps)
+    assert [(width, tuple(w.shape)) for width, w in state.items() if width.endswith("weight")] == [
+        (f"heads.{width}.weight", (taps * 2 * 8, width)) for width, taps in widths.items()
+    ]
     own = {id(parameter) for network in (model, teacher) for parameter in network.parameters()}
     assert not own & {id(parameter) for parameter in cmim.parameters()}
     assert [module for module in cmim.modules() if module in {*model.modules(), *teacher.modules()}] == []
@@ -939,7 +943,8 @@ def test_the_first_step_contrasts_all_taps_and_each_further_one_as_many_as_asked
         a_loss(model, cmim).backward()
         # Whoever waits for the gradients of all heads gets them: zeros.
         assert all(p.grad is not None for p in cmim.parameters())
-        seen.append([k for k, head in enumerate(cmim.heads) if any(p.grad.any() for p in head.parameters())])
+        gradients = [p.grad for p in cmim.parameters()]
+        seen.append([k for k in range(4) if any(part.any() for head in cmim.heads.of(k, gradients) for part in head)])
         assert len(seen[-1]) == (4 if step == 0 else 3)
     counts = [sum(k in taps for taps in seen[1:]) for k in range(4)]
     assert sum(counts) == 120 and all(20 < count <= 40 for count in counts)

@@ -184,11 +184,21 @@ def one_direction(anchors, candidates, queue, labels, queue_labels) -> Tensor:
 
 def oracle(pairs, heads, shares, chosen, labels=None, queues=None):
     """The weighted loss and, for the queue of the next step, the embeddings."""
-    total, embeddings = 0.0, []
+    total, embeddings, taken = 0.0, [], {}
+
+    def head(width):
+        """The next one that reads so many channels: they lie below each other, tap by tap, a_B's before a_F's."""
+        first = taken.get(width, 0)
+        taken[width] = first + DIMENSIONS
+        return [heads[f"{width}.{name}"][first : first + DIMENSIONS] for name in ("weight", "bias")]
+
     for k, (a_b, a_f) in enumerate(pairs):
         positions = chosen[k]
-        z_b = [embedding(r, heads[f"{k}.binary.weight"], heads[f"{k}.binary.bias"]) for r in rows_of(a_b, positions)]
-        z_f = [embedding(r, heads[f"{k}.latent.weight"], heads[f"{k}.latent.bias"]) for r in rows_of(a_f, positions)]
+        z_b, z_f = [], []
+        for z, activation in ((z_b, a_b), (z_f, a_f)):
+            weight, bias = head(activation.shape[1])
+            for row in rows_of(activation, positions):
+                z.append(embedding(row, weight, bias))
         row_labels = labels
         if labels is not None and positions is not None:
             row_labels = [labels[position // (a_b.shape[2] * a_b.shape[3])] for position in positions]

@@ -404,8 +404,9 @@ def test_the_log_has_a_line_an_epoch(unbroken):
     assert lines == state["log"]
     assert [line["epoch"] for line in lines] == [0, 1]
     taps = {key.removeprefix("bound/") for key in lines[0] if key.startswith("bound/")}
-    heads = {key for key in state["cmim"] if key.endswith("binary.weight")}
-    assert len(taps) == len(heads) == 14 and "layer1.0.conv1" in taps
+    assert len(taps) == 14 and "layer1.0.conv1" in taps
+    heads = sum(len(value) for key, value in state["cmim"].items() if key.startswith("heads.") and "bias" in key)
+    assert heads == 14 * 2 * 128
     assert {"lr", "loss", "top1", "top5", "ema_top1", "ema_top5"} <= set(lines[0])
     assert lines[0]["lr"] > lines[1]["lr"] >= 0
     for line in lines:
@@ -728,7 +729,7 @@ def test_cifar100_trains_by_its_config(tmp_path, monkeypatch):
     network, heads = state["optimizer"]["param_groups"]
     assert (network["weight_decay"], network["momentum"], network["nesterov"]) == (1e-4, 0.9, False)
     assert len(network["params"]) == len([key for key in state["model"] if "running" not in key and "num_" not in key])
-    assert len(heads["params"]) == 16 * 4
+    assert len(heads["params"]) == 4 * 2  # widths; weight and bias
     assert state["log"][1]["lr"] < state["log"][0]["lr"] < 0.1
 
 

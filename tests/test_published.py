@@ -50,9 +50,9 @@ def embeddings(model, teacher, cmim, x):
     for handle in handles:
         handle.remove()
     rows = []
-    for side, head in (("b", cmim.heads[0].binary), ("f", cmim.heads[0].latent)):
+    for side, (weight, bias) in zip("bf", cmim.heads.of(0), strict=True):
         pooled = seen[side].mean((2, 3))
-        rows.append([unit(row) for row in (pooled @ head.weight.T + head.bias).tolist()])
+        rows.append([unit(row) for row in (pooled @ weight.T + bias).tolist()])
     return rows
 
 

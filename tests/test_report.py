@@ -117,12 +117,12 @@ def instances_of(x: Tensor, instances: str) -> list[list[float]]:
     return rows
 
 
-def embedded(rows: list[list[float]], head: nn.Linear) -> list[list[float]]:
+def embedded(rows: list[list[float]], head: tuple[Tensor, Tensor]) -> list[list[float]]:
     found = []
     for row in rows:
         z = [
             sum(w * v for w, v in zip(weights, row, strict=True)) + b
-            for weights, b in zip(head.weight.tolist(), head.bias.tolist(), strict=True)
+            for weights, b in zip(head[0].tolist(), head[1].tolist(), strict=True)
         ]
         length = math.sqrt(sum(v * v for v in z))
         found.append([v / length for v in z])
@@ -160,8 +160,9 @@ def loop_contrast(cmim, k, latent, instances, bound=loop_info_nce, binary=None) 
     """Bound in nats and retrieval in %, each batch counted by its instances."""
     bounds = found = count = 0.0
     for a_f, a_b in zip(latent, binary or [torch.where(x >= 0, 1.0, -1.0) for x in latent], strict=True):
-        z_b = embedded(instances_of(a_b, instances), cmim.heads[k].binary)
-        z_f = embedded(instances_of(a_f, instances), cmim.heads[k].latent)
+        of_b, of_f = cmim.heads.of(k)
+        z_b = embedded(instances_of(a_b, instances), of_b)
+        z_f = embedded(instances_of(a_f, instances), of_f)
         near = [[sum(p * q for p, q in zip(b, f, strict=True)) for f in z_f] for b in z_b]
         bounds += len(z_b) * bound([[s / cmim.temperature for s in row] for row in near])
         found += sum(loop_retrieved(row, i) for i, row in enumerate(near))
@@ -587,7 +588,8 @@ def test_float64_and_autocast_do_not_change_how_the_figures_are_made():
 
 def test_figures_of_nan_are_not_those_of_a_good_layer():
     model, cmim = attached()
-    cmim.heads[0].latent.weight.data.fill_(math.nan)
+    weight, _ = cmim.heads.of(0)[1]
+    weight.data.fill_(math.nan)
     tap = cmim.report(model, HELD_OUT).taps[0]
     assert math.isnan(tap.bound) and tap.retrieval == 0
 
