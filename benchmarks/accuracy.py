@@ -50,6 +50,7 @@ IMAGE = {"weight": 0.1, "instances": "image"}
 POSITION = {"weight": 0.1, "instances": "position", "num_positions": 64}
 TEACHER = {"weight": 0.5, "instances": "image", "last": 1, "teacher": True}
 DISTILL = {"distill": 1.0}
+SMOOTHING = {"smoothing": 0.1}
 ARMS: dict[str, dict[str, Any]] = {
     "full_precision": {"full_precision": True},  # no binary network: the teacher of the same method and seed
     "none": {},
@@ -64,6 +65,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "distill": DISTILL,  # control: what the same teacher gives without any contrast
     "distill_cmim": {**DISTILL, **POSITION},
     "distill_teacher": {**DISTILL, **TEACHER},
+    "smoothing": SMOOTHING,  # control: another regulariser of the same loop
+    "smoothing_cmim": {**SMOOTHING, **POSITION},
 }
 
 # Few images, many epochs: the network fits its training set. Many images, few epochs: it does not.
@@ -142,12 +145,23 @@ def distillation(teacher: nn.Module, weight: float, temperature: float = 4.0):
     return loss
 
 
+def smoothed(smoothing: float):
+    """Label smoothing (Szegedy et al., arXiv 1512.00567)."""
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor, logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits, y, label_smoothing=smoothing)
+
+    return loss
+
+
 def arm_arguments(options: dict[str, Any], model: nn.Module, example: Tensor, teacher: nn.Module | None, samples: int):
     """An arm's options as arguments of `training.train`; `samples`: images in the training set."""
     cmim = {key: value for key, value in options.items() if key != "full_precision"}
     arguments = {"cmim_weight": cmim.pop("weight", 0.0), "cmim_labels": cmim.pop("labels", False)}
     if distill := cmim.pop("distill", 0.0):
         arguments["loss_fn"] = distillation(teacher, distill)
+    if smoothing := cmim.pop("smoothing", 0.0):
+        arguments["loss_fn"] = smoothed(smoothing)
     if cmim.pop("teacher", False):
         cmim["teacher"] = teacher
     if cmim.pop("nce", False):

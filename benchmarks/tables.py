@@ -27,7 +27,6 @@ from training import paired_difference  # accuracy.py makes the examples importa
 DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "benchmarks" / "FINDINGS.md"]
 SECTION = re.compile(r"(<!-- (table|pooled|dense|overhead): (\S+)(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-CONTROL = "position_shuffled"
 PAIRED = (
     "Differences are paired by seed, over the seeds that both arms have, in points, with their 95 % interval "
     "(Student's t), bold where it excludes zero."
@@ -48,6 +47,15 @@ def difference(arm: dict[int, float], reference: dict[int, float]) -> str:
     return f"**{text}**" if abs(mean) > half else text
 
 
+def control_of(arm: str) -> str | None:
+    """The arm that has all of this one but what is to be shown to help."""
+    options = arm_options(arm)
+    for control in ("distill", "smoothing"):
+        if options.get(control):
+            return control if arm != control else None
+    return "position_shuffled" if arm.partition("+")[0] == "position" else None
+
+
 def table(records: Records, arms: list[str] | None = None) -> str:
     """Markdown: a row for each method and arm, and what the runs have in common."""
     accuracy: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
@@ -57,11 +65,10 @@ def table(records: Records, arms: list[str] | None = None) -> str:
         rows[record["method"], record["arm"]].append(record)
 
     order = list(ARMS)
-    distilling = any(arm_options(arm).get("distill") for _, arm in rows if not arms or arm in arms)
+    listed = {arm for _, arm in rows if not arms or arm in arms}
+    controlled = any(control_of(arm) in listed for arm in listed)
     columns = ["method", "arm", "seeds", "test accuracy", "training accuracy", "minus `none`", "best epoch"]
-    columns += ["minus `distill`"] * distilling
-    controlled = any(arm == CONTROL for _, arm in rows if not arms or arm in arms)
-    columns += [f"minus `{CONTROL}`"] * controlled
+    columns += ["minus its control"] * controlled
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     shown: Records = []
     for method, arm in sorted(rows, key=lambda row: (row[0], order.index(row[1].partition("+")[0]), row[1])):
@@ -73,15 +80,14 @@ def table(records: Records, arms: list[str] | None = None) -> str:
         values = accuracy[method, arm]
         spread = f" ± {np.std(list(values.values()), ddof=1):.2f}" if len(values) > 1 else ""
         to_none = difference(values, accuracy.get((method, "none"), {})) if arm != "none" else ""
-        distilled = arm_options(arm).get("distill") and arm != "distill"
-        to_distill = difference(values, accuracy.get((method, "distill"), {})) if distilled else ""
-        shares_loss = arm.partition("+")[0] == CONTROL.removesuffix("_shuffled")
-        to_control = difference(values, accuracy.get((method, CONTROL), {})) if shares_loss else ""
+        control = control_of(arm)
+        to_control = difference(values, accuracy.get((method, control), {})) if control in listed else ""
+        to_control = to_control and f"`{control}`: {to_control}"
         trained = np.mean([run["train_accuracy"] for run in runs])
         best = np.mean([run["best_epoch_accuracy"] for run in runs])
         lines.append(
             f"| {method} | `{arm}` | {len(runs)} | {np.mean(list(values.values())):.2f}{spread} | {trained:.1f} "
-            f"| {to_none} | {best:.2f} |" + f" {to_distill} |" * distilling + f" {to_control} |" * controlled
+            f"| {to_none} | {best:.2f} |" + f" {to_control} |" * controlled
         )
     return "\n".join(lines) + "\n\n" + caption(shown) if shown else "No results yet."
 
