@@ -161,6 +161,8 @@ def arm_arguments(options: dict[str, Any], model: nn.Module, example: Tensor, te
     if distill := cmim.pop("distill", 0.0):
         arguments["loss_fn"] = distillation(teacher, distill)
     if smoothing := cmim.pop("smoothing", 0.0):
+        if distill:
+            raise SystemExit("Logit distillation with label smoothing is not there: each is a loss of its own.")
         arguments["loss_fn"] = smoothed(smoothing)
     if cmim.pop("teacher", False):
         cmim["teacher"] = teacher

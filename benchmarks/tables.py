@@ -48,7 +48,7 @@ def difference(arm: dict[int, float], reference: dict[int, float]) -> str:
 
 
 def control_of(arm: str) -> str | None:
-    """The arm that has all of this one but what is to be shown to help."""
+    """The arm that this one has to beat for the gain to be CMIM's, each with its usual settings."""
     options = arm_options(arm)
     for control in ("distill", "smoothing"):
         if options.get(control):

@@ -169,7 +169,7 @@ class CMIM(nn.Module):
             self.queues = nn.ModuleList([Queue(queue_size, embed_dim) for _ in tapped if queue_size])
         self.to(device)
 
-        self._hooks = hooks = Taps(model, tapped, None)
+        self._hooks = hooks = Taps(model, tapped)
         self._shared = False
         self._share()
         self._draw(first=True)
@@ -280,7 +280,7 @@ class CMIM(nn.Module):
             sizes[k] = len(binary)
 
         parameters: tuple[Tensor, ...] = tuple(self.heads.parameters())
-        if self._shared or len(present) < len(pairs):
+        if self._shared or len(reached) < len(pairs):
             parameters = distributed.averaged(parameters)
         if reached:
             z = self.heads(reached, rows, parameters)
@@ -431,10 +431,21 @@ class CMIM(nn.Module):
     def get_extra_state(self) -> dict[str, Any]:
         """Where the next taps and positions are drawn from, so that a resumed run draws what the unbroken one would."""
         first = torch.tensor(self._hooks.chosen is None)
-        return {"generator": self._drawn_from, "first": first, "metrics": self.metrics}
+        taps = {tap.name: torch.tensor([tap.channels, tap.latent_channels]) for tap in self.taps}
+        return {"taps": taps, "generator": self._drawn_from, "first": first, "metrics": self.metrics}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """What :meth:`get_extra_state` returned."""
+        """What :meth:`get_extra_state` returned.
+
+        Raises:
+            CMIMError: of other taps. Their heads may well have the same shapes.
+        """
+        found = {name: tuple(channels.tolist()) for name, channels in state["taps"].items()}
+        wanted = {tap.name: (tap.channels, tap.latent_channels) for tap in self.taps}
+        if list(found.items()) != list(wanted.items()):
+            raise CMIMError(
+                f"The state is that of other taps (name: channels of both sides).\nFound:  {found}\nWanted: {wanted}"
+            )
         self._generator.set_state(state["generator"].cpu())
         self._draw(first=bool(state["first"]))
         self._last.clear()

@@ -86,8 +86,8 @@ def _order(counts: tuple[tuple[int, ...], ...], rank: int, device: torch.device)
             if other == rank:
                 own += range(len(order), len(order) + of_rank[tap])
             order += range(start, start + of_rank[tap])
-    # The type has to be told for a rank without rows.
-    return torch.tensor(order, device=device), torch.tensor(own, dtype=torch.long, device=device)
+    # The type has to be told where there are no rows.
+    return torch.tensor(order, dtype=torch.long, device=device), torch.tensor(own, dtype=torch.long, device=device)
 
 
 def averaged(parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -38,7 +38,10 @@ class Heads(nn.ModuleDict):
         self.update({str(width): nn.Linear(width, heads * embed_dim) for width, heads in count.items()})
 
     def of(self, tap: int, parameters: Sequence[Tensor] | None = None) -> list[tuple[Tensor, Tensor]]:
-        """``(D, C)`` weight and ``(D,)`` bias of both sides of a tap: views of what :meth:`forward` computes with."""
+        """``(D, C)`` weight and ``(D,)`` bias of both sides of a tap, views: to look at, or to set, single heads.
+
+        Of this module's parameters, or of what stands in for them (their gradients, say).
+        """
         layers = self._layers(parameters)
         return [(layers[width][0][nth], layers[width][1][nth]) for width, nth in self.places[tap]]
 

@@ -261,7 +261,7 @@ def measure(
     def look(k: int, activation: Tensor, layout: Layout) -> None:
         tallies[k].look(activation.detach(), layout, code_draw)
 
-    taps = Taps(model, cmim.taps, None, look)
+    taps = Taps(model, cmim.taps, look)
     if cmim._teacher is not None:
         taps.before = partial(cmim._teacher.deliver, taps)
     samples, seen = 0, []

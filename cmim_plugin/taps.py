@@ -91,8 +91,6 @@ class Taps:
     Args:
         model: the model; not kept alive by this object.
         taps: what to tap.
-        draws: ``(taps, n)`` uniform numbers in [0, 1) from which positions are drawn, refilled by the owner between
-            steps; None to pool over all positions.
         look: called with tap, a_B as a whole and its layout. With it every pass is captured: in eval mode and without
             gradients too.
     """
@@ -101,12 +99,12 @@ class Taps:
         self,
         model: nn.Module,
         taps: tuple[Tap, ...],
-        draws: Tensor | None,
         look: Callable[[int, Tensor, Layout], None] | None = None,
     ) -> None:
         self.taps = taps
-        self.draws = draws
         self.look = look
+        # (taps, n) uniform numbers in [0, 1) that positions are drawn from, by refill(); None: pool over all positions.
+        self.draws: Tensor | None = None
         # The taps that the next pass captures, chosen by the owner between steps; None for all.
         self.chosen: frozenset[int] | None = None
         # A pass was compiled, at least in part: each choice of taps would be compiled anew.
@@ -121,7 +119,8 @@ class Taps:
         # Called with the positional and keyword inputs of the model before each captured forward.
         self.before: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
         self.model = weakref.ref(model)
-        # By the positions of a batch and their device: those drawn, tap by tap. Of this pass, and made ready for it.
+        # By the positions of a batch and their device, those drawn for each tap: what the last pass used, and, of the
+        # present draws, what a pass on a batch of the same size will.
         self._positions: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
         self._ready: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
         self._hooks: list[_Hook] = []
@@ -172,8 +171,9 @@ class Taps:
         """Draws for the next passes."""
         self.draws = draws
         # Between steps, not between the layers of the network: there each of these small operations, called once and
-        # then not for milliseconds, takes several times as long.
-        self._ready = {key: _spread_on(draws, *key).unbind() for key in self._positions}
+        # then not for milliseconds, takes several times as long. Compiled, it would be compiled anew for each size.
+        guide = {} if torch.compiler.is_compiling() else self._positions
+        self._ready = {key: _spread_on(draws, *key).unbind() for key in guide}
 
     def take(self) -> list[Pair]:
         """The pairs of the last forward pass, which are then forgotten here. Empty where there was none."""
@@ -326,7 +326,8 @@ class _ModuleHook(_Hook):
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         taps = self.taps
-        if not self._now or taps is None or not taps.active or not self.serves(module):
+        # In this order: a compiled pass that captures nothing must not be compiled again for each choice of taps.
+        if taps is None or not taps.active or not self._now or not self.serves(module):
             return
         captures = self._now.get(self._calls, [])
         self._calls += 1
@@ -340,7 +341,7 @@ class _ModuleHook(_Hook):
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         taps = self.taps
-        if not self._running or taps is None or not self.serves(module):
+        if taps is None or not self._running or not self.serves(module):
             return
         captures, listener = self._running.pop()
         if listener is not None:

@@ -537,6 +537,18 @@ def test_the_state_holds_heads_and_queue_and_nothing_of_the_model():
     assert [module for module in cmim.modules() if module in {*model.modules(), *teacher.modules()}] == []
 
 
+def test_the_state_of_other_taps_is_refused_even_where_its_shapes_fit():
+    model = network(units=2)
+    names = [f.name for f in find_binary_activations(model, X)]
+    cmim = CMIM(model, X, taps=names[:2])
+    state = cmim.state_dict()
+    cmim.remove()
+    cmim = CMIM(model, X, taps=names[:1])
+    same_shapes = {key: value[: len(value) // 2] if "heads" in key else value for key, value in state.items()}
+    with pytest.raises(CMIMError, match="other taps"):
+        cmim.load_state_dict(same_shapes)
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"instances": "image"}, {"num_positions": 10}, {"taps_per_step": 1}],

@@ -107,3 +107,34 @@ def test_a_compiled_loss_is_that_of_the_eager_one(whole, taps_per_step):
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(gradients, torch.autograd.grad(expected, list(cmim.parameters())))
     assert not counters["stats"]["unique_graphs"]  # nothing was compiled again
+
+
+def test_a_compiled_evaluation_is_not_compiled_again_for_each_choice_of_taps():
+    torch._dynamo.reset()
+    counters.clear()
+    model = network(BIREAL)
+    cmim = CMIM(model, X, taps_per_step=1)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(6):
+        model.train()
+        model(X)
+        cmim(model).backward()
+        model.eval()
+        with torch.no_grad():
+            compiled(X)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_compiled_loss_is_not_compiled_again_for_each_size_of_batch():
+    torch._dynamo.reset()
+    model = network(BIREAL)
+    cmim = CMIM(model, X)
+    compiled = torch.compile(cmim, backend="aot_eager")
+    for size in (6, 6, 5, 6, 4):  # sizes and counters of steps change from constants to variables
+        model(X[:size])
+        compiled(model).backward()
+    counters.clear()
+    for size in (3, 6, 2):
+        model(X[:size])
+        compiled(model).backward()
+    assert not counters["stats"]["unique_graphs"]

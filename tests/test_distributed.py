@@ -74,6 +74,7 @@ def test_ranks_that_chose_taps_alone_agree_from_the_first_step_together(ranks):
 def test_a_tap_that_some_ranks_do_not_reach_counts_for_those_that_do(name, ranks):
     first, *others = (rank[name] for rank in ranks)
     assert first["taps"] == 2
+    assert all(first["losses"][:-1]) and (first["losses"][-1] == 0) is (name != "other ways")
     for other in others:
         assert other["taps"] == 2
         assert other["losses"] == first["losses"]

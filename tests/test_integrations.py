@@ -66,11 +66,13 @@ def check_trained(cmim: Watched, steps: int, gradient: float = 1.0) -> None:
     """So many backward passes began at CMIM's loss, and their optimizer steps moved every tap's heads."""
     assert cmim.gradients == pytest.approx([gradient] * steps)
     assert all(np.isfinite(cmim.losses))
-    start = 0
+    built, start = [], 0
     for parameter in cmim.parameters():
-        before = cmim.built[start : start + parameter.numel()]
-        assert not torch.equal(parameter.detach().flatten(), before)
+        built.append(cmim.built[start : start + parameter.numel()].view_as(parameter))
         start += parameter.numel()
+    for k in range(len(cmim.taps)):
+        for now, before in zip(cmim.heads.of(k), cmim.heads.of(k, built), strict=True):
+            assert not any(torch.equal(part, other) for part, other in zip(now, before, strict=True))
 
 
 def check_equal(one: dict, other: dict) -> None:

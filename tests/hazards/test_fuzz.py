@@ -77,6 +77,7 @@ def test_the_loss_is_finite_and_the_network_does_not_notice(net, shape, how, dty
                 loss.backward()
                 assert all(g.isfinite().all() for g in gradients(model, cmim))
                 assert len(gradients(cmim)) == len(list(cmim.parameters()))
+                assert list(cmim.metrics) == [tap.name for tap in cmim.taps]
             activations.remove()
             del logits, loss
             assert activations.alive() == 0
