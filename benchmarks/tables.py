@@ -67,8 +67,10 @@ def table(records: Records, arms: list[str] | None = None) -> str:
     order = list(ARMS)
     listed = {arm for _, arm in rows if not arms or arm in arms}
     controlled = any(control_of(arm) in listed for arm in listed)
-    columns = ["method", "arm", "seeds", "test accuracy", "training accuracy", "minus `none`", "best epoch"]
-    columns += ["minus its control"] * controlled
+    # Where the only other test was one halfway, the best is the last.
+    peaked = any(r["best_epoch_accuracy"] != r["accuracy"] for r in records if r["arm"] in listed)
+    columns = ["method", "arm", "seeds", "test accuracy", "training accuracy", "minus `none`"]
+    columns += ["best epoch"] * peaked + ["minus its control"] * controlled
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     shown: Records = []
     for method, arm in sorted(rows, key=lambda row: (row[0], order.index(row[1].partition("+")[0]), row[1])):
@@ -87,27 +89,31 @@ def table(records: Records, arms: list[str] | None = None) -> str:
         best = np.mean([run["best_epoch_accuracy"] for run in runs])
         lines.append(
             f"| {method} | `{arm}` | {len(runs)} | {np.mean(list(values.values())):.2f}{spread} | {trained:.1f} "
-            f"| {to_none} | {best:.2f} |" + f" {to_control} |" * controlled
+            f"| {to_none} |" + f" {best:.2f} |" * peaked + f" {to_control} |" * controlled
         )
-    return "\n".join(lines) + "\n\n" + caption(shown) if shown else "No results yet."
+    return "\n".join(lines) + "\n\n" + caption(shown, peaked) if shown else "No results yet."
 
 
 def pooled(records: Records, arms: list[str] | None = None) -> str:
-    """Markdown: a row for each arm, over the pairs of all methods together. For a search: it says what to look at."""
+    """Markdown: a row for each arm, over the pairs of all methods. With `minus:ARM` among the arms: to that."""
+    arms = arms or []
+    reference = next((arm.removeprefix("minus:") for arm in arms if arm.startswith("minus:")), "none")
+    arms = [arm for arm in arms if not arm.startswith("minus:")]
     accuracy = {(r["method"], r["seed"], r["arm"]): r["accuracy"] for r in records}
     pairs: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for (method, seed, arm), value in accuracy.items():
-        none = accuracy.get((method, seed, "none"))
-        if arm != "none" and none is not None and (not arms or arm in arms):
-            pairs[arm][method].append(value - none)
+        base = accuracy.get((method, seed, reference))
+        if arm not in ("none", reference) and base is not None and (not arms or arm in arms):
+            pairs[arm][method].append(value - base)
     methods = sorted({method for of_arm in pairs.values() for method in of_arm})
-    lines = [f"| arm | pairs | minus `none` | {' | '.join(methods)} |", "|---" * (3 + len(methods)) + "|"]
+    lines = [f"| arm | pairs | minus `{reference}` | {' | '.join(methods)} |", "|---" * (3 + len(methods)) + "|"]
     for arm in sorted(pairs):
         together = dict(enumerate(d for of_method in pairs[arm].values() for d in of_method))
         means = (f"{np.mean(pairs[arm][m]):+.2f}" if pairs[arm][m] else "" for m in methods)
         difference_to_zero = difference(together, dict.fromkeys(together, 0.0))
         lines.append(f"| `{arm}` | {len(together)} | {difference_to_zero} | {' | '.join(means)} |")
-    return "\n".join(lines) + "\n\n" + caption(records, best_epoch=False) if pairs else "No results yet."
+    note = "The pairs of one seed with several methods count as independent. "
+    return "\n".join(lines) + "\n\n" + note + caption(records, best_epoch=False) if pairs else "No results yet."
 
 
 def dense_table(records: Records, arms: list[str] | None = None) -> str:

@@ -661,7 +661,7 @@ def _labels_of(pair: Pair, labels: Tensor, name: str) -> Tensor:
     if pair.places is None or len(pair.places) != labels.ndim - 1:
         raise CMIMError(
             f"A map of labels, shape {tuple(labels.shape)}, does not lie over the positions of tap {name}: "
-            "give one label a sample, or leave the tap out with taps=."
+            "give one label a sample, shape (B,) (a class, not one-hot), or leave the tap out with taps=."
         )
     rest, at = pair.index, []
     for size, wanted in zip(reversed(pair.places), reversed(labels.shape[1:]), strict=True):
