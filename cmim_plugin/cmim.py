@@ -438,11 +438,12 @@ class CMIM(nn.Module):
         """What :meth:`get_extra_state` returned.
 
         Raises:
-            CMIMError: of other taps. Their heads may well have the same shapes.
+            CMIMError: of taps of other widths, though the parameters may have the same shapes. (Names may differ: a
+                wrapped model's have a prefix.)
         """
         found = {name: tuple(channels.tolist()) for name, channels in state["taps"].items()}
         wanted = {tap.name: (tap.channels, tap.latent_channels) for tap in self.taps}
-        if list(found.items()) != list(wanted.items()):
+        if list(found.values()) != list(wanted.values()):
             raise CMIMError(
                 f"The state is that of other taps (name: channels of both sides).\nFound:  {found}\nWanted: {wanted}"
             )

@@ -540,13 +540,13 @@ def test_the_state_holds_heads_and_queue_and_nothing_of_the_model():
 def test_the_state_of_other_taps_is_refused_even_where_its_shapes_fit():
     model = network(units=2)
     names = [f.name for f in find_binary_activations(model, X)]
-    cmim = CMIM(model, X, taps=names[:2])
+    widths = [f.channels for f in find_binary_activations(model, X)]
+    assert widths[1] == widths[2] != widths[3]
+    cmim = CMIM(model, X, taps=[names[1], names[2], names[3]])
     state = cmim.state_dict()
-    cmim.remove()
-    cmim = CMIM(model, X, taps=names[:1])
-    same_shapes = {key: value[: len(value) // 2] if "heads" in key else value for key, value in state.items()}
+    state["_extra_state"]["taps"] = dict(reversed(state["_extra_state"]["taps"].items()))
     with pytest.raises(CMIMError, match="other taps"):
-        cmim.load_state_dict(same_shapes)
+        cmim.load_state_dict(state)
 
 
 @pytest.mark.parametrize(
