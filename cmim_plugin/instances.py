@@ -79,10 +79,9 @@ class Layout:
 class _Gather(torch.autograd.Function):
     """The channels at distinct positions.
 
-    The gradient of a sample is zero nearly everywhere. As a whole map it would cost more than the rest of the plug-in,
-    and the engine would hold the maps of all taps at once, since it comes to the loss before it comes to the network.
-    So a single zero, expanded, goes to the activation, to keep the order, and :class:`_Scatter` adds the rows once the
-    network's own gradient has arrived there.
+    The gradient of a sample is zero nearly everywhere. A whole map of it, filled and added to the network's own
+    gradient, would cost more than the rest of the plug-in. So a single zero, expanded, goes to the activation. The
+    engine waits for it, and :class:`_Scatter` adds the rows once the sum of both is there.
     """
 
     @staticmethod
@@ -106,7 +105,7 @@ class _Gather(torch.autograd.Function):
 class _Scatter:
     """A tensor hook on the activation: adds the gradient of the sampled rows to that of the activation, in place.
 
-    The engine has just summed the latter with our expanded zero, into a tensor that nobody else holds.
+    The engine has just added our expanded zero to the latter: in place if nobody else held it, else into a new tensor.
     """
 
     def __init__(self, layout: Layout, index: Tensor, x: Tensor) -> None:
