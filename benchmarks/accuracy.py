@@ -145,15 +145,6 @@ def distillation(teacher: nn.Module, weight: float, temperature: float = 4.0):
     return loss
 
 
-def smoothed(smoothing: float):
-    """Label smoothing (Szegedy et al., arXiv 1512.00567)."""
-
-    def loss(model: nn.Module, x: Tensor, y: Tensor, logits: Tensor) -> Tensor:
-        return F.cross_entropy(logits, y, label_smoothing=smoothing)
-
-    return loss
-
-
 def arm_arguments(options: dict[str, Any], model: nn.Module, example: Tensor, teacher: nn.Module | None, samples: int):
     """An arm's options as arguments of `training.train`; `samples`: images in the training set."""
     cmim = {key: value for key, value in options.items() if key != "full_precision"}
@@ -163,7 +154,8 @@ def arm_arguments(options: dict[str, Any], model: nn.Module, example: Tensor, te
     if smoothing := cmim.pop("smoothing", 0.0):
         if distill:
             raise SystemExit("Logit distillation with label smoothing is not there: each is a loss of its own.")
-        arguments["loss_fn"] = smoothed(smoothing)
+        # Szegedy et al., arXiv 1512.00567
+        arguments["loss_fn"] = partial(training.cross_entropy, label_smoothing=smoothing)
     if cmim.pop("teacher", False):
         cmim["teacher"] = teacher
     if cmim.pop("nce", False):

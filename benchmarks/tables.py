@@ -74,8 +74,8 @@ def table(records: Records, arms: list[str] | None = None) -> str:
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     shown: Records = []
     for method, arm in sorted(rows, key=lambda row: (row[0], order.index(row[1].partition("+")[0]), row[1])):
-        compared = {a for m, a in rows if m == method and (not arms or a in arms)} - {"none"}
-        if (arms and arm not in arms) or not compared:
+        compared = {a for m, a in rows if m == method and a in listed} - {"none"}
+        if arm not in listed or not compared:
             continue
         runs = rows[method, arm]
         shown += runs

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import distributed
 from .discovery import BinaryActivation, find_binary_activations
 from .errors import CMIMError, CMIMWarning
-from .heads import Heads
+from .heads import Heads, sent
 from .negatives import Queue
 from .objectives import count_negatives, info_nce, info_nce_bound, nce, nce_bound
 from .report import Report, measure
@@ -254,7 +254,7 @@ class CMIM(nn.Module):
             losses = self._losses(taps, _side_by_side(z, taps, sizes), of_taps)
             # Those that were asked for stand for all.
             scaled = [self.layer_weights[k] * len(pairs) / len(asked) for k in taps]
-            total = total + (_tensor(scaled, losses.dtype, losses.device) * losses).sum()
+            total = total + (sent(scaled, losses.dtype, losses.device) * losses).sum()
         self._steps = min(self._steps + 1, _FIRST_STEPS)
         self._draw()
         self._watch.look(self)
@@ -670,11 +670,6 @@ def _labels_of(pair: Pair, labels: Tensor, name: str) -> Tensor:
         at.append((2 * (rest % size) + 1) * wanted // (2 * size))
         rest = rest // size
     return labels[(samples, *reversed(at))]
-
-
-def _tensor(values: list[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Without waiting for the device: the values are in pageable memory, which is copied at once."""
-    return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
 
 def _side_by_side(rows: Tensor, taps: list[int], sizes: dict[int, int]) -> Tensor:

@@ -76,15 +76,19 @@ class Heads(nn.ModuleDict):
             for side, (width, nth) in enumerate(self.places[tap]):
                 groups[width, len(rows[i][side])].append((i, side, nth))
 
-        found: list[list[Tensor]] = [list(pair) for pair in rows]
+        found: dict[tuple[int, int], Tensor] = {}
         with torch.autocast(like.device.type, enabled=False):
             for (width, _), members in groups.items():
-                # Without waiting for the device: what is in pageable memory is copied at once.
-                which = torch.tensor([nth for _, _, nth in members], device="cpu").to(like.device, non_blocking=True)
+                which = sent([nth for _, _, nth in members], torch.long, like.device)
                 weight, bias = (part.index_select(0, which).to(dtype) for part in layers[width])
                 x = torch.stack([rows[i][side] for i, side, _ in members]).to(dtype)
                 projected = torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
                 for (i, side, _), z in zip(members, projected.unbind(), strict=True):
-                    found[i][side] = z
-            sides = [torch.cat([pair[side] for pair in found]) for side in (0, 1)]
+                    found[i, side] = z
+            sides = [torch.cat([found[i, side] for i in range(len(taps))]) for side in (0, 1)]
             return F.normalize(torch.stack(sides, 1), dim=2, eps=_SHORTEST).flatten(1)
+
+
+def sent(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor. Without waiting for the device: they are in pageable memory, copied at once."""
+    return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)

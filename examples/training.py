@@ -140,8 +140,8 @@ class History:
     seconds: float = 0.0  # of training, without tests
 
 
-def cross_entropy(model: nn.Module, x: Tensor, y: Tensor, logits: Tensor) -> Tensor:
-    return F.cross_entropy(logits, y)
+def cross_entropy(model: nn.Module, x: Tensor, y: Tensor, logits: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    return F.cross_entropy(logits, y, label_smoothing=label_smoothing)
 
 
 def train(
