@@ -4,15 +4,16 @@
     python benchmarks/overhead.py step --networks irnet-resnet20 --batches 64 --arms none position
     python benchmarks/overhead.py step --device cuda --compile --amp bfloat16
 
-Every arm has a copy of the network; in each round every arm takes one step, in random order, and is compared with the
-bare step of the same round. Cases that are in results/overhead.json already are skipped, so that an interrupted
-benchmark is resumed by the same command. See README.md.
+Every arm has some copies of the network; in each round every arm takes one step with one of them, in random order, and
+is compared with the bare step of the same round. Cases that are in results/overhead.json already are skipped, so that
+an interrupted benchmark is resumed by the same command. See README.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import math
 import os
@@ -314,6 +315,12 @@ def interleaved(
     return {name: np.array(rows) for name, rows in values.items()}
 
 
+def in_turn(runs: list[Callable[[], T]]) -> Callable[[], T]:
+    """Calls the next of them each time."""
+    turns = itertools.cycle(runs)
+    return lambda: next(turns)()
+
+
 def ratio(seconds: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
     """Median of the ratios of the rounds, their quartiles, and the median's 95 % interval (percentile bootstrap)."""
     from scipy import stats
@@ -346,26 +353,31 @@ def measure_step(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     x = torch.randn(case.batch, 3, size, size, generator=generator).to(case.device, memory_format=memory_format)
     y = torch.randint(classes, (case.batch,), generator=generator).to(case.device)
 
-    arms: dict[str, Arm] = {}
+    arms: dict[str, list[Arm]] = {name: [] for name in case_arms(case, args)}
     peaks: dict[str, int] = {}
-    for name in case_arms(case, args):
-        arms[name], peaks[name] = peak_memory(case.device, partial(Arm.after_a_step, name, case, x, y), Arm.step)
+    for name in arms:
+        first, peaks[name] = peak_memory(case.device, partial(Arm.after_a_step, name, case, x, y), Arm.step)
+        arms[name].append(first)
+    # Where in memory a copy happens to lie makes it a per cent faster or slower in all rounds.
+    for _ in range(args.copies - 1):
+        for name in arms:
+            arms[name].append(Arm.after_a_step(name, case, x, y))
     seconds = interleaved(
-        {name: partial(arm.seconds, args.steps) for name, arm in arms.items()},
+        {name: in_turn([partial(arm.seconds, args.steps) for arm in copies]) for name, copies in arms.items()},
         args.rounds,
         args.warmup,
         args.case_seconds,
         f"{case.label}, batch {case.batch}",
     )
-    for arm in arms.values():
+    for arm in itertools.chain(*arms.values()):
         if not arm.loss.isfinite():
             raise SystemExit(f"{case}: the loss of arm {arm.name} is {arm.loss}; its time may not be that of training.")
     none = seconds["none"]
     records = {}
-    for name, arm in arms.items():
+    for name in arms:
         extra = np.median(seconds[name] - none, 0)
         records[name] = {
-            "taps": taps_of(arm.extra),
+            "taps": taps_of(arms[name][0].extra),
             "seconds": digits(np.median(seconds[name][:, -1])),
             "ratio": ratio(seconds[name][:, -1], none[:, -1]),
             # Medians of the differences of a round: of the hooks; of heads and critic; of what both add to backward.
@@ -374,7 +386,7 @@ def measure_step(case: Case, args: argparse.Namespace) -> dict[str, Any]:
             "peak_ratio": digits(peaks[name] / peaks["none"]),
             "step_seconds": [digits(s) for s in seconds[name][:, -1]],
         }
-    record = {"arms": records, "rounds": len(none), "steps": args.steps}
+    record = {"arms": records, "rounds": len(none), "steps": args.steps, "copies": args.copies}
     if case.suite == "step":
         record["attach"] = measure_attach(case, x)
     return record
@@ -507,6 +519,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--critic-batches", type=int, nargs="+", default=[256, 1024, 4096])
     parser.add_argument("--queues", type=int, nargs="+", default=[0, 4096, 65_536])
     parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--copies", type=int, default=4, help="of each arm, a round takes the next")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before those")
     parser.add_argument("--steps", type=int, help="of an arm in a round; 1, on a GPU 10")
     parser.add_argument("--case-seconds", type=float, default=180, help="no further round then, once there are five")
