@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from cmim_plugin import CMIMError, count_negatives, info_nce, info_nce_bound, nce, nce_bound, objectives
 
@@ -112,6 +113,44 @@ def test_gradients_agree_with_finite_differences(objective, temperature, labels,
     assert torch.autograd.gradcheck(
         lambda b, f: objective(b, f, temperature=temperature, labels=labels, **queue), (z_b, z_f)
     )
+
+
+@with_and_without_labels
+@each_objective
+def test_gradients_of_gradients_agree_with_finite_differences(objective, labels):
+    labels = None if labels is None else torch.tensor(labels)
+    z_b, z_f = unit(7).requires_grad_(), unit(7).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda b, f: objective(b, f, temperature=0.3, labels=labels), (z_b, z_f))
+    assert torch.autograd.gradgradcheck(lambda b: objective(b, z_f.detach(), temperature=0.3, labels=labels), z_b)
+
+
+def test_a_backward_pass_within_autocast_gives_the_same_gradient():
+    start, gradients = (unit(7, torch.float32), unit(7, torch.float32)), []
+    for enabled in (False, True):
+        z_b, z_f = (z.clone().requires_grad_() for z in start)
+        loss = info_nce(z_b, z_f)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss.backward()
+        gradients += [z_b.grad, z_f.grad]
+    assert torch.equal(gradients[2], gradients[0]) and torch.equal(gradients[3], gradients[1])
+
+
+@each_objective
+def test_transforms_of_torch_func_and_forward_mode_differentiate_the_loss(objective):
+    z_b, z_f = unit(7).requires_grad_(), unit(7)
+    expected, direction = torch.autograd.grad(objective(z_b, z_f), z_b)[0], unit(7)
+    torch.testing.assert_close(torch.func.grad(objective)(z_b.detach(), z_f), expected)
+    stacked = torch.func.vmap(torch.func.grad(objective))(z_b.detach().expand(2, -1, -1), z_f.expand(2, -1, -1))
+    torch.testing.assert_close(stacked, expected.expand(2, -1, -1))
+    with forward_ad.dual_level():
+        slope = forward_ad.unpack_dual(objective(forward_ad.make_dual(z_b.detach(), direction), z_f)).tangent
+    torch.testing.assert_close(slope, (expected * direction).sum())
+
+
+@each_objective
+def test_a_temperature_may_be_learned(objective):
+    z_b, z_f, temperature = unit(7), unit(7), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: objective(z_b, z_f, temperature=t), temperature)
 
 
 def problems(labels, queued) -> list[dict[str, Tensor]]:
