@@ -503,7 +503,7 @@ class CMIM(nn.Module):
             share = -(-self.num_positions // ranks)
             draws = torch.rand(len(self.taps), share * ranks, generator=self._generator, device="cpu")
             start = share * distributed.rank() if self._shared else 0
-            self._hooks.refill(draws[:, start : start + share].contiguous())
+            self._hooks.draws = draws[:, start : start + share].contiguous()
 
     def _share(self) -> None:
         """Start from the same heads, queue and generator on all ranks, as soon as there are several."""

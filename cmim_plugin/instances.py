@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,12 +46,6 @@ class Layout:
         # Divided after the sum: the gradient of the sum alone is a view, that of a mean another map.
         return sums / (self.positions(x.shape) * self.fold)
 
-    def side_by_side(self, x: Tensor) -> Tensor | None:
-        """``(positions of the batch, C)``, a view, where the channels of a position lie side by side; else None."""
-        moved = x if self.spatial is None else x.movedim(1, -1)
-        simple = self.spatial in (None, x.ndim - 2) and moved.is_contiguous()
-        return moved.reshape(-1, moved.shape[-1]) if simple else None
-
     def where(self, index: Tensor, shape: torch.Size) -> tuple[Any, ...]:
         """What selects those positions, counted over the batch, in any activation of this shape."""
         at: list[Any] = []
@@ -62,18 +57,72 @@ class Layout:
 
     def rows(self, x: Tensor, index: Tensor) -> Tensor:
         """The channels at those positions, ``(n,)``, counted over the batch: ``(n, C)``."""
-        flat = self.side_by_side(x)
-        return x[self.where(index, x.shape)].flatten(1) if flat is None else flat.index_select(0, index)
+        return x[self.where(index, x.shape)].flatten(1)
 
-    def sampled(self, x: Tensor, index: Tensor) -> Tensor:
-        """:meth:`rows`, with a gradient that costs what they do."""
+    def sampled(self, x: Tensor, index: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """:meth:`rows`, with a gradient that costs what they do. ``offsets``: of :meth:`Grid.offsets`, if known."""
         # What is compiled is fused with what is around it.
         if torch.compiler.is_compiling() or not (x.requires_grad and torch.is_grad_enabled()):
             return self.rows(x, index)
-        scatter = _Scatter(self, index, x)
+        if offsets is None:
+            offsets = Grid(self, x.shape, x.stride(), x.device).offsets(index)
+        scatter = _Scatter(self, index, offsets, x)
         x.register_hook(scatter)
         rows: Tensor = _Gather.apply(x, scatter)
         return rows
+
+
+class Grid:
+    """Activations of one shape that lie in memory in one way: what sampling them needs in each batch again.
+
+    Args:
+        layout, shape, stride, device: theirs.
+    """
+
+    def __init__(self, layout: Layout, shape: torch.Size, stride: Sequence[int], device: torch.device) -> None:
+        self._total = shape[0] * layout.positions(shape)
+        self._device = device
+        self._intervals: tuple[Tensor, Tensor] | None = None
+        # Sizes and steps of the positions, from the inside out; dimensions that follow each other in memory are one.
+        self._steps: list[list[int]] = []
+        # (C,) how far the channels of a position lie from its first one; None if there are gaps or overlaps.
+        self._channels: Tensor | None = None
+        if _dense(shape, stride):
+            last = len(shape) - 1
+            places = range(1, last) if layout.spatial is None else range(len(shape) - layout.spatial, len(shape))
+            channels = range(last, last + 1) if layout.spatial is None else range(1, places.start)
+            for dim in (*reversed(places), 0):
+                if self._steps and stride[dim] == self._steps[-1][0] * self._steps[-1][1]:
+                    self._steps[-1][0] *= shape[dim]
+                else:
+                    self._steps.append([shape[dim], stride[dim]])
+            self._channels = torch.zeros(1, dtype=torch.long, device=device)
+            for dim in channels:
+                steps = torch.arange(shape[dim], device=device) * stride[dim]
+                self._channels = (self._channels[:, None] + steps).flatten()
+
+    def spread(self, draws: Tensor) -> Tensor:
+        """:func:`spread` over the positions of the batch."""
+        count = min(draws.shape[-1], self._total)
+        if self._intervals is None or len(self._intervals[0]) != count:
+            self._intervals = _intervals(count, self._total, self._device)
+        # Without waiting for the device: the draws are in pageable memory, which is copied at once.
+        return _within(draws.to(self._device, non_blocking=True), *self._intervals)
+
+    def offsets(self, index: Tensor) -> Tensor | None:
+        """Where the channels at positions ``(..., n)`` lie in memory, from the first element on: ``(..., n * C)``.
+
+        None where there are gaps or overlaps.
+        """
+        if self._channels is None:
+            return None
+        *inner, (_, outer) = self._steps
+        at: Tensor | int = 0
+        for size, step in inner:
+            at = at + index % size * step
+            index = index // size
+        at = at + index * outer
+        return (at.unsqueeze(-1) + self._channels).flatten(-2)
 
 
 class _Gather(torch.autograd.Function):
@@ -88,7 +137,9 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scatter: _Scatter) -> Tensor:
         # Kept on ctx, not saved: activation checkpointing counts what is saved, and its recomputation captures nothing.
         ctx.scatter = scatter
-        return scatter.layout.rows(x, scatter.index)
+        if scatter.offsets is None:
+            return scatter.layout.rows(x, scatter.index)
+        return _in_memory(x).index_select(0, scatter.offsets).view(len(scatter.index), -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -108,11 +159,12 @@ class _Scatter:
     The engine has just added our expanded zero to the latter: in place if nobody else held it, else into a new tensor.
     """
 
-    def __init__(self, layout: Layout, index: Tensor, x: Tensor) -> None:
+    def __init__(self, layout: Layout, index: Tensor, offsets: Tensor | None, x: Tensor) -> None:
         self.layout = layout
         self.index = index
+        self.offsets = offsets
         self.shape = x.shape
-        self.strides = x.stride()
+        self.stride = x.stride()
         self.rows: Tensor | None = None
 
     @property
@@ -126,26 +178,31 @@ class _Scatter:
             return None
         if not any(grad.stride()):
             grad = self.zeros(grad)  # no other gradient came
-        flat = self.layout.side_by_side(grad)
-        if flat is None:
+        if self.offsets is not None and grad.stride() == self.stride:
+            # One small operation: between two large ones each takes ten times as long as elsewhere.
+            _in_memory(grad).index_add_(0, self.offsets, rows.reshape(-1))
+        else:
             where = self.where
             there = grad[where]
             grad[where] = there + rows.view_as(there)
-        else:
-            flat[self.index] += rows
         return grad
 
     def zeros(self, like: Tensor) -> Tensor:
         """An activation full of them, laid out as it was."""
-        if _dense(sorted(zip(self.strides, self.shape, strict=True))):
-            return like.new_empty_strided(self.shape, self.strides).zero_()
+        if _dense(self.shape, self.stride):
+            return like.new_empty_strided(self.shape, self.stride).zero_()
         return like.new_zeros(self.shape)
 
 
-def _dense(dimensions: list[tuple[int, int]]) -> bool:
-    """Whether (stride, size) in rising order leave no gap and no overlap."""
+def _in_memory(x: Tensor) -> Tensor:
+    """The elements of a tensor without gaps or overlaps in the order in which they lie there, a view."""
+    return x.as_strided((x.numel(),), (1,))
+
+
+def _dense(shape: torch.Size, strides: Sequence[int]) -> bool:
+    """Whether there are no gaps and no overlaps."""
     expected = 1
-    for stride, size in dimensions:
+    for stride, size in sorted(zip(strides, shape, strict=True)):
         if size != 1:
             if stride != expected:
                 return False
@@ -168,9 +225,15 @@ def spread(draw: Tensor, total: int) -> Tensor:
     Returns:
         ``(..., min(n, total))`` int64 indices below ``total``, in rising order.
     """
-    count = min(draw.shape[-1], total)
-    edges = torch.arange(count + 1, device=draw.device) * total // count
-    start, length = edges[:-1], edges.diff()
-    within = (draw[..., :count] * length).long()
+    return _within(draw, *_intervals(min(draw.shape[-1], total), total, draw.device))
+
+
+def _intervals(count: int, total: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The first position of each of ``count`` intervals of ``total`` positions, and how many more it has."""
+    edges = torch.arange(count + 1, device=device) * total // count
+    return edges[:-1], edges.diff() - 1
+
+
+def _within(draw: Tensor, first: Tensor, more: Tensor) -> Tensor:
     # In float32 the largest draw times a great length is the length itself.
-    return start + torch.minimum(within, length - 1)
+    return first + torch.minimum((draw[..., : len(first)] * (more + 1)).long(), more)

@@ -277,7 +277,7 @@ def measure(
                     _check_same(zip(seen[-1:], since._seen[len(seen) - 1 :], strict=False))
                 if cmim.instances == "position":
                     size = (len(tallies), cmim.num_positions)
-                    taps.refill(torch.rand(size, generator=for_instances, device="cpu"))
+                    taps.draws = torch.rand(size, generator=for_instances, device="cpu")
                 for tally in tallies:
                     tally.begin()
                 model(*args, **kwargs)

@@ -3,6 +3,11 @@
 What is kept of an activation is (n, C): pooled or sampled inside the hook, because in-place functions may overwrite the
 activation right after it. A pair passes through here only in training: the model in training mode, gradients enabled,
 within a forward pass of the model that was attached to. (A report measures with taps of its own, in eval mode.)
+
+Two things are learned in the first pass, because a small operation between two convolutions finds the caches full of
+other things and takes ten times as long. An activation that the network itself keeps to the end of the pass, and leaves
+as it is, is sampled there from then on. And where the output of a module keeps for its backward pass the very tensor
+that was listened for, no function of that module is listened to any more.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +26,12 @@ from torch.utils.hooks import RemovableHandle
 
 from .discovery import BinaryActivation
 from .errors import CMIMError
-from .instances import Layout, spread
+from .instances import Grid, Layout, spread
 from .probe import Site
 
 BINARY, LATENT = 0, 1
+# Shapes of activations that are remembered: batches may differ in size without end.
+_GRIDS = 64
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,17 @@ class _Capture:
     layout: Layout
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """An activation that passed a hook: to be sampled at the end of the pass, or, by a weak reference, sampled then."""
+
+    tap: int
+    side: int
+    activation: Tensor | weakref.ref[Tensor]
+    version: int
+    layout: Layout
+
+
 class Taps:
     """The hooks of one plug-in on one model.
 
@@ -103,7 +121,7 @@ class Taps:
     ) -> None:
         self.taps = taps
         self.look = look
-        # (taps, n) uniform numbers in [0, 1) that positions are drawn from, by refill(); None: pool over all positions.
+        # (taps, n) uniform numbers in [0, 1) that the next pass draws its positions from; None: pool over all.
         self.draws: Tensor | None = None
         # The taps that the next pass captures, chosen by the owner between steps; None for all.
         self.chosen: frozenset[int] | None = None
@@ -119,10 +137,14 @@ class Taps:
         # Called with the positional and keyword inputs of the model before each captured forward.
         self.before: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
         self.model = weakref.ref(model)
-        # By the positions of a batch and their device, those drawn for each tap: what the last pass used, and, of the
-        # present draws, what a pass on a batch of the same size will.
-        self._positions: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
-        self._ready: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
+        # By what an activation looks like: its grid, and, of this pass, the positions of each tap there.
+        self._grids: dict[Any, Grid] = {}
+        self._positions: dict[Any, dict[int, tuple[Tensor, Tensor | None]]] = {}
+        # (tap, side): whether the network keeps that activation to the end of the pass, and leaves it as it is.
+        self._lasting: dict[tuple[int, int], bool] = {}
+        # Of this pass: activations to sample at its end, and sampled ones of which that is not known yet.
+        self._later: list[_Seen] = []
+        self._tried: list[_Seen] = []
         self._hooks: list[_Hook] = []
         self._handles: list[RemovableHandle] = []
         self._plan: dict[str, dict[int, list[_Capture]]] = defaultdict(lambda: defaultdict(list))
@@ -164,16 +186,10 @@ class Taps:
     def clear(self) -> None:
         """Forget what was captured."""
         self.pairs = []
+        self._later, self._tried = [], []
+        self._positions = {}
         self.fresh = False
         self.active = False
-
-    def refill(self, draws: Tensor) -> None:
-        """Draws for the next passes."""
-        self.draws = draws
-        # Between steps, not between the layers of the network: there each of these small operations, called once and
-        # then not for milliseconds, takes several times as long. Compiled, it would be compiled anew for each size.
-        guide = {} if torch.compiler.is_compiling() else self._positions
-        self._ready = {key: _spread_on(draws, *key).unbind() for key in guide}
 
     def take(self) -> list[Pair]:
         """The pairs of the last forward pass, which are then forgotten here. Empty where there was none."""
@@ -189,23 +205,62 @@ class Taps:
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass of the model starts that is to be captured."""
+        self.clear()
         self.pairs = [Pair([None, None]) for _ in self.taps]
-        self._positions = {}
-        self.fresh = False
         self.active = True
         for hook in self._hooks:
             hook.reset()
         if self.before is not None:
             self.before(args, kwargs)
 
+    def end(self) -> None:
+        """The forward pass has come to its end."""
+        self.active = False
+        later, tried = self._later, self._tried
+        self._later, self._tried = [], []
+        for seen in later:
+            assert isinstance(seen.activation, Tensor)
+            if seen.activation._version == seen.version:
+                self._take(seen.tap, seen.side, seen.activation, seen.layout)
+            else:
+                # Unlike in the first pass. Too late for this one.
+                self._lasting[seen.tap, seen.side] = False
+        for seen in tried:
+            self._lasting[seen.tap, seen.side] = self._lasts(seen)
+        self.fresh = True
+
+    def _lasts(self, seen: _Seen) -> bool:
+        assert not isinstance(seen.activation, Tensor)
+        activation, pair = seen.activation(), self.pairs[seen.tap]
+        rows = pair.rows[seen.side]
+        # Values too: x.data = ... counts no version.
+        return (
+            activation is not None
+            and activation._version == seen.version
+            and rows is not None
+            and pair.index is not None
+            and torch.equal(seen.layout.rows(activation.detach(), pair.index), rows)
+        )
+
     def wants(self, tap: int) -> bool:
         """Whether this pass captures the tap."""
         return self.chosen is None or tap in self.chosen
 
     def keep(self, tap: int, side: int, activation: Tensor, layout: Layout) -> None:
-        """Take the instances of one side out of an activation."""
+        """Take the instances of one side out of an activation, at once or at the end of the pass."""
         if torch.compiler.is_compiling():
             self.compiled = True
+        elif self.look is None:
+            lasting = self._lasting.get((tap, side)) and not _packed()
+            if lasting:
+                self._later.append(_Seen(tap, side, activation, activation._version, layout))
+                return
+            # Only tensors that have values: no fake ones.
+            if (tap, side) not in self._lasting and type(activation) is Tensor and not activation.is_meta:
+                self._tried.append(_Seen(tap, side, weakref.ref(activation), activation._version, layout))
+        self._take(tap, side, activation, layout)
+
+    def _take(self, tap: int, side: int, activation: Tensor, layout: Layout) -> None:
         if side == BINARY and self.look is not None:
             self.look(tap, activation, layout)
         elif side == BINARY and not activation.requires_grad:
@@ -228,25 +283,34 @@ class Taps:
                 f"The two sides of tap {self.taps[tap].name} have {pair.total} and {total} positions in this batch and "
                 'cannot be paired position by position: leave it out with taps=, or use instances="image".'
             )
-        pair.index = self._drawn(tap, total, activation.device)
+        if torch.compiler.is_compiling():
+            draws = self.draws[tap].to(activation.device, non_blocking=True)
+            pair.index, offsets = spread(draws, total), None
+        else:
+            pair.index, offsets = self._drawn(tap, activation, layout)
         if layout.spatial is not None and layout.fold == 1:
             pair.places = layout.places(shape)
-        pair.rows[side] = layout.sampled(activation, pair.index)
+        pair.rows[side] = layout.sampled(activation, pair.index, offsets)
 
-    def _drawn(self, tap: int, total: int, device: torch.device) -> Tensor:
-        """The positions of a tap, counted over the batch."""
+    def _drawn(self, tap: int, activation: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+        """The positions of a tap, counted over the batch, and where in memory their channels lie, if that is known."""
         assert self.draws is not None
-        if torch.compiler.is_compiling():
-            return _spread_on(self.draws[tap], total, device)
-        key = total, device
+        key = layout, activation.shape, activation.stride(), activation.device
         if key not in self._positions:
-            self._positions[key] = self._ready.get(key) or _spread_on(self.draws, total, device).unbind()
+            grid = self._grids.get(key)
+            if grid is None:
+                grid = Grid(*key)
+                if len(self._grids) == _GRIDS:
+                    self._grids.clear()
+                if type(activation) is Tensor:  # not a fake one, whose grid would be fake, too
+                    self._grids[key] = grid
+            # Of all taps at once, since many are of one shape.
+            taps = range(len(self.taps)) if self.chosen is None else sorted(self.chosen)
+            index = grid.spread(self.draws[list(taps)])
+            offsets = grid.offsets(index)
+            each = [None] * len(taps) if offsets is None else offsets.unbind()
+            self._positions[key] = dict(zip(taps, zip(index.unbind(), each, strict=True), strict=True))
         return self._positions[key][tap]
-
-
-def _spread_on(draws: Tensor, total: int, device: torch.device) -> Tensor:
-    # Without waiting for the device: the draws are in pageable memory, which is copied at once.
-    return spread(draws.to(device, non_blocking=True), total)
 
 
 class _Hook:
@@ -288,11 +352,19 @@ class _RootHook(_Hook):
         taps = self.taps
         if taps is None or not taps.active or not self.serves(module):
             return
-        taps.active = False
-        # No output: the forward raised, and this is the call that is made always.
-        taps.fresh = output is not None
-        if not taps.fresh:
-            taps.clear()
+        if output is None:
+            taps.clear()  # the forward raised, and this is the call that is made always
+        else:
+            taps.end()
+
+
+class _Call(NamedTuple):
+    """A call of a module: which of the pass, and what decides how autograd records it."""
+
+    number: int
+    gradients: bool
+    autocast: bool
+    trained: tuple[bool, ...]
 
 
 class _ModuleHook(_Hook):
@@ -303,23 +375,27 @@ class _ModuleHook(_Hook):
         plan: dict[int, tuple[_Capture, ...]] | None = None,
     ) -> None:
         super().__init__(taps, module)
-        self._plan = plan or {}
+        self._plan: dict[int, Sequence[_Capture]] = dict(plan or {})
+        self._taps_here = frozenset(c.tap for captures in self._plan.values() for c in captures)
         # What is planned for this pass; empty for most modules, which are then done with at once.
-        self._now: dict[int, list[_Capture]] = {}
+        self._now: dict[int, Sequence[_Capture]] = {}
         self._calls = 0
-        self._running: list[tuple[list[_Capture], _Listener | None]] = []
+        self._running: list[tuple[_Call | None, Sequence[_Capture], _Listener | None]] = []
+        # What computes the module's output from the tensor that was listened for, which then stands in the graph; None
+        # where something else does.
+        self._in_graph: dict[_Call, tuple[str, torch.dtype] | None] = {}
 
     def reset(self) -> None:
-        taps = self.taps
-        self._now = {}
-        if taps is not None:
-            for call, captures in self._plan.items():
-                # Lists here and below, not generators: torch.compile of torch 2.6 traces none.
-                wanted = [c for c in captures if taps.wants(c.tap)]
-                if wanted:
-                    self._now[call] = wanted
+        chosen = None if self.taps is None else self.taps.chosen
+        if chosen is None:
+            self._now = self._plan
+        elif chosen.isdisjoint(self._taps_here):
+            self._now = {}
+        else:
+            wanted = {call: [c for c in captures if c.tap in chosen] for call, captures in self._plan.items()}
+            self._now = {call: captures for call, captures in wanted.items() if captures}
         self._calls = 0
-        for _, listener in reversed(self._running):
+        for *_, listener in reversed(self._running):
             if listener is not None:
                 listener.__exit__(None, None, None)
         self._running = []
@@ -329,36 +405,60 @@ class _ModuleHook(_Hook):
         # In this order: a compiled pass that captures nothing must not be compiled again for each choice of taps.
         if taps is None or not taps.active or not self._now or not self.serves(module):
             return
-        captures = self._now.get(self._calls, [])
+        number = self._calls
+        captures = self._now.get(number, [])
         self._calls += 1
         _capture(taps, captures, "input", (args, kwargs))
         functions = [c.site.function for c in captures if c.site.function is not None]
-        listener = None
+        call = listener = None
         if functions:
-            listener = _Listener(taps, captures, functions)
-            listener.__enter__()
-        self._running.append((captures, listener))
+            if not torch.compiler.is_compiling() and not _packed():
+                # Each way of computing it is learned by itself.
+                modes = torch.is_grad_enabled(), torch._C._is_any_autocast_enabled()
+                trained = (p is not None and p.requires_grad for p in module._parameters.values())
+                call = _Call(number, *modes, tuple(trained))
+            if call is None or self._in_graph.get(call) is None:
+                listener = _Listener(taps, captures, functions)
+                listener.__enter__()
+        self._running.append((call, captures, listener))
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         taps = self.taps
         if taps is None or not self._running or not self.serves(module):
             return
-        captures, listener = self._running.pop()
+        call, captures, listener = self._running.pop()
         if listener is not None:
             listener.__exit__(None, None, None)
-        if output is not None:
-            _capture(taps, captures, "output", output)
+        if output is None:
+            return
+        _capture(taps, captures, "output", output)
+        if call is None:
+            return
+        origin, operand = _origin(output)
+        if listener is None:
+            if operand is None or origin != self._in_graph[call]:
+                # Unlike in the first pass. Too late for this one.
+                self._in_graph[call] = None
+                return
+            for c in captures:
+                if c.site.function is not None:
+                    _keep(taps, c, operand)
+        elif call not in self._in_graph:
+            alone = sum(c.site.function is not None for c in self._plan[call.number]) == 1
+            self._in_graph[call] = origin if alone and any(operand is tensor for tensor in listener.found) else None
 
 
 class _Listener(TorchFunctionMode):
     """Sees the torch functions called while one module runs, and picks up the operands that were planned."""
 
-    def __init__(self, taps: Taps, captures: list[_Capture], functions: list[Callable[..., Any]]) -> None:
+    def __init__(self, taps: Taps, captures: Sequence[_Capture], functions: list[Callable[..., Any]]) -> None:
         super().__init__()
         self._taps = taps
         self._captures = captures
         self._functions = functions
         self._calls = [0] * len(functions)
+        #: What was picked up.
+        self.found: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -368,20 +468,46 @@ class _Listener(TorchFunctionMode):
         nth = self._calls[which]
         self._calls[which] += 1
         captures = [c for c in self._captures if c.site.function == func and c.site.nth == nth]
-        _capture(self._taps, captures, "argument", (args, kwargs))
+        self.found += _capture(self._taps, captures, "argument", (args, kwargs))
         result = func(*args, **kwargs)
-        _capture(self._taps, captures, "result", result)
+        self.found += _capture(self._taps, captures, "result", result)
         return result
 
 
-def _capture(taps: Taps, captures: Sequence[_Capture], kind: str, tree: Any) -> None:
+def _capture(taps: Taps, captures: Sequence[_Capture], kind: str, tree: Any) -> list[Tensor]:
+    found = []
     for c in captures:
         if c.site.kind == kind:
-            taps.muted = True
-            try:
-                taps.keep(c.tap, c.side, _at(tree, c.site.path), c.layout)
-            finally:
-                taps.muted = False
+            tensor = _at(tree, c.site.path)
+            found.append(tensor)
+            _keep(taps, c, tensor)
+    return found
+
+
+def _keep(taps: Taps, capture: _Capture, activation: Tensor) -> None:
+    taps.muted = True
+    try:
+        taps.keep(capture.tap, capture.side, activation, capture.layout)
+    finally:
+        taps.muted = False
+
+
+def _origin(output: Any) -> tuple[tuple[str, torch.dtype] | None, Tensor | None]:
+    """What computed an output, and the input that it keeps for its backward pass: as it is, no hook has packed it."""
+    node = getattr(output, "grad_fn", None)
+    saved = getattr(node, "_raw_saved_input", None)
+    # Older versions of torch do not tell without unpacking it, which may compute a checkpointed part again.
+    operand = getattr(saved, "data", None)
+    if node is None or not isinstance(operand, Tensor) or getattr(saved, "unpack_hook", None) is not None:
+        return None, None
+    return (node.name(), operand.dtype), operand
+
+
+def _packed() -> bool:
+    """Whether what is saved for the backward pass is handed to something else (checkpointing, offloading)."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    # Older versions of torch do not tell.
+    return top is None or top(True) is not None
 
 
 def _aside() -> bool:

@@ -166,6 +166,24 @@ def test_the_gradient_of_an_overlapping_or_gapped_activation_is_right():
         assert torch.equal(gradient, expected)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_gradient_that_lies_in_memory_in_another_way_than_the_activation_gets_its_rows(channels_last):
+    formats = [torch.contiguous_format, torch.channels_last]
+    x = torch.randn(2, 3, 2, 4).contiguous(memory_format=formats[channels_last]).requires_grad_()
+    activation = x * 1
+    towards = torch.randn(2, 3, 2, 4).contiguous(memory_format=formats[not channels_last])
+    strides = []
+    rows = Layout(spatial=2).sampled(activation, torch.tensor([1, 6, 11]))
+    activation.register_hook(lambda grad: strides.append(grad.stride()))
+    ((activation * towards).sum() + 3 * rows.sum()).backward()
+    assert strides == [towards.stride()] and towards.stride() != x.stride()
+    expected = towards.clone()
+    for position in (1, 6, 11):
+        image, place = divmod(position, 8)
+        expected[image, :, place // 4, place % 4] += 3
+    torch.testing.assert_close(x.grad, expected)
+
+
 def test_gradients_of_gradients_pass_through_the_sampling():
     x = torch.randn(4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     layout = Layout(2)

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -30,6 +31,25 @@ NO_PASS = "No forward pass"
 
 each_way = pytest.mark.parametrize("inside", [False, True], ids=["by a module", "in the convolution"])
 each_instance = pytest.mark.parametrize("instances", ["image", "position"])
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["at first", "learned"])
+def learned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every hazard twice: also with a plug-in that has learned from a pass what it may leave out from then on."""
+    attach = CMIM.__init__
+
+    def attach_and_learn(self: CMIM, model: nn.Module, example_input: Tensor, **settings: Any) -> None:
+        attach(self, model, example_input, **settings)
+        before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            model.train()(example_input)
+        model.load_state_dict(before)
+        for module, mode in zip(model.modules(), modes, strict=True):
+            module.training = mode
+        self._hooks.clear()
+
+    if request.param:
+        monkeypatch.setattr(CMIM, "__init__", attach_and_learn)
 
 
 def attached(inside: bool = False, norm: str = "group", **settings: Any) -> tuple[nn.Module, CMIM]:
@@ -323,6 +343,14 @@ def test_tracing_with_the_hooks_on_captures_nothing(inside):
     assert captures_nothing(model, cmim)
 
 
+@each_way
+def test_a_pass_of_fake_tensors_leaves_nothing_to_the_next(inside):
+    model, cmim = attached(inside)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model(mode.from_tensor(X))
+    assert works_as_if_new(model, cmim, attached(inside))
+
+
 # -- copies --------------------------------------------------------------------------------------------------------
 
 
@@ -514,7 +542,8 @@ def tensors_alive() -> list[Tensor]:
 @each_way
 def test_only_rows_are_kept_of_an_activation(inside, settings):
     x = batch(size=32)[0]
-    activation, rows = 6 * 4 * 32 * 32 * 4, 20 * 6 * 8
+    # Rows, or where in memory those of both taps lie, as int64.
+    activation, rows = 6 * 4 * 32 * 32 * 4, 2 * 20 * 6 * 8
     saved: list[list[int]] = []
     reachable: list[list[int]] = []
     for with_cmim in (False, True):

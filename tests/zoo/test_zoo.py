@@ -1,5 +1,6 @@
 """Every network of the zoo: the right taps, an untouched model, gradients, nothing left behind."""
 
+import contextlib
 import numbers
 
 import pytest
@@ -147,6 +148,24 @@ def test_trains_for_two_steps(entry: Entry):
         assert loss.isfinite()
         assert reaches(model.get_parameter(entry.first))
         assert all(reaches(parameter) for parameter in cmim.parameters())
+
+
+@each(WITH_TAPS)
+@pytest.mark.parametrize("instances", ["image", "position"])
+def test_what_a_first_pass_left_to_be_learned_changes_nothing(entry: Entry, instances):
+    losses, gradients = [], []
+    for learned in (False, True):
+        model = entry.make()
+        cmim = CMIM(model, entry.example(), instances=instances, taps_per_step=None)
+        with contextlib.nullcontext() if learned else cmim.paused():
+            call(model, entry.example(8, seed=4))
+        output = call(model, entry.example(8, seed=5))
+        losses.append(cmim(model))
+        (task_loss(output) + losses[-1]).backward()
+        gradients.append({name: p.grad for name, p in [*model.named_parameters(), *cmim.named_parameters()]})
+    assert_identical(losses[1], losses[0])
+    # Not the last bit: gradients of an activation may be added up in another order.
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 @each(WITH_TAPS)

@@ -1,0 +1,223 @@
+"""What taps learn in their first pass, and what becomes of it in a later pass that is another."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from cmim_plugin import CMIM, CMIMError
+
+X = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(1))
+
+
+class Sign(torch.autograd.Function):
+    """With a mask, x may be overwritten; without, it lives until the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, masked: bool) -> Tensor:
+        ctx.save_for_backward(x.abs() < 1 if masked else x)
+        return torch.where(x >= 0, 1.0, -1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (saved,) = ctx.saved_tensors
+        return grad * (saved if saved.dtype == torch.bool else saved.abs() < 1), None
+
+
+class Convolution(nn.Conv2d):
+    """Binarizes within its forward; what follows may be something else than the convolution of that."""
+
+    listeners = -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.listeners = len(torch.overrides._get_current_function_mode_stack())
+        return self.ending(F.conv2d(Sign.apply(x, True), self.weight, self.bias, padding=1))
+
+    def ending(self, out: Tensor) -> Tensor:
+        return out
+
+
+def again(out: Tensor) -> Tensor:
+    return F.conv2d(out, torch.ones(4, 4, 3, 3), padding=1)
+
+
+class Network(nn.Module):
+    """Its latent is kept to the end of the pass by a list or by autograd; ``then`` does something to it before."""
+
+    def __init__(self, masked: bool = True, inside: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.sign = nn.Identity() if inside else Binary(masked)
+        self.conv = (Convolution if inside else nn.Conv2d)(4, 4, 3, padding=1)
+        self.kept: list[Tensor] = []
+        self.then: Callable[[Tensor], Any] = lambda x: None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        out = self.conv(self.sign(x))
+        if getattr(self.sign, "masked", True):
+            self.kept[:] = [x]
+        self.then(x)
+        del x
+        return out.mean((2, 3))
+
+
+class Binary(nn.Module):
+    def __init__(self, masked: bool) -> None:
+        super().__init__()
+        self.masked = masked
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Sign.apply(x, self.masked)
+
+
+def attached(draw: float = 0.0, **how: bool) -> tuple[Network, CMIM]:
+    """Two positions of each tap, at that part of either half of the batch."""
+    torch.manual_seed(0)
+    model = Network(**how)
+    cmim = CMIM(model, X, num_positions=2)
+    at(cmim, draw)
+    return model, cmim
+
+
+def at(cmim: CMIM, draw: float) -> None:
+    cmim._hooks.draws = torch.full((1, 2), draw)
+
+
+def result(model: Network, cmim: CMIM) -> list[Tensor]:
+    """Loss and gradients of the next pass."""
+    model.zero_grad(), cmim.zero_grad()
+    model(X)
+    loss = cmim(model)
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for m in (model, cmim) for p in m.parameters() if p.grad is not None)]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert expected[0] > 0
+    torch.testing.assert_close(found, expected)
+
+
+def overwrite(x: Tensor) -> None:
+    x.detach().zero_()
+
+
+def overwrite_unnoticed(x: Tensor) -> None:
+    x.data = torch.zeros_like(x)
+
+
+def overwrite_what_was_not_sampled(x: Tensor) -> None:
+    first = x.detach()[[0, 2], :, 0, 0]
+    x.detach().zero_()[[0, 2], :, 0, 0] = first
+
+
+@pytest.mark.parametrize("then", [overwrite, overwrite_unnoticed, overwrite_what_was_not_sampled])
+def test_a_latent_that_is_overwritten_before_the_end_of_the_pass_is_sampled_before_that(then):
+    expected = result(*attached(0.5))
+    model, cmim = attached()
+    model.then = then
+    model(X)
+    at(cmim, 0.5)
+    assert_same(result(model, cmim), expected)
+
+
+def test_a_latent_that_is_overwritten_later_only_never_gives_a_wrong_loss():
+    model, cmim = attached()
+    model(X)
+    model.then = overwrite
+    model(X)
+    with pytest.raises(CMIMError, match="another way"):
+        cmim(model)
+    # From then on it is sampled before.
+    expected = result(*attached(0.5))
+    at(cmim, 0.5)
+    assert_same(result(model, cmim), expected)
+
+
+def test_a_latent_that_autograd_hands_to_something_else_is_not_kept_until_the_end():
+    model, cmim = attached(masked=False)
+    alive: list[bool] = []
+    model.then = lambda x: alive.append(StorageWeakRef(x.untyped_storage()))
+    model(X)
+    assert not alive.pop().expired()
+    last = model.register_forward_hook(lambda *_: alive.append(alive.pop().expired()), prepend=True)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):
+        model(X)
+    last.remove()
+    assert alive == [True]
+    expected = result(*attached(masked=False))
+    model.then = lambda x: None
+    at(cmim, 0.0)
+    assert_same(result(model, cmim), expected)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"), reason="this torch does not tell what is saved"
+)
+def test_a_module_is_listened_to_once_where_the_graph_holds_what_was_listened_for():
+    model, cmim = attached(inside=True)
+    assert [tap.name for tap in cmim.taps] == ["conv"]
+    listeners = []
+    for _ in range(3):
+        model(X)
+        listeners.append(model.conv.listeners)
+    assert listeners == [1, 0, 0]
+
+
+@pytest.mark.parametrize("ending", [torch.neg, partial(F.group_norm, num_groups=2), again])
+def test_a_module_whose_output_is_computed_from_something_else_is_listened_to_always(ending):
+    results = []
+    for passes in (1, 2):
+        torch.manual_seed(0)
+        model = Network(inside=True)
+        model.conv.ending = ending
+        cmim = CMIM(model, X, num_positions=2)
+        for _ in range(passes):
+            at(cmim, 0.5)
+            results.append(result(model, cmim))
+        assert model.conv.listeners == 1
+    assert_same(results[2], results[0])
+
+
+# With the first, something else stands where the operand did.
+@pytest.mark.parametrize("ending", [partial(F.group_norm, num_groups=2), torch.neg])
+def test_a_module_whose_output_is_computed_otherwise_later_never_gives_a_wrong_loss(ending):
+    model, cmim = attached(inside=True)
+    model(X)
+    model.conv.ending = ending
+    model(X)
+    with pytest.raises(CMIMError, match="another way"):
+        cmim(model)
+    expected_model, expected_cmim = attached(0.5, inside=True)
+    expected_model.conv.ending = ending
+    at(cmim, 0.5)
+    assert_same(result(model, cmim), result(expected_model, expected_cmim))
+
+
+def test_a_module_that_packs_what_it_saves_later_never_gives_a_wrong_loss():
+    model, cmim = attached(inside=True)
+    model(X)
+    forward = model.conv.forward
+
+    def packing(x: Tensor) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach().clone(), lambda tensor: tensor):
+            return forward(x)
+
+    model.conv.forward = packing
+    model(X)
+    with pytest.raises(CMIMError, match="another way"):
+        cmim(model)
+    at(cmim, 0.5)
+    assert_same(result(model, cmim), result(*attached(0.5, inside=True)))
+
+
+def test_batches_of_many_sizes_are_not_remembered_without_end():
+    model, cmim = attached()
+    for n in range(2, 150):
+        model(torch.zeros(n, 2, 3, 3))
+    assert 0 < len(cmim._hooks._grids) < 100
