@@ -248,22 +248,25 @@ class CMIM(nn.Module):
         for k, size in sizes.items():
             if size:
                 groups[size, self._queued(k)].append(k)
-        total = z.new_zeros(()) if groups else z.sum()
+        total = None if groups else z.sum()
         for taps in groups.values():
             of_taps = None if row_labels is None else _side_by_side(row_labels, taps, sizes)
-            losses = self._losses(taps, _side_by_side(z, taps, sizes), of_taps)
+            z_b, z_f = (_side_by_side(side, taps, sizes) for side in z)
+            losses = self._losses(taps, z_b, z_f, of_taps)
             # Those that were asked for stand for all.
-            scaled = [self.layer_weights[k] * len(pairs) / len(asked) for k in taps]
-            total = total + (sent(scaled, losses.dtype, losses.device) * losses).sum()
+            scaled = [self.weight * self.layer_weights[k] * len(pairs) / len(asked) for k in taps]
+            part = losses.dot(sent(scaled, losses.dtype, losses.device))
+            total = part if total is None else total + part
         self._steps = min(self._steps + 1, _FIRST_STEPS)
         self._draw()
         self._watch.look(self)
-        return self.weight * total
+        assert total is not None
+        return total
 
     def _embedded(
         self, pairs: list[Pair], reached: list[int], asked: list[int], labels: Tensor | None
     ) -> tuple[Tensor, Tensor | None, dict[int, int]]:
-        """Both sides' embeddings ``(rows, 2 D)`` of all ranks, tap by tap, their labels, and the rows of each tap."""
+        """Both sides' embeddings ``(2, rows, D)`` of all ranks, tap by tap, their labels, and the rows of each tap."""
         if labels is not None and reached:
             labels = _checked_labels(labels, pairs[reached[0]], self._device)
         # Before they shared a generator each rank chose for itself.
@@ -280,7 +283,7 @@ class CMIM(nn.Module):
             sizes[k] = len(binary)
 
         parameters: tuple[Tensor, ...] = tuple(self.heads.parameters())
-        if self._shared or len(reached) < len(pairs):
+        if self._shared:
             parameters = distributed.averaged(parameters)
         if reached:
             z = self.heads(reached, rows, parameters)
@@ -295,16 +298,15 @@ class CMIM(nn.Module):
             row_labels = torch.cat(found) if found else labels.new_zeros(0, device=z.device)
         if self._shared:
             counts = distributed.counts_of_all(list(sizes.values()), z.device)
-            z = distributed.gather(z, counts)
+            z = distributed.gather(z.transpose(0, 1), counts).transpose(0, 1)
             row_labels = None if row_labels is None else distributed.gather(row_labels, counts)
             sizes = {k: sum(of_tap) for k, *of_tap in zip(present, *counts, strict=True)}
         return z, row_labels, sizes
 
-    def _losses(self, taps: list[int], z: Tensor, labels: Tensor | None) -> Tensor:
-        """The losses of taps whose embeddings, ``(taps, n, 2 D)``, lie side by side: ``(taps,)``."""
+    def _losses(self, taps: list[int], z_b: Tensor, z_f: Tensor, labels: Tensor | None) -> Tensor:
+        """The losses of taps whose embeddings, ``(taps, n, D)`` each, lie side by side: ``(taps,)``."""
         if torch.compiler.is_compiling():
             self._hooks.compiled = True
-        z_b, z_f = z.chunk(2, -1)
         queued: dict[str, Tensor] = {}
         if len(self.queues):
             queues = [queue for k in taps if isinstance(queue := self.queues[k], Queue)]
@@ -321,9 +323,9 @@ class CMIM(nn.Module):
             )
         queue_labels = queued.get("queue_labels")
         in_queue = 0 if queue_labels is None else queue_labels.shape[-1]
-        group = _Group(taps, losses.detach(), z.shape[1], in_queue, labels, queue_labels)
+        group = _Group(taps, losses.detach(), z_b.shape[1], in_queue, labels, queue_labels)
         self._note(group)
-        none = z.shape[1] + in_queue == 1
+        none = z_b.shape[1] + in_queue == 1
         if none or (labels is not None and self._steps < _FIRST_STEPS and not bool(group.negatives.any(-1).all())):
             self._warn("A batch had no negatives (one instance, or one class only): its loss is zero.")
         return losses

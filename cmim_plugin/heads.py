@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Where the projection is (almost) zero, dividing by its length would blow its gradient up.
@@ -42,13 +43,12 @@ class Heads(nn.ModuleDict):
 
         Of this module's parameters, or of what stands in for them (their gradients, say).
         """
-        layers = self._layers(parameters)
-        return [(layers[width][0][nth], layers[width][1][nth]) for width, nth in self.places[tap]]
-
-    def _layers(self, parameters: Sequence[Tensor] | None) -> dict[str, tuple[Tensor, Tensor]]:
-        """By width: weights ``(heads, D, C)`` and biases ``(heads, D)``."""
-        split = [p.view(-1, self.embed_dim, *p.shape[1:]) for p in parameters or self.parameters()]
-        return {width: (split[2 * i], split[2 * i + 1]) for i, width in enumerate(self)}
+        of_layers = tuple(parameters or self.parameters())
+        found = []
+        for width, nth in self.places[tap]:
+            first, part = 2 * list(self).index(width), slice(nth * self.embed_dim, (nth + 1) * self.embed_dim)
+            found.append((of_layers[first][part], of_layers[first + 1][part]))
+        return found
 
     def forward(
         self,
@@ -64,29 +64,107 @@ class Heads(nn.ModuleDict):
             parameters: what stands in for this module's parameters, in their order.
 
         Returns:
-            ``(sum of n_k, 2 D)``, tap by tap, each half of unit length: in float32 whatever autocast says (float64
-            where the heads are).
+            ``(2, sum of n_k, D)``, of unit length: first those of all a_B, tap by tap, then those of all a_F. In
+            float32 whatever autocast says (float64 where the heads are).
         """
-        layers = self._layers(parameters)
-        like, _ = next(iter(layers.values()))
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        # By layer and number of rows: which tap and side, under which of the heads.
-        groups: dict[tuple[str, int], list[tuple[int, int, int]]] = defaultdict(list)
-        for i, tap in enumerate(taps):
-            for side, (width, nth) in enumerate(self.places[tap]):
-                groups[width, len(rows[i][side])].append((i, side, nth))
+        parameters = tuple(parameters or self.parameters())
+        members = [(rows[i][side], *self.places[tap][side]) for side in (0, 1) for i, tap in enumerate(taps)]
+        # By layer and number of rows: which of the tensors, and under which of the layer's heads.
+        groups: dict[tuple[str, int], tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+        for i, (tensor, width, nth) in enumerate(members):
+            which, heads = groups[width, len(tensor)]
+            which.append(i)
+            heads.append(nth)
+        layers = {width: layer for layer, width in enumerate(self)}
+        device = parameters[0].device
+        products = tuple(
+            _Product(layers[width], which, sent(heads, torch.long, device))
+            for (width, _), (which, heads) in groups.items()
+        )
+        tensors = [*(tensor for tensor, _, _ in members), *parameters]
+        # What is compiled is fused with what is around it.
+        if torch.compiler.is_compiling():
+            return _embedded(products, self.embed_dim, *tensors)[0]
+        z: Tensor = _Embed.apply(products, self.embed_dim, *tensors)
+        return z
 
-        found: dict[tuple[int, int], Tensor] = {}
-        with torch.autocast(like.device.type, enabled=False):
-            for (width, _), members in groups.items():
-                which = sent([nth for _, _, nth in members], torch.long, like.device)
-                weight, bias = (part.index_select(0, which).to(dtype) for part in layers[width])
-                x = torch.stack([rows[i][side] for i, side, _ in members]).to(dtype)
-                projected = torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
-                for (i, side, _), z in zip(members, projected.unbind(), strict=True):
-                    found[i, side] = z
-            sides = [torch.cat([found[i, side] for i in range(len(taps))]) for side in (0, 1)]
-            return F.normalize(torch.stack(sides, 1), dim=2, eps=_SHORTEST).flatten(1)
+
+@dataclass(frozen=True)
+class _Product:
+    """Tensors of as many rows and channels: one batched product embeds them all."""
+
+    layer: int
+    rows: list[int]
+    heads: Tensor
+
+
+def _embedded(products: tuple[_Product, ...], embed_dim: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The embeddings, their lengths before they were made one, and the two factors of each product.
+
+    ``tensors``: the rows, then weight and bias of each layer.
+    """
+    count = sum(len(product.rows) for product in products)
+    projected: dict[int, Tensor] = {}
+    factors: list[Tensor] = []
+    with torch.autocast(tensors[-1].device.type, enabled=False):
+        dtype = torch.float64 if tensors[-1].dtype == torch.float64 else torch.float32
+        for product in products:
+            first = count + 2 * product.layer
+            weight, bias = (
+                p.view(-1, embed_dim, *p.shape[1:]).index_select(0, product.heads).to(dtype)
+                for p in tensors[first : first + 2]
+            )
+            x = torch.stack([tensors[i] for i in product.rows]).to(dtype)
+            projected.update(zip(product.rows, torch.baddbmm(bias.unsqueeze(1), x, weight.mT).unbind(), strict=True))
+            factors += [x, weight]
+        z = torch.cat([projected[i] for i in range(count)]).view(2, -1, embed_dim)
+        length = torch.linalg.vector_norm(z, dim=2, keepdim=True)
+        return z / length.clamp_min(_SHORTEST), length, *factors
+
+
+class _Embed(torch.autograd.Function):
+    """:func:`_embedded` with a gradient in one piece.
+
+    It is some ten small operations for each width. As nodes of a graph they would cost as much again as they do.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, products: tuple[_Product, ...], embed_dim: int, *tensors: Tensor) -> Tensor:
+        ctx.products, ctx.embed_dim = products, embed_dim
+        z, length, *factors = _embedded(products, embed_dim, *tensors)
+        ctx.save_for_backward(z, length, *factors, *tensors)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        products, embed_dim = ctx.products, ctx.embed_dim
+        z, length, *rest = ctx.saved_tensors
+        factors, tensors = rest[: 2 * len(products)], rest[2 * len(products) :]
+        needed = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():
+            # A graph of the gradient is wanted (create_graph=True).
+            wanted = [t for t, needs in zip(tensors, needed, strict=True) if needs]
+            z, *_ = _embedded(products, embed_dim, *tensors)
+            gradients = iter(torch.autograd.grad(z, wanted, grad, create_graph=True, materialize_grads=True))
+            return None, None, *(next(gradients) if needs else None for needs in needed)
+        count = sum(len(product.rows) for product in products)
+        found: list[Tensor | None] = [None] * count
+        found += [torch.zeros_like(p) if needs else None for p, needs in zip(tensors, needed, strict=True)][count:]
+        with torch.autocast(grad.device.type, enabled=False):
+            # Only what is across z changes it: its length is one. (Where that was not reached it is a constant.)
+            along = (grad * z).sum(2, keepdim=True).masked_fill_(length < _SHORTEST, 0)
+            grad = torch.addcmul(grad, z, along, value=-1).div_(length.clamp_min(_SHORTEST))
+            parts = grad.flatten(0, 1).split([len(rows) for rows in tensors[:count]])
+            for product, x, weight in zip(products, factors[::2], factors[1::2], strict=True):
+                towards = torch.stack([parts[i] for i in product.rows])
+                for i, of_rows in zip(product.rows, (towards @ weight).unbind(), strict=True):
+                    found[i] = of_rows
+                first = count + 2 * product.layer
+                for at, of_heads in ((first, towards.mT @ x), (first + 1, towards.sum(1))):
+                    if (whole := found[at]) is not None:
+                        heads = whole.view(-1, embed_dim, *whole.shape[1:])
+                        heads.index_copy_(0, product.heads, of_heads.to(heads.dtype))
+        return None, None, *found
 
 
 def sent(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:

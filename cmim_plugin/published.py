@@ -147,16 +147,15 @@ class PublishedCMIM(CMIM):
             raise CMIMError("PublishedCMIM needs the samples' indices in the training set: cmim(model, indices).")
         return super().forward(model, labels)
 
-    def _losses(self, taps: list[int], z: Tensor, labels: Tensor | None) -> Tensor:
+    def _losses(self, taps: list[int], z_b: Tensor, z_f: Tensor, labels: Tensor | None) -> Tensor:
         assert labels is not None
         # Scores in half precision, divided by the temperature and exponentiated, would be others.
-        with torch.autocast(z.device.type, enabled=False):
-            losses = torch.stack([self._bank_loss(k, z[i], labels[i]) for i, k in enumerate(taps)])
+        with torch.autocast(z_b.device.type, enabled=False):
+            losses = torch.stack([self._bank_loss(k, z_b[i], z_f[i], labels[i]) for i, k in enumerate(taps)])
         self._note(_Group(taps, losses.detach(), 1, self.num_negatives, None, None))
         return losses
 
-    def _bank_loss(self, k: int, z: Tensor, indices: Tensor) -> Tensor:
-        z_b, z_f = z.chunk(2, 1)
+    def _bank_loss(self, k: int, z_b: Tensor, z_f: Tensor, indices: Tensor) -> Tensor:
         if int(indices.min()) < 0 or int(indices.max()) >= len(self.targets):
             found = f"{int(indices.min())} to {int(indices.max())}"
             raise CMIMError(f"indices must be those of the {len(self.targets)} samples of targets; found {found}.")

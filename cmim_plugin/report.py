@@ -361,7 +361,7 @@ class _Tally:
         if binary is None or latent is None or len(binary) < 2:
             return
         cmim._check_rows(k, binary, latent, cmim._device)
-        z_b, z_f = cmim.heads([k], [(binary, latent)]).chunk(2, 1)
+        z_b, z_f = cmim.heads([k], [(binary, latent)])
         n = len(z_b)
         self.instances += n
         self.ceiling += n * math.log(n)
