@@ -12,6 +12,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from cmim_plugin import CMIM, CMIMError
 
+where_it_is_told = pytest.mark.skipif(
+    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"),
+    reason="this torch does not tell whether something takes what is saved, and nothing is learned",
+)
 X = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(1))
 
 
@@ -126,6 +130,7 @@ def test_a_latent_that_is_overwritten_before_the_end_of_the_pass_is_sampled_befo
     assert_same(result(model, cmim), expected)
 
 
+@where_it_is_told
 def test_a_latent_that_is_overwritten_later_only_never_gives_a_wrong_loss():
     model, cmim = attached()
     model(X)
@@ -156,9 +161,7 @@ def test_a_latent_that_autograd_hands_to_something_else_is_not_kept_until_the_en
     assert_same(result(model, cmim), expected)
 
 
-@pytest.mark.skipif(
-    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"), reason="this torch does not tell what is saved"
-)
+@where_it_is_told
 def test_a_module_is_listened_to_once_where_the_graph_holds_what_was_listened_for():
     model, cmim = attached(inside=True)
     assert [tap.name for tap in cmim.taps] == ["conv"]
@@ -185,6 +188,7 @@ def test_a_module_whose_output_is_computed_from_something_else_is_listened_to_al
 
 
 # With the first, something else stands where the operand did.
+@where_it_is_told
 @pytest.mark.parametrize("ending", [partial(F.group_norm, num_groups=2), torch.neg])
 def test_a_module_whose_output_is_computed_otherwise_later_never_gives_a_wrong_loss(ending):
     model, cmim = attached(inside=True)
@@ -199,6 +203,7 @@ def test_a_module_whose_output_is_computed_otherwise_later_never_gives_a_wrong_l
     assert_same(result(model, cmim), result(expected_model, expected_cmim))
 
 
+@where_it_is_told
 def test_a_module_that_packs_what_it_saves_later_never_gives_a_wrong_loss():
     model, cmim = attached(inside=True)
     model(X)
