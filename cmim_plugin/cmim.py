@@ -238,7 +238,8 @@ class CMIM(nn.Module):
         if not reached and self._hooks.chosen is None:
             raise CMIMError(
                 "The forward pass reached none of the taps. A model that was compiled and run before CMIM was attached "
-                "does that (attach first, or call torch._dynamo.reset()), or inputs that take another way through it."
+                "does that (attach first, or call torch._dynamo.reset()), or inputs that take another way through it. "
+                "Where it computed something otherwise than in its first pass, the next pass is captured again."
             )
         for k in [k for k in asked if k not in reached]:
             self._warn(f"The forward pass did not reach tap {self.taps[k].name}: it adds nothing to the loss.")
@@ -248,20 +249,18 @@ class CMIM(nn.Module):
         for k, size in sizes.items():
             if size:
                 groups[size, self._queued(k)].append(k)
-        total = None if groups else z.sum()
+        parts = []
         for taps in groups.values():
             of_taps = None if row_labels is None else _side_by_side(row_labels, taps, sizes)
             z_b, z_f = (_side_by_side(side, taps, sizes) for side in z)
             losses = self._losses(taps, z_b, z_f, of_taps)
             # Those that were asked for stand for all.
-            scaled = [self.weight * self.layer_weights[k] * len(pairs) / len(asked) for k in taps]
-            part = losses.dot(sent(scaled, losses.dtype, losses.device))
-            total = part if total is None else total + part
+            scaled = [self.layer_weights[k] * len(pairs) / len(asked) for k in taps]
+            parts.append(losses.dot(sent(scaled, losses.dtype, losses.device)))
         self._steps = min(self._steps + 1, _FIRST_STEPS)
         self._draw()
         self._watch.look(self)
-        assert total is not None
-        return total
+        return self.weight * (sum(parts[1:], parts[0]) if parts else z.sum())
 
     def _embedded(
         self, pairs: list[Pair], reached: list[int], asked: list[int], labels: Tensor | None

@@ -143,13 +143,16 @@ class _Embed(torch.autograd.Function):
         needed = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
             # A graph of the gradient is wanted (create_graph=True).
+            # Views: one tensor may be computed from another, and that path is not ours to walk.
+            tensors = [t.view_as(t) for t in tensors]
             wanted = [t for t, needs in zip(tensors, needed, strict=True) if needs]
             z, *_ = _embedded(products, embed_dim, *tensors)
             gradients = iter(torch.autograd.grad(z, wanted, grad, create_graph=True, materialize_grads=True))
             return None, None, *(next(gradients) if needs else None for needs in needed)
         count = sum(len(product.rows) for product in products)
         found: list[Tensor | None] = [None] * count
-        found += [torch.zeros_like(p) if needs else None for p, needs in zip(tensors, needed, strict=True)][count:]
+        for parameter, needs in zip(tensors[count:], needed[count:], strict=True):
+            found.append(torch.zeros_like(parameter) if needs else None)
         with torch.autocast(grad.device.type, enabled=False):
             # Only what is across z changes it: its length is one. (Where that was not reached it is a constant.)
             along = (grad * z).sum(2, keepdim=True).masked_fill_(length < _SHORTEST, 0)

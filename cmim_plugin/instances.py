@@ -80,6 +80,8 @@ class Grid:
     """
 
     def __init__(self, layout: Layout, shape: torch.Size, stride: Sequence[int], device: torch.device) -> None:
+        #: The taps that were found on it.
+        self.taps: set[int] = set()
         self._total = shape[0] * layout.positions(shape)
         self._device = device
         self._intervals: tuple[Tensor, Tensor] | None = None
@@ -230,7 +232,7 @@ def spread(draw: Tensor, total: int) -> Tensor:
 
 def _intervals(count: int, total: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The first position of each of ``count`` intervals of ``total`` positions, and how many more it has."""
-    edges = torch.arange(count + 1, device=device) * total // count
+    edges = torch.arange(count + 1, device=device) * total // max(count, 1)
     return edges[:-1], edges.diff() - 1
 
 

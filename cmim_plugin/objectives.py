@@ -86,6 +86,8 @@ class _InfoNCE(torch.autograd.Function):
         z_b, z_f, slope = ctx.saved_tensors
         if torch.is_grad_enabled():
             # A graph of the gradient is wanted (create_graph=True).
+            # Views: one side may be computed from the other, and that path is not ours to walk.
+            z_b, z_f = z_b.view_as(z_b), z_f.view_as(z_f)
             loss = _both_directions(_info_nce_rows, z_b, z_f, ctx.temperature, None, None, None, None)
             needed = ctx.needs_input_grad[:2]
             wanted = [z for z, needs in zip((z_b, z_f), needed, strict=True) if needs]

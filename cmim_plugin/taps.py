@@ -94,13 +94,16 @@ class _Capture:
 
 @dataclass(frozen=True)
 class _Seen:
-    """An activation that passed a hook: to be sampled at the end of the pass, or, by a weak reference, sampled then."""
+    """An activation as it passed a hook."""
 
     tap: int
     side: int
-    activation: Tensor | weakref.ref[Tensor]
-    version: int
     layout: Layout
+    state: tuple[int, ...]
+
+    def stays(self, activation: Tensor) -> bool:
+        """Whether neither its values nor its hooks were changed since, as far as that is counted."""
+        return _state(activation) == self.state
 
 
 class Taps:
@@ -143,8 +146,8 @@ class Taps:
         # (tap, side): whether the network keeps that activation to the end of the pass, and leaves it as it is.
         self._lasting: dict[tuple[int, int], bool] = {}
         # Of this pass: activations to sample at its end, and sampled ones of which that is not known yet.
-        self._later: list[_Seen] = []
-        self._tried: list[_Seen] = []
+        self._later: list[tuple[_Seen, Tensor]] = []
+        self._tried: list[tuple[_Seen, weakref.ref[Tensor]]] = []
         self._hooks: list[_Hook] = []
         self._handles: list[RemovableHandle] = []
         self._plan: dict[str, dict[int, list[_Capture]]] = defaultdict(lambda: defaultdict(list))
@@ -181,6 +184,7 @@ class Taps:
             handle.remove()
         self._handles.clear()
         self._hooks.clear()
+        self._lasting.clear()
         self.clear()
 
     def clear(self) -> None:
@@ -218,29 +222,23 @@ class Taps:
         self.active = False
         later, tried = self._later, self._tried
         self._later, self._tried = [], []
-        for seen in later:
-            assert isinstance(seen.activation, Tensor)
-            if seen.activation._version == seen.version:
-                self._take(seen.tap, seen.side, seen.activation, seen.layout)
+        for seen, activation in later:
+            if seen.stays(activation):
+                self._take(seen.tap, seen.side, activation, seen.layout)
             else:
                 # Unlike in the first pass. Too late for this one.
                 self._lasting[seen.tap, seen.side] = False
-        for seen in tried:
-            self._lasting[seen.tap, seen.side] = self._lasts(seen)
+        for seen, kept in tried:
+            self._lasting[seen.tap, seen.side] = self._lasts(seen, kept())
         self.fresh = True
 
-    def _lasts(self, seen: _Seen) -> bool:
-        assert not isinstance(seen.activation, Tensor)
-        activation, pair = seen.activation(), self.pairs[seen.tap]
+    def _lasts(self, seen: _Seen, activation: Tensor | None) -> bool:
+        pair = self.pairs[seen.tap]
         rows = pair.rows[seen.side]
-        # Values too: x.data = ... counts no version.
-        return (
-            activation is not None
-            and activation._version == seen.version
-            and rows is not None
-            and pair.index is not None
-            and torch.equal(seen.layout.rows(activation.detach(), pair.index), rows)
-        )
+        if activation is None or rows is None or pair.index is None or not seen.stays(activation):
+            return False
+        # Values too: x.data.clamp_() counts no version.
+        return torch.equal(seen.layout.rows(activation.detach(), pair.index), rows)
 
     def wants(self, tap: int) -> bool:
         """Whether this pass captures the tap."""
@@ -250,14 +248,17 @@ class Taps:
         """Take the instances of one side out of an activation, at once or at the end of the pass."""
         if torch.compiler.is_compiling():
             self.compiled = True
-        elif self.look is None:
-            lasting = self._lasting.get((tap, side)) and not _packed()
-            if lasting:
-                self._later.append(_Seen(tap, side, activation, activation._version, layout))
+        # Only tensors that have values: no fake ones.
+        elif self.look is None and self.draws is not None and type(activation) is Tensor and not activation.is_meta:
+            lasting = self._lasting.get((tap, side))
+            if lasting and not _packed():
+                self._later.append((_Seen(tap, side, layout, _state(activation)), activation))
                 return
-            # Only tensors that have values: no fake ones.
-            if (tap, side) not in self._lasting and type(activation) is Tensor and not activation.is_meta:
-                self._tried.append(_Seen(tap, side, weakref.ref(activation), activation._version, layout))
+            self._take(tap, side, activation, layout)
+            if lasting is None:
+                # With the hook that sampling has put on it.
+                self._tried.append((_Seen(tap, side, layout, _state(activation)), weakref.ref(activation)))
+            return
         self._take(tap, side, activation, layout)
 
     def _take(self, tap: int, side: int, activation: Tensor, layout: Layout) -> None:
@@ -296,7 +297,8 @@ class Taps:
         """The positions of a tap, counted over the batch, and where in memory their channels lie, if that is known."""
         assert self.draws is not None
         key = layout, activation.shape, activation.stride(), activation.device
-        if key not in self._positions:
+        known = self._positions.setdefault(key, {})
+        if tap not in known:
             grid = self._grids.get(key)
             if grid is None:
                 grid = Grid(*key)
@@ -304,13 +306,14 @@ class Taps:
                     self._grids.clear()
                 if type(activation) is Tensor:  # not a fake one, whose grid would be fake, too
                     self._grids[key] = grid
-            # Of all taps at once, since many are of one shape.
-            taps = range(len(self.taps)) if self.chosen is None else sorted(self.chosen)
-            index = grid.spread(self.draws[list(taps)])
+            grid.taps.add(tap)
+            # Of all that are there at once: from the second pass on.
+            taps = [k for k in sorted(grid.taps) if self.wants(k) and k not in known]
+            index = grid.spread(self.draws[taps])
             offsets = grid.offsets(index)
             each = [None] * len(taps) if offsets is None else offsets.unbind()
-            self._positions[key] = dict(zip(taps, zip(index.unbind(), each, strict=True), strict=True))
-        return self._positions[key][tap]
+            known.update(zip(taps, zip(index.unbind(), each, strict=True), strict=True))
+        return known[tap]
 
 
 class _Hook:
@@ -380,10 +383,10 @@ class _ModuleHook(_Hook):
         # What is planned for this pass; empty for most modules, which are then done with at once.
         self._now: dict[int, Sequence[_Capture]] = {}
         self._calls = 0
-        self._running: list[tuple[_Call | None, Sequence[_Capture], _Listener | None]] = []
+        self._running: list[tuple[_Call | None, int, Sequence[_Capture], _Listener | None]] = []
         # What computes the module's output from the tensor that was listened for, which then stands in the graph; None
         # where something else does.
-        self._in_graph: dict[_Call, tuple[str, torch.dtype] | None] = {}
+        self._in_graph: dict[_Call, _Origin | None] = {}
 
     def reset(self) -> None:
         chosen = None if self.taps is None else self.taps.chosen
@@ -411,22 +414,24 @@ class _ModuleHook(_Hook):
         _capture(taps, captures, "input", (args, kwargs))
         functions = [c.site.function for c in captures if c.site.function is not None]
         call = listener = None
+        since = 0
         if functions:
             if not torch.compiler.is_compiling() and not _packed():
                 # Each way of computing it is learned by itself.
                 modes = torch.is_grad_enabled(), torch._C._is_any_autocast_enabled()
                 trained = (p is not None and p.requires_grad for p in module._parameters.values())
                 call = _Call(number, *modes, tuple(trained))
+                since = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
             if call is None or self._in_graph.get(call) is None:
                 listener = _Listener(taps, captures, functions)
                 listener.__enter__()
-        self._running.append((call, captures, listener))
+        self._running.append((call, since, captures, listener))
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         taps = self.taps
         if taps is None or not self._running or not self.serves(module):
             return
-        call, captures, listener = self._running.pop()
+        call, since, captures, listener = self._running.pop()
         if listener is not None:
             listener.__exit__(None, None, None)
         if output is None:
@@ -434,8 +439,8 @@ class _ModuleHook(_Hook):
         _capture(taps, captures, "output", output)
         if call is None:
             return
-        origin, operand = _origin(output)
         if listener is None:
+            origin, operand = _origin(output, since)
             if operand is None or origin != self._in_graph[call]:
                 # Unlike in the first pass. Too late for this one.
                 self._in_graph[call] = None
@@ -444,8 +449,11 @@ class _ModuleHook(_Hook):
                 if c.site.function is not None:
                     _keep(taps, c, operand)
         elif call not in self._in_graph:
-            alone = sum(c.site.function is not None for c in self._plan[call.number]) == 1
-            self._in_graph[call] = origin if alone and any(operand is tensor for tensor in listener.found) else None
+            origin, operand = _origin(output, since)
+            functions = [c for c in self._plan[call.number] if c.site.function is not None]
+            # What a module with parts computes may depend on more than _Call tells.
+            simple = len(functions) == 1 and not module._modules
+            self._in_graph[call] = origin if simple and any(operand is tensor for tensor in listener.found) else None
 
 
 class _Listener(TorchFunctionMode):
@@ -492,15 +500,29 @@ def _keep(taps: Taps, capture: _Capture, activation: Tensor) -> None:
         taps.muted = False
 
 
-def _origin(output: Any) -> tuple[tuple[str, torch.dtype] | None, Tensor | None]:
-    """What computed an output, and the input that it keeps for its backward pass: as it is, no hook has packed it."""
+# The names of the nodes that computed it, and that computed what it keeps.
+_Origin = tuple[str, str | None]
+
+
+def _origin(output: Any, since: int) -> tuple[_Origin | None, Tensor | None]:
+    """What computed an output, and the input that it keeps for its backward pass: as it is, no hook has packed it.
+
+    ``since``: the number of a node of the graph; older ones were not computed by this module.
+    """
     node = getattr(output, "grad_fn", None)
     saved = getattr(node, "_raw_saved_input", None)
     # Older versions of torch do not tell without unpacking it, which may compute a checkpointed part again.
     operand = getattr(saved, "data", None)
     if node is None or not isinstance(operand, Tensor) or getattr(saved, "unpack_hook", None) is not None:
         return None, None
-    return (node.name(), operand.dtype), operand
+    if node._sequence_nr() < since:
+        return None, None
+    return (node.name(), None if operand.grad_fn is None else operand.grad_fn.name()), operand
+
+
+def _state(activation: Tensor) -> tuple[int, ...]:
+    """What changes when an activation is overwritten, replaced or freed, or gets a hook: ours is to come before it."""
+    return activation._version, activation.data_ptr(), len(activation._backward_hooks or ())
 
 
 def _packed() -> bool:

@@ -81,6 +81,8 @@ def test_gradients_and_their_gradients_agree_with_differences(taps):
 
     assert torch.autograd.gradcheck(embedded, tensors)
     assert torch.autograd.gradgradcheck(embedded, tensors)
+    # One side computed from the other.
+    assert torch.autograd.gradgradcheck(lambda row: heads([1], [(row, row.sin())]), rows[1][0])
 
 
 def test_an_embedding_too_short_to_have_a_direction_is_divided_by_a_constant():

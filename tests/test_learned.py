@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from cmim_plugin import CMIM, CMIMError
+from hazards.nets import network
 
 where_it_is_told = pytest.mark.skipif(
     not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"),
@@ -25,7 +26,7 @@ class Sign(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, masked: bool) -> Tensor:
         ctx.save_for_backward(x.abs() < 1 if masked else x)
-        return torch.where(x >= 0, 1.0, -1.0)
+        return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -187,9 +188,9 @@ def test_a_module_whose_output_is_computed_from_something_else_is_listened_to_al
     assert_same(results[2], results[0])
 
 
-# With the first, something else stands where the operand did.
+# With the first two, something else stands where the operand did.
 @where_it_is_told
-@pytest.mark.parametrize("ending", [partial(F.group_norm, num_groups=2), torch.neg])
+@pytest.mark.parametrize("ending", [again, partial(F.group_norm, num_groups=2), torch.neg])
 def test_a_module_whose_output_is_computed_otherwise_later_never_gives_a_wrong_loss(ending):
     model, cmim = attached(inside=True)
     model(X)
@@ -201,6 +202,76 @@ def test_a_module_whose_output_is_computed_otherwise_later_never_gives_a_wrong_l
     expected_model.conv.ending = ending
     at(cmim, 0.5)
     assert_same(result(model, cmim), result(expected_model, expected_cmim))
+
+
+@where_it_is_told
+def test_a_module_that_returns_its_input_later_never_gives_a_wrong_loss():
+    model, cmim = attached(inside=True)
+    model(X)
+    forward, model.conv.forward = model.conv.forward, lambda x: x
+    model(X)
+    with pytest.raises(CMIMError, match="another way"):
+        cmim(model)
+    model.conv.forward = forward
+    at(cmim, 0.5)
+    assert_same(result(model, cmim), result(*attached(0.5, inside=True)))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_model_may_change_its_dtype_after_the_first_pass(inside):
+    results = []
+    for passes in (0, 1):
+        model, cmim = attached(inside=inside)
+        for _ in range(passes):
+            model(X)
+        model.double(), cmim.double()
+        model(X.double())
+        results.append([cmim(model)])
+    assert_same(results[1], results[0])
+
+
+def double(grad: Tensor) -> Tensor:
+    return 2 * grad
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_hook_that_the_network_puts_on_an_activation_sees_the_gradient_of_the_contrast(masked):
+    results = []
+    for passes in (0, 1):
+        model, cmim = attached(masked=masked)
+        model.then = lambda x: x.register_hook(double)
+        for _ in range(passes):
+            model(X)
+        results.append(result(model, cmim))
+    assert_same(results[1], results[0])
+
+
+def empty(x: Tensor) -> None:
+    x.data = x.new_empty(0)
+
+
+def free(x: Tensor) -> None:
+    x.untyped_storage().resize_(0)
+
+
+@where_it_is_told
+@pytest.mark.parametrize("then", [empty, free])
+@pytest.mark.parametrize("passes", [0, 1])
+def test_an_activation_that_is_freed_before_the_end_of_the_pass_is_not_read_there(then, passes):
+    model, cmim = attached()
+    for _ in range(passes):
+        model(X)
+    model.then = then
+    for refused in [True] * passes + [False]:
+        model(X)
+        if refused:
+            with pytest.raises(CMIMError, match="another way"):
+                cmim(model)
+    at(cmim, 0.5)
+    model(X)
+    expected_model, expected_cmim = attached(0.5)
+    expected_model(X)
+    assert torch.equal(cmim(model), expected_cmim(expected_model))
 
 
 @where_it_is_told
@@ -226,3 +297,12 @@ def test_batches_of_many_sizes_are_not_remembered_without_end():
     for n in range(2, 150):
         model(torch.zeros(n, 2, 3, 3))
     assert 0 < len(cmim._hooks._grids) < 100
+
+
+def test_where_the_channels_lie_is_found_for_the_taps_of_a_shape_alone():
+    torch.manual_seed(0)
+    model = network(inside=False, channels=(4, 6, 6))
+    cmim = CMIM(model, X, taps_per_step=None)
+    for _ in range(2):
+        model(X)
+        assert sorted(len(taps) for taps in cmim._hooks._positions.values()) == [1, 2]

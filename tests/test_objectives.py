@@ -122,6 +122,8 @@ def test_gradients_of_gradients_agree_with_finite_differences(objective, labels)
     z_b, z_f = unit(7).requires_grad_(), unit(7).requires_grad_()
     assert torch.autograd.gradgradcheck(lambda b, f: objective(b, f, temperature=0.3, labels=labels), (z_b, z_f))
     assert torch.autograd.gradgradcheck(lambda b: objective(b, z_f.detach(), temperature=0.3, labels=labels), z_b)
+    # One side computed from the other.
+    assert torch.autograd.gradgradcheck(lambda b: objective(b, b.sin(), temperature=0.3, labels=labels), z_b)
 
 
 def test_a_backward_pass_within_autocast_gives_the_same_gradient():
