@@ -66,7 +66,7 @@ class Layout:
             return self.rows(x, index)
         if offsets is None:
             offsets = Grid(self, x.shape, x.stride(), x.device).offsets(index)
-        scatter = _Scatter(self, index, offsets, x)
+        scatter = Scatter(self, index, offsets, x)
         x.register_hook(scatter)
         rows: Tensor = _Gather.apply(x, scatter)
         return rows
@@ -132,11 +132,11 @@ class _Gather(torch.autograd.Function):
 
     The gradient of a sample is zero nearly everywhere. A whole map of it, filled and added to the network's own
     gradient, would cost more than the rest of the plug-in. So a single zero, expanded, goes to the activation. The
-    engine waits for it, and :class:`_Scatter` adds the rows once the sum of both is there.
+    engine waits for it, and :class:`Scatter` adds the rows once the sum of both is there.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scatter: _Scatter) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scatter: Scatter) -> Tensor:
         # Kept on ctx, not saved: activation checkpointing counts what is saved, and its recomputation captures nothing.
         ctx.scatter = scatter
         if scatter.offsets is None:
@@ -155,7 +155,7 @@ class _Gather(torch.autograd.Function):
         return grad.new_zeros(()).expand(scatter.shape), None
 
 
-class _Scatter:
+class Scatter:
     """A tensor hook on the activation: adds the gradient of the sampled rows to that of the activation, in place.
 
     The engine has just added our expanded zero to the latter: in place if nobody else held it, else into a new tensor.

@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .discovery import BinaryActivation
 from .errors import CMIMError
-from .instances import Grid, Layout, spread
+from .instances import Grid, Layout, Scatter, spread
 from .probe import Site
 
 BINARY, LATENT = 0, 1
@@ -256,7 +256,6 @@ class Taps:
                 return
             self._take(tap, side, activation, layout)
             if lasting is None:
-                # With the hook that sampling has put on it.
                 self._tried.append((_Seen(tap, side, layout, _state(activation)), weakref.ref(activation)))
             return
         self._take(tap, side, activation, layout)
@@ -522,7 +521,9 @@ def _origin(output: Any, since: int) -> tuple[_Origin | None, Tensor | None]:
 
 def _state(activation: Tensor) -> tuple[int, ...]:
     """What changes when an activation is overwritten, replaced or freed, or gets a hook: ours is to come before it."""
-    return activation._version, activation.data_ptr(), len(activation._backward_hooks or ())
+    hooks = activation._backward_hooks or {}
+    others = sum(not isinstance(hook, Scatter) for hook in hooks.values())
+    return activation._version, activation.data_ptr(), others
 
 
 def _packed() -> bool:

@@ -81,8 +81,18 @@ def test_gradients_and_their_gradients_agree_with_differences(taps):
 
     assert torch.autograd.gradcheck(embedded, tensors)
     assert torch.autograd.gradgradcheck(embedded, tensors)
-    # One side computed from the other.
-    assert torch.autograd.gradgradcheck(lambda row: heads([1], [(row, row.sin())]), rows[1][0])
+
+
+def test_with_a_graph_of_it_the_gradient_is_the_same_where_one_side_is_computed_from_the_other():
+    heads, rows = start()
+    row = rows[1][0]
+    towards = torch.randn(2, len(row), DIMENSIONS, dtype=torch.float64)
+    for other in (row, row.sin()):
+        plain, with_graph = (
+            torch.autograd.grad(heads([1], [(row, other)]), row, towards, retain_graph=True, create_graph=create_graph)
+            for create_graph in (False, True)
+        )
+        torch.testing.assert_close(with_graph, plain)
 
 
 def test_an_embedding_too_short_to_have_a_direction_is_divided_by_a_constant():

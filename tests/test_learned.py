@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from cmim_plugin import CMIM, CMIMError
+from cmim_plugin import CMIM, CMIMError, CMIMWarning
 from hazards.nets import network
 
+TOLD = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
 where_it_is_told = pytest.mark.skipif(
-    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"),
+    not TOLD,
     reason="this torch does not tell whether something takes what is saved, and nothing is learned",
 )
 X = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(1))
@@ -215,6 +216,77 @@ def test_a_module_that_returns_its_input_later_never_gives_a_wrong_loss():
     model.conv.forward = forward
     at(cmim, 0.5)
     assert_same(result(model, cmim), result(*attached(0.5, inside=True)))
+
+
+def test_a_module_that_returns_the_output_of_its_like_later_adds_nothing_to_the_loss():
+    results = []
+    for passes in (0, 1):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), *(Convolution(4, 4, 3) for _ in range(2)))
+        cmim = CMIM(model, X, num_positions=2)
+        assert len(cmim.taps) == 2
+        for _ in range(passes):
+            model(X)
+        model[2].forward = lambda x: x
+        model(X)
+        with pytest.warns(CMIMWarning, match=f"did not reach tap {cmim.taps[1].name}"):
+            results.append([cmim(model)])
+    assert_same(results[1], results[0])
+
+
+class Block(nn.Module):
+    """Convolves with the weight of a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(Sign.apply(x, True), self.part.weight, padding=1)
+
+
+@pytest.mark.parametrize("passes", [0, 1])
+def test_a_part_of_a_module_that_is_frozen_later_is_refused_at_once(passes):
+    model = Network(inside=True)
+    model.conv = Block()
+    cmim = CMIM(model, X, num_positions=2)
+    for _ in range(passes):
+        model(X)
+    model.requires_grad_(False)
+    with pytest.raises(CMIMError, match="layers frozen since"):
+        model(X)
+    assert cmim.taps
+
+
+def test_taps_that_share_a_latent_are_both_sampled_in_every_pass():
+    results = []
+    for passes in (0, 2):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), Branches())
+        cmim = CMIM(model, X, num_positions=2)
+        assert len(cmim.taps) == 2
+        for _ in range(passes):
+            model(X)
+        model.zero_grad()
+        model(X)
+        loss = cmim(model)
+        loss.backward()
+        assert len(cmim._hooks._lasting) == 4
+        results.append(
+            [loss.detach(), *(p.grad for p in [*model.parameters(), *cmim.parameters()] if p.grad is not None)]
+        )
+    if TOLD:
+        assert all(cmim._hooks._lasting.values())
+    assert_same(results[1], results[0])
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = (nn.Sequential(Binary(False), nn.Conv2d(4, 4, 3)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) + self.right(x)
 
 
 @pytest.mark.parametrize("inside", [False, True])
