@@ -55,17 +55,20 @@ class Layout:
         channels = 0 if self.spatial is None else len(shape) - 1 - self.spatial
         return (index, *[slice(None)] * channels, *reversed(at))
 
-    def rows(self, x: Tensor, index: Tensor) -> Tensor:
-        """The channels at those positions, ``(n,)``, counted over the batch: ``(n, C)``."""
-        return x[self.where(index, x.shape)].flatten(1)
+    def rows(self, x: Tensor, index: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """The channels at those positions, ``(n,)``, counted over the batch: ``(n, C)``.
+
+        ``offsets``: where they lie in memory (:meth:`Grid.offsets`), if that is known.
+        """
+        if offsets is None:
+            return x[self.where(index, x.shape)].flatten(1)
+        return _in_memory(x).index_select(0, offsets).view(len(index), -1)
 
     def sampled(self, x: Tensor, index: Tensor, offsets: Tensor | None = None) -> Tensor:
-        """:meth:`rows`, with a gradient that costs what they do. ``offsets``: of :meth:`Grid.offsets`, if known."""
+        """:meth:`rows`, with a gradient that costs what they do."""
         # What is compiled is fused with what is around it.
         if torch.compiler.is_compiling() or not (x.requires_grad and torch.is_grad_enabled()):
-            return self.rows(x, index)
-        if offsets is None:
-            offsets = Grid(self, x.shape, x.stride(), x.device).offsets(index)
+            return self.rows(x, index, offsets)
         scatter = Scatter(self, index, offsets, x)
         x.register_hook(scatter)
         rows: Tensor = _Gather.apply(x, scatter)
@@ -139,9 +142,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scatter: Scatter) -> Tensor:
         # Kept on ctx, not saved: activation checkpointing counts what is saved, and its recomputation captures nothing.
         ctx.scatter = scatter
-        if scatter.offsets is None:
-            return scatter.layout.rows(x, scatter.index)
-        return _in_memory(x).index_select(0, scatter.offsets).view(len(scatter.index), -1)
+        return scatter.layout.rows(x, scatter.index, scatter.offsets)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -30,6 +30,8 @@ from .instances import Grid, Layout, Scatter, spread
 from .probe import Site
 
 BINARY, LATENT = 0, 1
+# Older versions of torch do not tell what takes the tensors that are saved.
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 # Shapes of activations that are remembered: batches may differ in size without end.
 _GRIDS = 64
 
@@ -246,19 +248,20 @@ class Taps:
 
     def keep(self, tap: int, side: int, activation: Tensor, layout: Layout) -> None:
         """Take the instances of one side out of an activation, at once or at the end of the pass."""
-        if torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if compiling:
             self.compiled = True
+        lasting: bool | None = False
         # Only tensors that have values: no fake ones.
-        elif self.look is None and self.draws is not None and type(activation) is Tensor and not activation.is_meta:
+        plain = not compiling and type(activation) is Tensor and not activation.is_meta
+        if plain and self.look is None and self.draws is not None:
             lasting = self._lasting.get((tap, side))
-            if lasting and not _packed():
-                self._later.append((_Seen(tap, side, layout, _state(activation)), activation))
-                return
-            self._take(tap, side, activation, layout)
-            if lasting is None:
-                self._tried.append((_Seen(tap, side, layout, _state(activation)), weakref.ref(activation)))
+        if lasting and not _packed():
+            self._later.append((_Seen(tap, side, layout, _state(activation)), activation))
             return
         self._take(tap, side, activation, layout)
+        if lasting is None:
+            self._tried.append((_Seen(tap, side, layout, _state(activation)), weakref.ref(activation)))
 
     def _take(self, tap: int, side: int, activation: Tensor, layout: Layout) -> None:
         if side == BINARY and self.look is not None:
@@ -528,9 +531,7 @@ def _state(activation: Tensor) -> tuple[int, ...]:
 
 def _packed() -> bool:
     """Whether what is saved for the backward pass is handed to something else (checkpointing, offloading)."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    # Older versions of torch do not tell.
-    return top is None or top(True) is not None
+    return _top_hooks is None or _top_hooks(True) is not None
 
 
 def _aside() -> bool:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cmim_plugin.instances import Layout, spread
+from cmim_plugin.instances import Grid, Layout, spread
 
 # -- spread --------------------------------------------------------------------------------------------------------
 
@@ -76,6 +76,12 @@ def test_the_same_numbers_give_the_same_positions():
 
 # -- layouts -------------------------------------------------------------------------------------------------------
 
+
+def sampled(layout: Layout, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """As taps do."""
+    return layout.sampled(x, index, Grid(layout, x.shape, x.stride(), x.device).offsets(index))
+
+
 # shape, layout, channels, and the index within the tensor of (sample, position, channel), by hand
 CASES = {
     "features": ((4, 3), Layout(None), 3, 1, lambda s, p, c: (s, c)),
@@ -125,7 +131,7 @@ def test_sampling_takes_the_channels_at_positions_counted_over_the_batch(shape, 
     assert shape[0] * layout.positions(torch.Size(shape)) == total
     index = torch.randperm(total)[: max(1, total // 2)]
     for x in memory_formats(shape):
-        rows = layout.sampled(x, index)
+        rows = sampled(layout, x, index)
         assert rows.shape == (len(index), channels)
         for row, place in enumerate(index.tolist()):
             for channel in range(channels):
@@ -144,7 +150,7 @@ def test_gradients_reach_the_activation(shape, layout, channels, positions, at):
         (gradient,) = torch.autograd.grad(layout.pooled(x).sum(), x)
         assert torch.allclose(gradient, torch.full_like(x, 1 / positions))
         index = torch.tensor([0, shape[0] // layout.fold * positions - 1])
-        rows = layout.sampled(x, index)
+        rows = sampled(layout, x, index)
         (gradient,) = torch.autograd.grad((rows * torch.tensor([[1.0], [2.0]])).sum(), x)
         expected = torch.zeros_like(x)
         for channel in range(channels):
@@ -158,7 +164,7 @@ def test_the_gradient_of_an_overlapping_or_gapped_activation_is_right():
     for x in (torch.randn(4, 3, 5, 10)[..., ::2], torch.randn(4, 1, 5, 5).expand(4, 3, 5, 5)):
         x = x.detach().requires_grad_()
         layout = Layout(2)
-        rows = layout.sampled(x, torch.tensor([7, 99]))
+        rows = sampled(layout, x, torch.tensor([7, 99]))
         (gradient,) = torch.autograd.grad(rows.sum(), x)
         expected = torch.zeros(4, 3, 5, 5)
         expected[0, :, 1, 2] = 1
@@ -173,7 +179,7 @@ def test_a_gradient_that_lies_in_memory_in_another_way_than_the_activation_gets_
     activation = x * 1
     towards = torch.randn(2, 3, 2, 4).contiguous(memory_format=formats[not channels_last])
     strides = []
-    rows = Layout(spatial=2).sampled(activation, torch.tensor([1, 6, 11]))
+    rows = sampled(Layout(spatial=2), activation, torch.tensor([1, 6, 11]))
     activation.register_hook(lambda grad: strides.append(grad.stride()))
     ((activation * towards).sum() + 3 * rows.sum()).backward()
     assert strides == [towards.stride()] and towards.stride() != x.stride()
@@ -188,7 +194,7 @@ def test_gradients_of_gradients_pass_through_the_sampling():
     x = torch.randn(4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     layout = Layout(2)
     index = torch.tensor([1, 6, 15])
-    assert torch.autograd.gradgradcheck(lambda t: layout.sampled(t, index).pow(3), x)
+    assert torch.autograd.gradgradcheck(lambda t: sampled(layout, t, index).pow(3), x)
 
 
 def test_what_shares_the_gradient_of_the_activation_stays_as_it_is():
@@ -196,7 +202,7 @@ def test_what_shares_the_gradient_of_the_activation_stays_as_it_is():
     a, b = (torch.randn(4, 3, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
     x, shortcut = a * 2, b * 3
     layout = Layout(2)
-    rows = layout.sampled(x, torch.tensor([0, 7, 15]))
+    rows = sampled(layout, x, torch.tensor([0, 7, 15]))
     weight = torch.randn(4, 3, 2, 2, dtype=torch.float64)
     ((x + shortcut) * weight).sum().add(rows.sum()).backward()
     assert torch.equal(b.grad, 3 * weight)
@@ -210,7 +216,7 @@ def test_two_samples_of_one_activation_both_count_and_a_second_backward_adds_the
     a = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     x = a * 2
     layout = Layout(None)
-    first, second = (layout.sampled(x, torch.tensor(index)) for index in ([0, 2], [2, 3]))
+    first, second = (sampled(layout, x, torch.tensor(index)) for index in ([0, 2], [2, 3]))
     loss = first.sum() + 10 * second.sum() + x.sum()
     expected = torch.tensor([4.0, 2.0, 24.0, 22.0], dtype=torch.float64)[:, None].expand(4, 6)
     for times in (1, 2):
@@ -226,7 +232,7 @@ def test_two_samples_of_one_activation_both_count_and_a_second_backward_adds_the
 def test_backward_holds_no_whole_map_for_a_sample_before_the_network_needs_it():
     x = (torch.randn(4, 3, 32, 32, requires_grad=True) * 1).sigmoid()
     layout = Layout(2)
-    rows = layout.sampled(x, torch.tensor([1, 2]))
+    rows = sampled(layout, x, torch.tensor([1, 2]))
     held = []
     rows.grad_fn.register_hook(lambda gradients, _: held.append(gradients[0].untyped_storage().nbytes()))
     rows.sum().backward()
