@@ -2,8 +2,7 @@
 
 from cmim_plugin import CMIM
 
-cmim = CMIM(model, example_input)                         # finds the binary activations, hooks them, builds heads
-optimizer.add_param_group({"params": cmim.parameters()})
+cmim = CMIM(model, example_input)  # finds the binary activations, hooks them, builds heads that train themselves
 
 for x, y in loader:
     loss = criterion(model(x), y)
@@ -13,21 +12,24 @@ for x, y in loader:
     optimizer.step()
 """
 
-from .cmim import CMIM
+from .capture import Tap
 from .discovery import BinaryActivation, find_binary_activations
 from .errors import CMIMError, CMIMWarning
-from .objectives import count_negatives, info_nce, info_nce_bound, nce, nce_bound
-from .report import Report, TapReport
-from .taps import Tap
-
-__version__ = "0.1.0"
+from .objectives import NCE, InfoNCE, count_negatives, info_nce, info_nce_bound, nce, nce_bound
+from .plugin import CMIM
 from .published import PublishedCMIM
+from .report import Report, TapReport
+from .sampling import stratified_indices
+
+__version__ = "0.2.0"
 
 __all__ = [
     "CMIM",
+    "NCE",
     "BinaryActivation",
     "CMIMError",
     "CMIMWarning",
+    "InfoNCE",
     "PublishedCMIM",
     "Report",
     "Tap",
@@ -38,4 +40,5 @@ __all__ = [
     "info_nce_bound",
     "nce",
     "nce_bound",
+    "stratified_indices",
 ]

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import _compat
+
 
 def ranks() -> int:
     """How many processes train together: 1 without torch.distributed."""
@@ -38,7 +40,7 @@ def counts_of_all(counts: Sequence[int], device: torch.device) -> tuple[tuple[in
     """The counts of every rank. Waits for the device: shapes have to be known here."""
     own = torch.tensor(counts, device=device)
     found = own.new_empty(ranks() * len(counts))
-    dist.all_gather_into_tensor(found, own)
+    _compat.all_gather(found, own)
     return tuple(map(tuple, found.view(-1, len(counts)).tolist()))
 
 
@@ -66,7 +68,7 @@ class _Gather(torch.autograd.Function):
         padded = rows.new_zeros(longest, *rows.shape[1:])
         padded[: len(rows)] = rows
         found = rows.new_empty(len(counts) * longest, *rows.shape[1:])
-        dist.all_gather_into_tensor(found, padded)
+        _compat.all_gather(found, padded)
         return found[order]
 
     @staticmethod
@@ -90,26 +92,21 @@ def _order(counts: tuple[tuple[int, ...], ...], rank: int, device: torch.device)
     return torch.tensor(order, dtype=torch.long, device=device), torch.tensor(own, dtype=torch.long, device=device)
 
 
-def averaged(parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The parameters themselves, each with a gradient: the mean over all ranks, zero for what was not used.
-
-    Who wraps the heads (Lightning's DistributedDataParallel) waits for the gradients of all of them.
-    """
-    found: tuple[Tensor, ...] = _Average.apply(*parameters)
+def averaged(parameters: Tensor) -> Tensor:
+    """The parameters themselves, with another gradient: the mean over all ranks."""
+    found: Tensor = _Average.apply(parameters)
     return found
 
 
 class _Average(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *parameters: Tensor) -> tuple[Tensor, ...]:
-        return tuple(p.view_as(p) for p in parameters)
+    def forward(ctx: Any, parameters: Tensor) -> Tensor:
+        return parameters.view_as(parameters)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         if ranks() == 1:
-            return gradients
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        flat /= ranks()
-        parts = flat.split([g.numel() for g in gradients])
-        return tuple(part.view_as(g) for part, g in zip(parts, gradients, strict=True))
+            return grad
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad / ranks()

@@ -1,10 +1,10 @@
-"""Embedding heads: linear, then unit length. One for each side of each tap, trained together with the network."""
+"""Embedding heads, linear then unit length, one for each side of each tap; and the optimizer that trains them."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,164 +12,161 @@ from torch import Tensor, nn
 
 # Where the projection is (almost) zero, dividing by its length would blow its gradient up.
 _SHORTEST = 1e-6
+# Adam's (Kingma and Ba 2015, arXiv 1412.6980), but for epsilon: a small weight of the loss must not slow the heads down.
+_BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-12
 
 
-class Heads(nn.ModuleDict):
-    """The heads of all taps. Those that read as many channels are one linear layer, ``embed_dim`` outputs each.
+class Heads(nn.Module):
+    """The heads of all taps, and an Adam of a fixed rate that trains them whatever the network is trained with.
 
-    The arithmetic of a head is small beside what each call and each parameter costs (an optimizer's step, a gradient
-    that arrives), so both go by the number of widths and not by that of taps.
+    All weights lie in one tensor, so that the optimizer's step is a few operations. The tensor is a buffer that requires
+    a gradient, not a parameter: nobody else's optimizer, clipping, decay or wrapper touches it, and it is saved and moved
+    like any other state.
 
     Args:
         channels: of both sides of each tap, a_B first, then a_F (or the teacher's activation).
-        embed_dim: outputs of a head.
+        embed_dim: outputs ``D`` of a head.
+        lr: learning rate; 0 leaves the heads, and the gradient that they got, alone.
+        generator: of the CPU, for the initial weights.
+
+    Attributes:
+        weights: ``(P,)`` for each width, in order of first appearance, the ``(heads, width, D)`` weights.
+        exp_avg, exp_avg_sq, steps: Adam's two moments, not corrected for their start, and its number of steps (0-d).
     """
 
-    def __init__(self, channels: Sequence[tuple[int, int]], embed_dim: int) -> None:
+    weights: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    steps: Tensor
+    _order: Tensor
+
+    def __init__(
+        self, channels: Sequence[tuple[int, int]], embed_dim: int, lr: float, generator: torch.Generator
+    ) -> None:
         super().__init__()
         self.embed_dim = embed_dim
+        self.lr = lr
         count: Counter[int] = Counter()
-        #: For both sides of each tap: the layer, by its width, and which of the heads in it.
-        self.places: list[list[tuple[str, int]]] = []
+        # For both sides of each tap: how many channels its head reads, and which of the heads of that width it is.
+        self._slots: list[tuple[tuple[int, int], tuple[int, int]]] = []
         for pair in channels:
-            self.places.append([])
+            slots = []
             for width in pair:
-                self.places[-1].append((str(width), count[width]))
+                slots.append((width, count[width]))
                 count[width] += 1
-        self.update({str(width): nn.Linear(width, heads * embed_dim) for width, heads in count.items()})
+            self._slots.append((slots[0], slots[1]))
+        self._shapes = {width: (heads, width, embed_dim) for width, heads in count.items()}
+        drawn = [
+            (torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32) * 2 - 1) / math.sqrt(width)
+            for width, shape in self._shapes.items()  # as nn.Linear does
+        ]
+        weights = torch.cat([w.flatten() for w in drawn])
+        self.register_buffer("weights", weights)
+        self.register_buffer("exp_avg", torch.zeros_like(weights))
+        self.register_buffer("exp_avg_sq", torch.zeros_like(weights))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.float32, device="cpu"))
+        self.register_buffer("_order", torch.arange(max(count.values()), device="cpu"), persistent=False)
+        self._become_leaf()
 
-    def of(self, tap: int, parameters: Sequence[Tensor] | None = None) -> list[tuple[Tensor, Tensor]]:
-        """``(D, C)`` weight and ``(D,)`` bias of both sides of a tap, views: to look at, or to set, single heads.
+    # -- embeddings ----------------------------------------------------------------------------------------------
 
-        Of this module's parameters, or of what stands in for them (their gradients, say).
-        """
-        of_layers = tuple(parameters or self.parameters())
-        found = []
-        for width, nth in self.places[tap]:
-            first, part = 2 * list(self).index(width), slice(nth * self.embed_dim, (nth + 1) * self.embed_dim)
-            found.append((of_layers[first][part], of_layers[first + 1][part]))
-        return found
+    def of(self, tap: int, flat: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(C, D)`` weights of both sides of a tap, views: of :attr:`weights`, or of a tensor like it."""
+        by_width = self._by_width(self.weights.detach() if flat is None else flat)
+        (binary, nth_b), (latent, nth_f) = self._slots[tap]
+        return by_width[binary][nth_b], by_width[latent][nth_f]
 
-    def forward(
-        self,
-        taps: Sequence[int],
-        rows: Sequence[tuple[Tensor, Tensor]],
-        parameters: Sequence[Tensor] | None = None,
-    ) -> Tensor:
-        """Both sides of those taps under their heads.
+    def _by_width(self, flat: Tensor) -> dict[int, Tensor]:
+        # One split, whose gradient is one concatenation.
+        parts = flat.split([math.prod(shape) for shape in self._shapes.values()])
+        return {width: part.view(shape) for part, (width, shape) in zip(parts, self._shapes.items(), strict=True)}
+
+    def forward(self, taps: Sequence[int], rows: Sequence[tuple[Tensor, Tensor]], flat: Tensor | None = None) -> Tensor:
+        """Both sides of some taps under their heads.
 
         Args:
             taps: which.
             rows: ``(n_k, C_b)`` and ``(n_k, C_f)`` of each, of any floating dtype.
-            parameters: what stands in for this module's parameters, in their order.
+            flat: what stands in for :attr:`weights`.
 
         Returns:
-            ``(2, sum of n_k, D)``, of unit length: first those of all a_B, tap by tap, then those of all a_F. In
-            float32 whatever autocast says (float64 where the heads are).
+            ``(2, sum of n_k, D)``, of unit length: all a_B, tap by tap, then all a_F. In float32 whatever autocast says
+            (float64 where the weights are).
         """
-        parameters = tuple(parameters or self.parameters())
-        members = [(rows[i][side], *self.places[tap][side]) for side in (0, 1) for i, tap in enumerate(taps)]
-        # By layer and number of rows: which of the tensors, and under which of the layer's heads.
-        groups: dict[tuple[str, int], tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
-        for i, (tensor, width, nth) in enumerate(members):
-            which, heads = groups[width, len(tensor)]
-            which.append(i)
+        # A copy: the optimizer's step must not write into what a retained graph still needs.
+        flat = self.weights.clone() if flat is None else flat
+        by_width = self._by_width(flat)
+        members = [(rows[i][side], *self._slots[tap][side]) for side in (0, 1) for i, tap in enumerate(taps)]
+        # Heads of as many channels and rows are one batched product: their positions among the members, and which heads.
+        groups: dict[tuple[int, int], tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+        for position, (x, width, nth) in enumerate(members):
+            positions, heads = groups[width, len(x)]
+            positions.append(position)
             heads.append(nth)
-        layers = {width: layer for layer, width in enumerate(self)}
-        device = parameters[0].device
-        products = tuple(
-            _Product(layers[width], which, sent(heads, torch.long, device))
-            for (width, _), (which, heads) in groups.items()
-        )
-        tensors = [*(tensor for tensor, _, _ in members), *parameters]
-        # What is compiled is fused with what is around it.
-        if torch.compiler.is_compiling():
-            return _embedded(products, self.embed_dim, *tensors)[0]
-        z: Tensor = _Embed.apply(products, self.embed_dim, *tensors)
-        return z
+        projected: list[Any] = [None] * len(members)
+        with torch.autocast(flat.device.type, enabled=False):
+            for (width, _), (positions, heads) in groups.items():
+                weights = by_width[width]
+                if heads != list(range(len(weights))):
+                    weights = weights.index_select(0, torch.cat([self._order[h : h + 1] for h in heads]))
+                x = torch.stack([members[p][0] for p in positions]).to(flat.dtype)
+                for p, z in zip(positions, (x @ weights).unbind(), strict=True):
+                    projected[p] = z
+            z = torch.cat(projected).view(2, -1, self.embed_dim)
+            return nn.functional.normalize(z, dim=2, eps=_SHORTEST)
 
+    # -- training ------------------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class _Product:
-    """Tensors of as many rows and channels: one batched product embeds them all."""
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step of Adam with the gradient that was left since the last one, which is then used up.
 
-    layer: int
-    rows: list[int]
-    heads: Tensor
+        A gradient that is zero, since no backward pass came, or not finite, since a GradScaler overflowed, is skipped. The
+        device decides that: the host waits for nothing. The scale of the gradient does not matter to Adam.
+        """
+        if not self.lr:
+            return
+        grad = self.weights.grad
+        if grad is None:  # somebody took it away
+            self._become_leaf()
+            return
+        if grad.requires_grad:  # left by a backward pass with create_graph=True
+            grad = grad.detach().clone()
+            self.weights.grad = torch.zeros_like(grad)
+        size = torch.linalg.vector_norm(grad, 1)
+        taken = ((size > 0) & (size < math.inf)).to(grad.dtype)
+        usable = torch.where(taken > 0, grad, 0)  # zero times NaN is NaN
+        self.steps += taken
+        self.exp_avg.lerp_(usable, taken * (1 - _BETA1))
+        self.exp_avg_sq.lerp_(usable.square(), taken * (1 - _BETA2))
+        correction = (1 - _BETA2**self.steps).sqrt()
+        rate = taken * self.lr * correction / (1 - _BETA1**self.steps).clamp_min(1 - _BETA1)
+        self.weights.sub_(rate * self.exp_avg / self.exp_avg_sq.sqrt().add_(_EPSILON))
+        grad.zero_()
 
+    def _become_leaf(self) -> None:
+        """Make the weights a leaf of the graph, with a gradient that is always there: backward passes add to it in place."""
+        for name in ("weights", "exp_avg", "exp_avg_sq", "steps"):
+            buffer = self._buffers[name]
+            assert buffer is not None
+            # Half a precision is too little to add small steps in.
+            self._buffers[name] = buffer.detach().to(torch.promote_types(buffer.dtype, torch.float32))
+        self.weights.requires_grad_()
+        self.weights.grad = torch.zeros_like(self.weights)
 
-def _embedded(products: tuple[_Product, ...], embed_dim: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The embeddings, their lengths before they were made one, and the two factors of each product.
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Heads:
+        self.step()
+        super()._apply(fn, recurse)
+        self._become_leaf()
+        return self
 
-    ``tensors``: the rows, then weight and bias of each layer.
-    """
-    count = sum(len(product.rows) for product in products)
-    projected: dict[int, Tensor] = {}
-    factors: list[Tensor] = []
-    with torch.autocast(tensors[-1].device.type, enabled=False):
-        dtype = torch.float64 if tensors[-1].dtype == torch.float64 else torch.float32
-        for product in products:
-            first = count + 2 * product.layer
-            weight, bias = (
-                p.view(-1, embed_dim, *p.shape[1:]).index_select(0, product.heads).to(dtype)
-                for p in tensors[first : first + 2]
-            )
-            x = torch.stack([tensors[i] for i in product.rows]).to(dtype)
-            projected.update(zip(product.rows, torch.baddbmm(bias.unsqueeze(1), x, weight.mT).unbind(), strict=True))
-            factors += [x, weight]
-        z = torch.cat([projected[i] for i in range(count)]).view(2, -1, embed_dim)
-        length = torch.linalg.vector_norm(z, dim=2, keepdim=True)
-        return z / length.clamp_min(_SHORTEST), length, *factors
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.step()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
-
-class _Embed(torch.autograd.Function):
-    """:func:`_embedded` with a gradient in one piece.
-
-    It is some ten small operations for each width. As nodes of a graph they would cost as much again as they do.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, products: tuple[_Product, ...], embed_dim: int, *tensors: Tensor) -> Tensor:
-        ctx.products, ctx.embed_dim = products, embed_dim
-        z, length, *factors = _embedded(products, embed_dim, *tensors)
-        ctx.save_for_backward(z, length, *factors, *tensors)
-        return z
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        products, embed_dim = ctx.products, ctx.embed_dim
-        z, length, *rest = ctx.saved_tensors
-        factors, tensors = rest[: 2 * len(products)], rest[2 * len(products) :]
-        needed = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():
-            # A graph of the gradient is wanted (create_graph=True).
-            # Views: one tensor may be computed from another, and that path is not ours to walk.
-            tensors = [t.view_as(t) for t in tensors]
-            wanted = [t for t, needs in zip(tensors, needed, strict=True) if needs]
-            z, *_ = _embedded(products, embed_dim, *tensors)
-            gradients = iter(torch.autograd.grad(z, wanted, grad, create_graph=True, materialize_grads=True))
-            return None, None, *(next(gradients) if needs else None for needs in needed)
-        count = sum(len(product.rows) for product in products)
-        found: list[Tensor | None] = [None] * count
-        for parameter, needs in zip(tensors[count:], needed[count:], strict=True):
-            found.append(torch.zeros_like(parameter) if needs else None)
-        with torch.autocast(grad.device.type, enabled=False):
-            # Only what is across z changes it: its length is one. (Where that was not reached it is a constant.)
-            along = (grad * z).sum(2, keepdim=True).masked_fill_(length < _SHORTEST, 0)
-            grad = torch.addcmul(grad, z, along, value=-1).div_(length.clamp_min(_SHORTEST))
-            parts = grad.flatten(0, 1).split([len(rows) for rows in tensors[:count]])
-            for product, x, weight in zip(products, factors[::2], factors[1::2], strict=True):
-                towards = torch.stack([parts[i] for i in product.rows])
-                for i, of_rows in zip(product.rows, (towards @ weight).unbind(), strict=True):
-                    found[i] = of_rows
-                first = count + 2 * product.layer
-                for at, of_heads in ((first, towards.mT @ x), (first + 1, towards.sum(1))):
-                    if (whole := found[at]) is not None:
-                        heads = whole.view(-1, embed_dim, *whole.shape[1:])
-                        heads.index_copy_(0, product.heads, of_heads.to(heads.dtype))
-        return None, None, *found
-
-
-def sent(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers of the host as a tensor. Without waiting for the device: they are in pageable memory, copied at once."""
-    return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.weights.requires_grad and self.weights.grad is not None:
+            self.weights.grad.zero_()
+        else:  # load_state_dict(assign=True)
+            self._become_leaf()

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from .errors import CMIMError
@@ -33,6 +33,7 @@ def info_nce(
     temperature: float = 0.1,
     labels: Tensor | None = None,
     *,
+    mask: Tensor | None = None,
     queue_b: Tensor | None = None,
     queue_f: Tensor | None = None,
     queue_labels: Tensor | None = None,
@@ -47,6 +48,7 @@ def info_nce(
         temperature: divides the inner products.
         labels: ``(..., n)`` integers. Pairs with the same label are not negatives; below zero is no label. An anchor
             that has no negative left contributes zero.
+        mask: ``(..., n)`` bool, False for rows that are neither anchors nor negatives (padding).
         queue_b, queue_f: ``(..., Q, D)`` further candidates, negatives only: ``queue_f`` for binary anchors,
             ``queue_b`` for full-precision anchors.
         queue_labels: ``(..., Q)`` labels of the queue's entries; needed when both ``labels`` and a queue
@@ -58,52 +60,7 @@ def info_nce(
     Raises:
         CMIMError: shapes or dtypes do not fit together, or the temperature is not positive.
     """
-    if labels is None and queue_b is None and queue_f is None and _in_one_piece(z_b, temperature):
-        _check(z_b, z_f, temperature, None, None, None, None)
-        with torch.autocast(z_b.device.type, enabled=False):
-            loss: Tensor = _InfoNCE.apply(_at_least_float32(z_b), _at_least_float32(z_f), temperature)
-            return loss
-    return _both_directions(_info_nce_rows, z_b, z_f, temperature, labels, queue_b, queue_f, queue_labels)
-
-
-class _InfoNCE(torch.autograd.Function):
-    """The commonest case, with its gradient in closed form: less memory, and a few large steps instead of many."""
-
-    @staticmethod
-    def forward(ctx: Any, z_b: Tensor, z_f: Tensor, temperature: float) -> Tensor:
-        scores = z_b / temperature @ z_f.mT
-        rows, columns = scores.log_softmax(-1), scores.log_softmax(-2)
-        loss = (rows.diagonal(0, -2, -1) + columns.diagonal(0, -2, -1)).mean(-1) / -2
-        # 2n dL / ds_ij: the softmax of both directions, less 2 where i = j.
-        slope = rows.exp_().add_(columns.exp_())
-        slope.diagonal(0, -2, -1).sub_(2)
-        ctx.temperature = temperature
-        ctx.save_for_backward(z_b, z_f, slope)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        z_b, z_f, slope = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            # A graph of the gradient is wanted (create_graph=True).
-            # Views: one side may be computed from the other, and that path is not ours to walk.
-            z_b, z_f = z_b.view_as(z_b), z_f.view_as(z_f)
-            loss = _both_directions(_info_nce_rows, z_b, z_f, ctx.temperature, None, None, None, None)
-            needed = ctx.needs_input_grad[:2]
-            wanted = [z for z, needs in zip((z_b, z_f), needed, strict=True) if needs]
-            gradients = iter(torch.autograd.grad(loss, wanted, grad, create_graph=True))
-            return *(next(gradients) if needs else None for needs in needed), None
-        with torch.autocast(grad.device.type, enabled=False):
-            slope = slope * (grad / (2 * ctx.temperature * z_b.shape[-2]))[..., None, None]
-            return slope @ z_f, slope.mT @ z_b, None
-
-
-def _in_one_piece(z: Tensor, temperature: float) -> bool:
-    """Whether all scores are held at once, and nothing wants to see the operations one by one."""
-    if z.ndim < 2 or z.shape[:-1].numel() * z.shape[-2] > _AT_ONCE or isinstance(temperature, Tensor):
-        return False
-    within = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return not within and forward_ad._current_level < 0
+    return _both_directions(_info_nce_rows, z_b, z_f, temperature, labels, mask, queue_b, queue_f, queue_labels)
 
 
 def info_nce_bound(loss: Tensor | float, num_negatives: Tensor | int) -> Tensor:
@@ -126,6 +83,7 @@ def nce(
     temperature: float = 0.1,
     labels: Tensor | None = None,
     *,
+    mask: Tensor | None = None,
     queue_b: Tensor | None = None,
     queue_f: Tensor | None = None,
     queue_labels: Tensor | None = None,
@@ -140,7 +98,7 @@ def nce(
 
     Args:
         num_samples: ``M``, the number of samples in the training set.
-        z_b, z_f, temperature, labels, queue_b, queue_f, queue_labels: as in :func:`info_nce`.
+        z_b, z_f, temperature, labels, mask, queue_b, queue_f, queue_labels: as in :func:`info_nce`.
 
     Returns:
         The loss in nats, shaped as by :func:`info_nce`.
@@ -151,7 +109,7 @@ def nce(
     if num_samples <= 0:
         raise CMIMError(f"num_samples must be the number of training samples, a positive number; found {num_samples}.")
     rows = partial(_nce_rows, num_samples=num_samples)
-    return _both_directions(rows, z_b, z_f, temperature, labels, queue_b, queue_f, queue_labels)
+    return _both_directions(rows, z_b, z_f, temperature, labels, mask, queue_b, queue_f, queue_labels)
 
 
 def nce_bound(loss: Tensor | float, num_negatives: Tensor | int) -> Tensor:
@@ -164,7 +122,45 @@ def nce_bound(loss: Tensor | float, num_negatives: Tensor | int) -> Tensor:
     return _float32(num_negatives).clamp_min(1).log().mean() - loss
 
 
-def count_negatives(n: int, labels: Tensor | None = None, queue_labels: Tensor | None = None, queue: int = 0) -> Tensor:
+@dataclass(frozen=True)
+class InfoNCE:
+    """:func:`info_nce` as an objective that carries its bound."""
+
+    def __call__(self, z_b: Tensor, z_f: Tensor, **settings: Any) -> Tensor:
+        """The loss in nats."""
+        return info_nce(z_b, z_f, **settings)
+
+    def bound(self, loss: Tensor, num_negatives: Tensor) -> Tensor:
+        """:func:`info_nce_bound`."""
+        return info_nce_bound(loss, num_negatives)
+
+
+@dataclass(frozen=True)
+class NCE:
+    """:func:`nce` as an objective that carries its bound.
+
+    Args:
+        num_samples: images in the training set.
+    """
+
+    num_samples: int
+
+    def __call__(self, z_b: Tensor, z_f: Tensor, **settings: Any) -> Tensor:
+        """The loss in nats."""
+        return nce(z_b, z_f, self.num_samples, **settings)
+
+    def bound(self, loss: Tensor, num_negatives: Tensor) -> Tensor:
+        """:func:`nce_bound`."""
+        return nce_bound(loss, num_negatives)
+
+
+def count_negatives(
+    n: int,
+    labels: Tensor | None = None,
+    queue_labels: Tensor | None = None,
+    queue: int = 0,
+    mask: Tensor | None = None,
+) -> Tensor:
     """How many negatives each of ``n`` anchors has: int64, ``(n,)``, or shaped like ``labels`` and on their device.
 
     Args:
@@ -172,10 +168,12 @@ def count_negatives(n: int, labels: Tensor | None = None, queue_labels: Tensor |
         labels: ``(..., n)`` integers that exclude same-class pairs, or None.
         queue_labels: ``(..., queue)`` labels of the queue, used together with ``labels``.
         queue: entries in the queue.
+        mask: ``(..., n)`` bool, False for rows that do not count.
     """
-    if labels is None:
+    if labels is None and mask is None:
         return torch.full((n,), n - 1 + queue, device="cpu")
-    return _negatives(slice(0, n), n, queue, labels, queue_labels, labels.device).sum(-1)
+    device = labels.device if labels is not None else mask.device  # type: ignore[union-attr]
+    return _negatives(slice(0, n), n, queue, labels, mask, queue_labels, device).sum(-1)
 
 
 def _info_nce_rows(scores: Tensor, first: int, negatives: Tensor | None) -> Tensor:
@@ -193,7 +191,9 @@ def _info_nce_rows(scores: Tensor, first: int, negatives: Tensor | None) -> Tens
 
 def _nce_rows(scores: Tensor, first: int, negatives: Tensor | None, num_samples: int) -> Tensor:
     if negatives is None:
-        negatives = _negatives(slice(first, first + scores.shape[-2]), scores.shape[-1], 0, None, None, scores.device)
+        negatives = _negatives(
+            slice(first, first + scores.shape[-2]), scores.shape[-1], 0, None, None, None, scores.device
+        )
     count = negatives.sum(-1, keepdim=True)
     # An anchor without negatives: N = 0 makes h = 1 and its loss 0, in the limit. The logarithm is not asked for it.
     shifted = scores - (count.clamp_min(1).to(scores.dtype) / num_samples).log()
@@ -207,21 +207,29 @@ def _both_directions(
     z_f: Tensor,
     temperature: float,
     labels: Tensor | None,
+    mask: Tensor | None,
     queue_b: Tensor | None,
     queue_f: Tensor | None,
     queue_labels: Tensor | None,
 ) -> Tensor:
     """The mean of ``row_losses`` over all anchors of both sides."""
-    _check(z_b, z_f, temperature, labels, queue_b, queue_f, queue_labels)
+    _check(z_b, z_f, temperature, labels, mask, queue_b, queue_f, queue_labels)
     n = z_b.shape[-2]
     queue = 0 if queue_b is None else queue_b.shape[-2]
     at_once = max(1, _AT_ONCE // (z_b.shape[:-2].numel() * (n + queue)))
 
     def losses_of(scores: Tensor, first: int) -> Tensor:
         last = first + scores.shape[-2]
-        mask = labels is not None
-        negatives = _negatives(slice(first, last), n, queue, labels, queue_labels, z_b.device) if mask else None
+        excluded = labels is not None or mask is not None
+        negatives = (
+            _negatives(slice(first, last), n, queue, labels, mask, queue_labels, z_b.device) if excluded else None
+        )
         return row_losses(scores, first, negatives)
+
+    def mean(losses: Tensor) -> Tensor:
+        if mask is None:
+            return losses.mean(-1)
+        return losses.masked_fill(~mask, 0).sum(-1) / mask.sum(-1).clamp_min(1)
 
     def direction(anchors: Tensor, candidates: Tensor, first: int) -> Tensor:
         return losses_of(anchors / temperature @ candidates.mT, first)
@@ -230,20 +238,22 @@ def _both_directions(
         z_b, z_f = (_at_least_float32(z) for z in (z_b, z_f))
         if at_once >= n and not queue:
             scores = z_b / temperature @ z_f.mT  # once, for both directions
-            return (losses_of(scores, 0) + losses_of(scores.mT, 0)).mean(-1) / 2
-        total = []
+            return mean(losses_of(scores, 0) + losses_of(scores.mT, 0)) / 2
+        of_sides = []
         for anchors, candidates, more in ((z_b, z_f, queue_f), (z_f, z_b, queue_b)):
             if more is not None:
                 candidates = torch.cat([candidates, more.to(candidates.dtype)], -2)
             if at_once >= n:
-                total.append(direction(anchors, candidates, 0))
+                of_sides.append(direction(anchors, candidates, 0))
                 continue
+            slices = []
             for first in range(0, n, at_once):
                 rows = anchors[..., first : first + at_once, :]
                 losses = checkpoint(direction, rows, candidates, first, use_reentrant=False, preserve_rng_state=False)
                 assert isinstance(losses, Tensor)
-                total.append(losses)
-        return torch.cat(total, -1).mean(-1)
+                slices.append(losses)
+            of_sides.append(torch.cat(slices, -1))
+        return mean(of_sides[0] + of_sides[1]) / 2
 
 
 def _negatives(
@@ -251,12 +261,13 @@ def _negatives(
     n: int,
     queue: int,
     labels: Tensor | None,
+    mask: Tensor | None,
     queue_labels: Tensor | None,
     device: torch.device,
 ) -> Tensor:
     """Which candidates are negatives of the anchors ``rows`` of ``n``: ``(..., r, n + queue)``.
 
-    Not the anchor's own pair, not its own class.
+    Not the anchor's own pair, not its own class, and nothing that is masked.
     """
     anchors = torch.arange(rows.start, rows.stop, device=device)
     negatives = anchors[:, None] != torch.arange(n + queue, device=device)
@@ -266,6 +277,9 @@ def _negatives(
         others = labels if queue_labels is None else torch.cat([labels, queue_labels.long()], -1)
         anchor = labels[..., rows, None]
         negatives = negatives & ((anchor != others[..., None, :]) | (anchor < 0))
+    if mask is not None:
+        counts = mask if not queue else torch.cat([mask, mask.new_ones(*mask.shape[:-1], queue)], -1)
+        negatives = negatives & counts[..., None, :]
     return negatives
 
 
@@ -283,6 +297,7 @@ def _check(
     z_f: Tensor,
     temperature: float,
     labels: Tensor | None,
+    mask: Tensor | None,
     queue_b: Tensor | None,
     queue_f: Tensor | None,
     queue_labels: Tensor | None,
@@ -304,6 +319,10 @@ def _check(
         raise CMIMError(
             f"labels must be integers of shape {tuple(z_b.shape[:-1])}, one a row; "
             f"found shape {tuple(labels.shape)}, {labels.dtype}."
+        )
+    if mask is not None and (mask.shape != z_b.shape[:-1] or mask.dtype != torch.bool):
+        raise CMIMError(
+            f"mask must be bool of shape {tuple(z_b.shape[:-1])}, one a row; found shape {tuple(mask.shape)}, {mask.dtype}."
         )
     if (queue_b is None) != (queue_f is None):
         raise CMIMError("queue_b and queue_f go together: one serves full-precision anchors, the other binary ones.")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cmim import CMIM, _Group
+from .capture import Pass
+from .contrast import Contrast, Losses
 from .errors import CMIMError
-from .objectives import nce
+from .objectives import NCE
+from .plugin import CMIM
+from .sampling import advance
 
 # As in the code of CRD (arXiv 1910.10699), which the published code took over.
 _EPSILON = 1e-7
@@ -48,11 +50,10 @@ class PublishedCMIM(CMIM):
     out of a memory bank of both sides' embeddings that every sample of the training set has an entry in::
 
         cmim = PublishedCMIM(model, example_input, teacher=teacher, targets=torch.tensor(train_set.targets))
-        loss = criterion(model(x), y) + cmim(model, indices)  # where the samples stand in the training set
+        loss = criterion(model(x), y) + cmim(model, indices=indices)  # where the samples stand in the training set
 
     Written from a description of that code, which was not run beside it: the negatives of an anchor are drawn with
-    replacement here. The loss starts large (one term for each negative) and falls within some steps. With frozen heads
-    there is nothing of it for an optimizer.
+    replacement here. The loss starts large (one term for each negative) and falls within some steps.
 
     Args:
         model, example_input: as for :class:`CMIM`.
@@ -68,13 +69,7 @@ class PublishedCMIM(CMIM):
         CMIMError: as for :class:`CMIM`, and for targets that are no classes or of a single class.
     """
 
-    order: Tensor
-    first: Tensor
-    size: Tensor
-    targets: Tensor
-    banks: Tensor
-    normalizers: Tensor
-    _unless_told = slice(-1, None)
+    _default_taps = slice(-1, None)
 
     def __init__(
         self,
@@ -107,24 +102,61 @@ class PublishedCMIM(CMIM):
             weight=weight,
             instances="image",
             taps_per_step=None,
-            objective=partial(nce, num_samples=len(targets)),
+            objective=NCE(len(targets)),
             temperature=temperature,
             embed_dim=embed_dim,
+            heads_lr=3e-3 if train_heads else 0.0,
             teacher=teacher,
             teacher_modules=teacher_modules,
         )
+        self.bank = MemoryBank(self.contrast, targets, num_negatives, momentum)
+        self.bank.to(self.draws.device)
+
+    def forward(self, model: nn.Module, *, indices: Tensor) -> Tensor:  # type: ignore[override]
+        """The weighted loss of the model's last forward pass, which is used up by it.
+
+        Args:
+            model: as for :class:`CMIM`.
+            indices: ``(B,)`` integers: where each sample of the batch stands in the training set.
+        """
+        captured = self._captured(model)
+        self._sync()
+        self.heads.step()
+        return self._weighted(self.bank(self.contrast, captured, indices))
+
+
+class MemoryBank(nn.Module):
+    """An entry for each side of each sample of the training set, and the loss against those of other classes.
+
+    Args:
+        contrast: of the taps.
+        targets, num_negatives, momentum: see :class:`PublishedCMIM`.
+    """
+
+    entries: Tensor
+    normalizers: Tensor
+    draws: Tensor
+    order: Tensor
+    first: Tensor
+    size: Tensor
+    targets: Tensor
+
+    def __init__(self, contrast: Contrast, targets: Tensor, num_negatives: int, momentum: float) -> None:
+        super().__init__()
         self.num_negatives = num_negatives
         self.momentum = momentum
-        self.heads.requires_grad_(train_heads)
+        generator = torch.Generator("cpu").manual_seed(torch.initial_seed() % 2**63)
+        taps, dim = len(contrast.taps), contrast.heads.embed_dim
         with torch.device("cpu"):
             classes, targets = targets.cpu().unique(return_inverse=True)
             # The samples class by class, and where each class begins in that order.
             order = targets.argsort(stable=True)
             size = targets.bincount(minlength=len(classes))
-            bound = (3 / embed_dim) ** 0.5
-            drawn = torch.rand(len(self.taps), 2, len(targets), embed_dim, generator=self._generator)
-            self.register_buffer("banks", (2 * drawn - 1) * bound)
-            self.register_buffer("normalizers", torch.zeros(len(self.taps), 2))
+            drawn = torch.rand(taps, 2, len(targets), dim, generator=generator, dtype=torch.float32)
+            self.register_buffer("entries", (2 * drawn - 1) * (3 / dim) ** 0.5)
+            self.register_buffer("normalizers", torch.zeros(taps, 2, dtype=torch.float32))
+            # One random sequence for each negative; a batch of any size reads on from it.
+            self.register_buffer("draws", torch.randint(-(2**63), 2**63 - 1, (num_negatives,), generator=generator))
             for name, tensor in (
                 ("order", order),
                 ("first", size.cumsum(0) - size),
@@ -132,44 +164,41 @@ class PublishedCMIM(CMIM):
                 ("targets", targets),
             ):
                 self.register_buffer(name, tensor, persistent=False)
-        self.to(self._device)
-        self._draw()
 
-    def forward(self, model: nn.Module, labels: Tensor | None = None) -> Tensor:
-        """The weighted loss of the model's last forward pass, which is used up by it.
+    def forward(self, contrast: Contrast, captured: Pass, indices: Tensor) -> Tensor:
+        """The weighted sum of the losses of all taps, 0-d."""
+        if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.is_floating_point():
+            raise CMIMError("indices must be (B,) integers: where the samples stand in the training set.")
+        indices = indices.to(self.entries.device)
+        z, row_indices, _, sizes = contrast.embeddings(captured, indices, None)
+        assert row_indices is not None
+        split = list(sizes.values())
+        total = z.sum() * 0
+        for k, z_b, z_f, at in zip(sizes, *(side.split(split) for side in (*z, row_indices)), strict=True):
+            if len(at):
+                # Scores in half precision, divided by the temperature and exponentiated, would be others.
+                with torch.autocast(z_b.device.type, enabled=False):
+                    loss = self._loss(contrast, k, z_b, z_f, at)
+                contrast.last[k] = Losses([k], loss.detach()[None], 1, self.num_negatives), 0
+                total = total + contrast.layer_weights[k] * loss
+        return total
 
-        Args:
-            model: as for :class:`CMIM`.
-            labels: ``(B,)`` integers: not classes (which would pass, as indices), but *where each sample
-                stands in the training set*.
-        """
-        if labels is None:
-            raise CMIMError("PublishedCMIM needs the samples' indices in the training set: cmim(model, indices).")
-        return super().forward(model, labels)
-
-    def _losses(self, taps: list[int], z_b: Tensor, z_f: Tensor, labels: Tensor | None) -> Tensor:
-        assert labels is not None
-        # Scores in half precision, divided by the temperature and exponentiated, would be others.
-        with torch.autocast(z_b.device.type, enabled=False):
-            losses = torch.stack([self._bank_loss(k, z_b[i], z_f[i], labels[i]) for i, k in enumerate(taps)])
-        self._note(_Group(taps, losses.detach(), 1, self.num_negatives, None, None))
-        return losses
-
-    def _bank_loss(self, k: int, z_b: Tensor, z_f: Tensor, indices: Tensor) -> Tensor:
-        if int(indices.min()) < 0 or int(indices.max()) >= len(self.targets):
+    def _loss(self, contrast: Contrast, k: int, z_b: Tensor, z_f: Tensor, indices: Tensor) -> Tensor:
+        count = len(self.targets)
+        if int(indices.min()) < 0 or int(indices.max()) >= count:
             found = f"{int(indices.min())} to {int(indices.max())}"
-            raise CMIMError(f"indices must be those of the {len(self.targets)} samples of targets; found {found}.")
-        bank = self.banks[k]
-        chosen = torch.cat([indices[:, None], self._negatives(indices)], 1)
+            raise CMIMError(f"indices must be those of the {count} samples of targets; found {found}.")
+        bank = self.entries[k]
+        chosen = torch.cat([indices[:, None], self.negatives(indices)], 1)
         loss = z_b.new_zeros(())
         for side, anchors in ((1, z_b), (0, z_f)):
             candidates = bank[side][chosen]
             if not self.normalizers[k, side]:
                 with torch.no_grad():
-                    scores = torch.einsum("nd,nkd->nk", anchors, candidates) / self.temperature
-                    self.normalizers[k, side] = scores.exp().mean() * len(self.targets)
+                    scores = torch.einsum("nd,nkd->nk", anchors, candidates) / contrast.temperature
+                    self.normalizers[k, side] = scores.exp().mean() * count
             normalizer = self.normalizers[k, side].clone()
-            loss = loss + bank_nce(anchors, candidates, len(self.targets), self.temperature, normalizer)
+            loss = loss + bank_nce(anchors, candidates, count, contrast.temperature, normalizer)
         with torch.no_grad():
             for side, rows in enumerate((z_b, z_f)):
                 bank[side, indices] = F.normalize(
@@ -177,11 +206,13 @@ class PublishedCMIM(CMIM):
                 )
         return loss
 
-    def _negatives(self, indices: Tensor) -> Tensor:
-        """Samples of other classes, ``(n, N)``."""
+    def negatives(self, indices: Tensor) -> Tensor:
+        """Samples of other classes, drawn with replacement: ``(n, num_negatives)``."""
         own = self.targets[indices]
         first, size = self.first[own][:, None], self.size[own][:, None]
-        draws = torch.rand(len(indices), self.num_negatives, generator=self._generator, device="cpu")
-        others = len(self.targets) - size
-        place = torch.minimum((draws.to(indices.device, torch.float64) * others).long(), others - 1)
+        drawn = []
+        for _ in range(len(indices)):
+            advance(self.draws)
+            drawn.append(self.draws >> 32)
+        place = torch.stack(drawn).remainder(len(self.targets) - size)
         return self.order[torch.where(place < first, place, place + size)]

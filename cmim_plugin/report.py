@@ -14,28 +14,32 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .discovery import codes
+from .capture import Capture, Pass
+from .contrast import Contrast, check_rows
+from .discovery import (
+    BatchSource,
+    Layout,
+    as_inputs,
+    force_eager,
+    is_two_valued,
+    preserve_generators,
+    tensors_in,
+)
 from .errors import CMIMError, CMIMWarning
-from .instances import Layout, spread
-from .probe import Sample, as_inputs, generators_kept, tensors_in, uncompiled
-from .taps import BINARY, LATENT, Pair, Taps
-
-if TYPE_CHECKING:
-    from .cmim import CMIM
+from .sampling import stratified_indices
+from .teacher import Teacher
+from .text import table
 
 # Positions of a batch whose codes are kept, to count flips by, and how many codes a tap keeps of all batches.
 _POSITIONS, _CODES = 64, 2**20
 # Values of each input of a batch by which another report knows it again.
 _VALUES = 64
-# Samples of the first batch that are looked at to see whether an activation is binary.
-_SAMPLES = 8
 # Scores no further apart are equal: clipped latents are often the very same.
 _NOISE = 1e-6
 # Anchors whose scores are held at once.
@@ -206,7 +210,7 @@ class Report:
 
     def __repr__(self) -> str:
         head = ["tap", "channels", "bound", "at most", "kept", "retrieval", "+1", "dead", "saturated", "flips"]
-        table = [
+        cells = [
             [
                 tap.name,
                 f"{tap.channels}",
@@ -221,13 +225,9 @@ class Report:
             ]
             for tap in self.taps
         ]
-        widths = [max(map(len, column)) for column in zip(head, *table, strict=True)]
-        lines = []
-        for line in (head, *table):
-            cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
-            mark = "  <- loses the most" if len(table) > 1 and line[0] == self.worst else ""
-            lines.append("  ".join([line[0].ljust(widths[0]), *cells[1:]]) + mark)
-        return "\n".join([self._title(), *lines])
+        head, *lines = table([head, *cells], right=True).splitlines()
+        marks = ["  <- loses the most" if len(cells) > 1 and row[0] == self.worst else "" for row in cells]
+        return "\n".join([self._title(), head, *(line + mark for line, mark in zip(lines, marks, strict=True))])
 
     def _title(self) -> str:
         whose = "" if self.ranks == 1 else f", the data of rank {self.rank} of {self.ranks} alone"
@@ -238,55 +238,59 @@ class Report:
 
 
 def measure(
-    cmim: CMIM,
     model: nn.Module,
+    contrast: Contrast,
+    batch_source: BatchSource | None,
+    teacher: Teacher | None,
+    num_positions: int | None,
     loader: Iterable[Any],
     inputs: Callable[[Any], Any] | None,
     max_batches: int | None,
     since: Report | None,
 ) -> Report:
-    """:meth:`cmim_plugin.CMIM.report`, of the model inside any wrapper."""
+    """:meth:`cmim_plugin.CMIM.report`, of the model inside any wrapper. ``num_positions``: None for whole images."""
     if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
         raise CMIMError(f"max_batches must be an integer, 1 or more, or None for all; found {max_batches!r}.")
     if isinstance(loader, Tensor):
         raise CMIMError("The loader must give batches: for a single batch x, pass [x]; found a tensor.")
     if since is not None and not isinstance(since, Report):
         raise CMIMError(f"since must be an earlier report of cmim.report(); found a {type(since).__name__}.")
-    device = next((p.device for p in model.parameters()), cmim._device)
-    tallies = [_Tally(tap.name, tap.channels) for tap in cmim.taps]
+    device = next((p.device for p in model.parameters()), contrast.heads.weights.device)
+    tallies = [_Tally(tap.name, tap.channels) for tap in contrast.taps]
     # Generators of their own: another number of instances does not move the positions whose codes are kept.
     for_codes, for_instances = (torch.Generator("cpu").manual_seed(seed) for seed in (0, 1))
-    code_draw = torch.empty(0, device="cpu")
+    code_draws = torch.empty(0, dtype=torch.int64, device="cpu")
 
-    def look(k: int, activation: Tensor, layout: Layout) -> None:
-        tallies[k].look(activation.detach(), layout, code_draw)
+    def observer(k: int, activation: Tensor, layout: Layout) -> None:
+        tallies[k].look(activation.detach(), layout, code_draws)
 
-    taps = Taps(model, cmim.taps, look)
-    if cmim._teacher is not None:
-        taps.before = partial(cmim._teacher.deliver, taps)
+    capture = Capture(model, contrast.taps, batch_source, observer)
+    if teacher is not None:
+        capture.before = teacher.deliver
     samples, seen = 0, []
     # A loader that shuffles or augments draws from the generators, too: they are kept around all of it.
-    with generators_kept(model.parameters()), torch.no_grad(), _evaluating(model), uncompiled(model):
-        taps.attach()
+    with preserve_generators(model.parameters()), torch.no_grad(), _evaluating(model), force_eager(model):
+        capture.attach()
         try:
             for batch in itertools.islice(loader, max_batches):
                 args, kwargs = _inputs_of(batch, inputs, device)
-                code_draw = torch.rand(_POSITIONS, generator=for_codes, device="cpu")
-                seen.append(_fingerprint((args, kwargs), torch.rand(_VALUES, generator=for_codes, device="cpu")))
+                code_draws = _draws(_POSITIONS, for_codes)
+                seen.append(_fingerprint((args, kwargs), _draws(_VALUES, for_codes)))
                 if since is not None:
                     _check_same(zip(seen[-1:], since._seen[len(seen) - 1 :], strict=False))
-                if cmim.instances == "position":
-                    size = (len(tallies), cmim.num_positions)
-                    taps.draws = torch.rand(size, generator=for_instances, device="cpu")
+                if num_positions is not None:
+                    capture.draws = _draws((len(tallies), num_positions), for_instances).to(device)
                 for tally in tallies:
                     tally.begin()
                 model(*args, **kwargs)
-                pairs = taps.take()
-                for k, (tally, pair) in enumerate(zip(tallies, pairs, strict=True)):
-                    tally.contrast(cmim, k, pair)
-                samples += max(pair.batch for pair in pairs)
+                captured = capture.pop()
+                if captured is None:
+                    raise CMIMError("The forward pass could not be captured: hooks of the model were cleared.")
+                for k, tally in enumerate(tallies):
+                    tally.contrast(contrast, k, captured)
+                samples += max(pair.batch for pair in captured.pairs.values())
         finally:
-            taps.detach()
+            capture.detach()
     if not seen:
         raise CMIMError("The loader gave no batch: nothing to report on. (A generator that was used up does that.)")
     astray = [tally.name for tally in tallies if tally.astray or not tally.values]
@@ -304,7 +308,7 @@ def measure(
         tuple(tally.result() for tally in kept),
         samples,
         len(seen),
-        cmim.instances,
+        "image" if num_positions is None else "position",
         distributed.rank(),
         distributed.ranks(),
         {tally.name: tally.codes for tally in kept},
@@ -314,6 +318,11 @@ def measure(
         return report
     flips = report.flips(since)
     return replace(report, taps=tuple(replace(tap, flips=flips.get(tap.name)) for tap in report.taps))
+
+
+def _draws(size: int | tuple[int, ...], generator: torch.Generator) -> Tensor:
+    size = (size,) if isinstance(size, int) else size
+    return torch.randint(-(2**63), 2**63 - 1, size, generator=generator, device="cpu")
 
 
 class _Tally:
@@ -340,7 +349,7 @@ class _Tally:
 
     def look(self, activation: Tensor, layout: Layout, draw: Tensor) -> None:
         """Count the codes of a_B, all of them, and keep some."""
-        if not self.values and not _two_valued(activation, layout):
+        if not self.values and not is_two_valued(activation, layout):
             self.astray = True
         shape = activation.shape
         higher = _higher(activation)
@@ -348,29 +357,30 @@ class _Tally:
         self.higher = self.higher + per_channel.sum((0, positions))
         self.values += higher.numel() // self.channels
         if self.kept < _CODES:
-            index = spread(draw.to(activation.device), shape[0] * layout.positions(shape))
-            bits = layout.sampled(higher, index).flatten()
+            index = stratified_indices(draw.to(activation.device), layout.positions(shape))
+            bits = higher.take(layout.elements(index, shape)).flatten()
             self.codes[-1] = (_packed(bits), len(bits))
             self.kept += len(bits)
 
-    def contrast(self, cmim: CMIM, k: int, pair: Pair) -> None:
+    def contrast(self, contrast: Contrast, k: int, captured: Pass) -> None:
         """Bound and retrieval of one batch."""
-        binary, latent = pair.rows[BINARY], pair.rows[LATENT]
+        binary, latent = captured.pairs[k].rows
         if (binary is None) != (latent is None):
             self.astray = True
         if binary is None or latent is None or len(binary) < 2:
             return
-        cmim._check_rows(k, binary, latent, cmim._device)
-        z_b, z_f = cmim.heads([k], [(binary, latent)])
+        check_rows(contrast.taps[k], binary, latent, contrast.heads.weights.device)
+        z_b, z_f = contrast.heads([k], [(binary, latent)])
         n = len(z_b)
         self.instances += n
         self.ceiling += n * math.log(n)
         self.retrieved += _retrieved(z_b, z_f)
-        if cmim._bound is None or self.bound is None:
+        bound = getattr(contrast.objective, "bound", None)
+        if bound is None or self.bound is None:
             self.bound = None
         else:
-            losses = cmim.objective(z_b[None], z_f[None], temperature=cmim.temperature, labels=None)
-            self.bound += n * float(cmim._bound(losses[0], n - 1))
+            losses = contrast.objective(z_b[None], z_f[None], temperature=contrast.temperature, labels=None)
+            self.bound += n * float(bound(losses[0], torch.tensor(n - 1, device="cpu")))
 
     def result(self) -> TapReport:
         """The figures."""
@@ -413,23 +423,6 @@ def _higher(activation: Tensor) -> Tensor:
     return activation > torch.where(one_sign, low / 2 + high / 2, 0)
 
 
-def _two_valued(activation: Tensor, layout: Layout) -> bool:
-    """Whether this can be a binary activation: a network may go other ways in eval mode than in the dry run.
-
-    Each channel of each sample has two values (and zero between), also where they are constant; or what discovery takes
-    for codes, some samples of it.
-    """
-    some = activation[: _SAMPLES * layout.fold]
-    index = torch.arange(some.numel(), device=some.device)
-    if codes(Sample(some.shape, some.dtype, some.flatten(), index)) is not None:
-        return True
-    x, positions = _by_channel(activation.float(), layout)
-    low, high = x.amin(positions, keepdim=True), x.amax(positions, keepdim=True)
-    near = 1e-2 * torch.maximum(low.abs(), high.abs())
-    zero = (x.abs() <= near) & ((low + high).abs() <= near)
-    return bool((((x - low).abs() <= near) | ((x - high).abs() <= near) | zero).all())
-
-
 def _by_channel(x: Tensor, layout: Layout) -> tuple[Tensor, int]:
     """``(rows, channels, positions)`` or ``(rows, positions, channels)``, and which dimension the positions are."""
     if layout.spatial is None:
@@ -449,7 +442,7 @@ def _fingerprint(inputs: Any, draw: Tensor) -> tuple[float, ...]:
     found: list[float] = []
     for _, tensor in tensors_in(inputs):
         if tensor.numel():
-            index = spread(draw, tensor.numel()).to(tensor.device)
+            index = stratified_indices(draw, tensor.numel()).to(tensor.device)
             found += tensor.detach().reshape(-1)[index].cpu().double().nan_to_num().tolist()
     return tuple(found)
 

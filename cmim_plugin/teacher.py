@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .capture import LATENT, Pass, Tap
+from .discovery import Layout, as_inputs, tensors_in
 from .errors import CMIMError
-from .instances import Layout
-from .probe import as_inputs, tensors_in
-from .taps import LATENT, Tap, Taps
 
 
 class Teacher:
@@ -77,13 +76,13 @@ class Teacher:
             raise CMIMError(f"These modules of the teacher did not run in its forward: {silent}.")
         return [seen[tap] for tap in range(len(self._names))]
 
-    def deliver(self, taps: Taps, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def deliver(self, to: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run the teacher on a batch and hand its activations over as the latent side."""
         if self.model.training:
             raise CMIMError("The teacher is in training mode: leave it out of model.train(), or call teacher.eval().")
-        for tap, activation in enumerate(self._run(args, kwargs)):
-            if taps.wants(tap):
-                taps.keep(tap, LATENT, activation, taps.taps[tap].layouts[LATENT])
+        activations = self._run(args, kwargs)
+        for k in to.scheduled:
+            to.take(k, LATENT, activations[k])
 
 
 def latent_layout(tap: Tap, shape: torch.Size) -> Layout:

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .instances import Layout
-from .probe import Event, Sample, Sighting, Site, Trace, same, watch
+from .layout import Layout
+from .trace import Event, Sample, Sighting, Site, Trace, same, watch
 
 # What consumes an activation, by the name of the torch function, and how many of its leading arguments are activations.
 _CONVOLUTIONS = {f"conv{t}{d}d": d for t in ("", "_transpose") for d in (1, 2, 3)}
@@ -414,8 +414,7 @@ class _Analysis:
             b,
             f,
             f.channels(latent.value.shape),
-            binary.value.shape[0] * b.positions(binary.value.shape)
-            == latent.value.shape[0] * f.positions(latent.value.shape),
+            b.positions(binary.value.shape) == f.positions(latent.value.shape),
         )
 
     @staticmethod
@@ -439,9 +438,9 @@ class _Analysis:
                 return f"the batch is not its first dimension, or is mixed with another: {shapes}"
             folds.append(fold)
         spatial = _spatial_dims(binary.value.shape, consumer, operand)
-        b = Layout(spatial, folds[0])
+        b = Layout(spatial, folds[0] > 1)
         same_rank = len(binary.value.shape) == len(latent.value.shape)
-        f = Layout(spatial if same_rank or spatial is not None else None, folds[1])
+        f = Layout(spatial if same_rank or spatial is not None else None, folds[1] > 1)
         if f.spatial is not None and f.spatial >= len(latent.value.shape):
             return f"its latent has another rank: {tuple(latent.value.shape)} for {tuple(binary.value.shape)}"
         return b, f

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .errors import CMIMError
+from ..errors import CMIMError
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -1,0 +1,97 @@
+"""Every use of torch API that is private, or that only some releases have: what it is for, and what we do without it.
+
+Each is looked up once, under a name of this module. A test takes them away one by one.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+# torch 2.6 to 2.14 have all of these but the last, which 2.14 introduced.
+_current_graph_task_id = getattr(torch._C, "_current_graph_task_id", None)
+_functorch_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", None)
+_jit_tracing_state = getattr(torch._C, "_get_tracing_state", None)
+_mode_stack_length = getattr(torch._C, "_len_torch_function_stack", None)
+_pop_mode = getattr(torch._C, "_pop_torch_function_stack", None)
+_push_mode = getattr(torch._C, "_push_on_torch_function_stack", None)
+_all_gather_single = getattr(dist, "all_gather_single", None)
+
+
+def in_backward_pass() -> bool:
+    """Whether this thread runs a backward pass: a forward pass within it is the recomputation of a checkpoint.
+
+    Without it: False. Recomputation is then captured, as a pass whose loss nobody asks for.
+    """
+    return _current_graph_task_id is not None and _current_graph_task_id() != -1
+
+
+def under_functorch() -> bool:
+    """Whether a torch.func transform runs. Without it: False, and capturing fails with a message of torch's."""
+    return _functorch_transforms_active is not None and _functorch_transforms_active()
+
+
+def under_forward_ad() -> bool:
+    """Whether forward-mode differentiation runs. Without it: False, as above."""
+    return getattr(forward_ad, "_current_level", -1) >= 0
+
+
+def under_jit_tracing() -> bool:
+    """Whether torch.jit.trace runs. Without it: False, and the traced graph holds our operations."""
+    return _jit_tracing_state is not None and _jit_tracing_state() is not None
+
+
+def gradient_hooks(tensor: Tensor) -> list[Any] | None:
+    """The hooks that were registered on a tensor's gradient. Without it: None, and no way is taken that needs to know.
+
+    In every release as ``Tensor._backward_hooks``.
+    """
+    try:
+        hooks = tensor._backward_hooks
+    except AttributeError:
+        return None
+    return list(hooks.values()) if hooks else []
+
+
+def running_calls(module: nn.Module) -> int:
+    """How many calls of a module are on this thread's Python stack. Without it: 0, and a nested call starts anew."""
+    call = getattr(nn.Module, "_call_impl", None)
+    code = getattr(call, "__code__", None)
+    count = 0
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and code is not None:
+        if frame.f_code is code and frame.f_locals.get("self") is module:
+            count += 1
+        frame = frame.f_back
+    return count
+
+
+def leave_mode(mode: TorchFunctionMode) -> None:
+    """Take a mode off this thread's stack, wherever it lies there. Nothing happens where it is not on it.
+
+    Without it: the public way, which takes off the mode on top.
+    """
+    if _mode_stack_length is None or _pop_mode is None or _push_mode is None:
+        mode.__exit__(None, None, None)
+        return
+    above = []
+    while _mode_stack_length():
+        top = _pop_mode()
+        if top is mode:
+            break
+        above.append(top)
+    for other in reversed(above):
+        _push_mode(other)
+
+
+def all_gather(output: Tensor, input: Tensor) -> None:
+    """Gather tensors of one shape from all ranks into one. torch 2.14 renamed ``all_gather_into_tensor``."""
+    gather = _all_gather_single or dist.all_gather_into_tensor
+    gather(output, input)

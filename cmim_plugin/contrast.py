@@ -1,0 +1,256 @@
+"""Pairs of rows -> heads -> objective -> one number: the contrast of one forward pass, the same on every rank."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from . import distributed
+from .capture import BINARY, Pair, Pass, Tap
+from .errors import CMIMError, warn_once
+from .heads import Heads
+from .negatives import Queue
+from .objectives import count_negatives
+
+# Steps in which labels and mask are asked whether they leave any negative: the answer waits for the device.
+_FIRST_STEPS = 3
+
+
+@dataclass
+class Losses:
+    """The losses of some taps with the same number of rows, computed side by side.
+
+    Attributes:
+        taps: which.
+        values: ``(len(taps),)`` nats, without a graph.
+        rows, queued: candidates an anchor has in the batch and in the queue.
+        labels, mask, queue_labels: what excluded some of them.
+    """
+
+    taps: list[int]
+    values: Tensor
+    rows: int
+    queued: int = 0
+    labels: Tensor | None = None
+    mask: Tensor | None = None
+    queue_labels: Tensor | None = None
+
+    @cached_property
+    def negatives(self) -> Tensor:
+        """How many each anchor has: ``(taps, n)`` int64."""
+        counts = count_negatives(self.rows, self.labels, self.queue_labels, self.queued, self.mask)
+        return counts.expand(len(self.taps), -1)
+
+    def bound(self, i: int, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The bound that the ``i``-th loss gives, by an objective's ``bound``."""
+        counts = self.negatives[i]
+        return of(self.values[i], counts if self.mask is None else counts[self.mask[i]])
+
+
+class Contrast(nn.Module):
+    """The heads, queues and objective of all taps.
+
+    Args:
+        taps: in forward order.
+        objective: see :class:`cmim_plugin.CMIM`, as for the rest.
+    """
+
+    _layer_weights: Tensor
+
+    def __init__(
+        self,
+        taps: Sequence[Tap],
+        *,
+        objective: Callable[..., Tensor],
+        temperature: float,
+        embed_dim: int,
+        heads_lr: float,
+        queue_size: int,
+        layer_decay: float,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.taps = tuple(taps)
+        self.objective = objective
+        self.temperature = temperature
+        self.heads = Heads([(tap.channels, tap.latent_channels) for tap in taps], embed_dim, heads_lr, generator)
+        self.queues = nn.ModuleList([Queue(queue_size, embed_dim) for _ in taps if queue_size])
+        raw = [layer_decay ** (len(taps) - 1 - k) for k in range(len(taps))]
+        #: One a tap, of sum 1: ``weight`` means the same for a shallow and for a deep network.
+        self.layer_weights = tuple(w / sum(raw) for w in raw)
+        weights = torch.tensor(self.layer_weights, dtype=torch.float32, device="cpu")
+        self.register_buffer("_layer_weights", weights, persistent=False)
+        #: Several ranks started from the same state.
+        self.synced = False
+        #: Tap -> where its last loss is.
+        self.last: dict[int, tuple[Losses, int]] = {}
+        self._steps = 0
+
+    def forward(self, captured: Pass, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """The weighted sum of the losses of all taps, 0-d, from those that this pass captured.
+
+        Args:
+            captured: a pass; a tap that it did not reach adds nothing.
+            labels: ``(B,)`` or ``(B, *spatial)`` integers of this rank's batch.
+            mask: ``(B, positions)`` bool, False for positions that do not count.
+        """
+        scheduled = captured.scheduled
+        z, row_labels, row_mask, sizes = self.embeddings(captured, labels, mask)
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for k, size in sizes.items():
+            if size:
+                groups[size, self._queued(k)].append(k)
+        parts = []
+        for taps in groups.values():
+            of_taps = [None if side is None else _side_by_side(side, taps, sizes) for side in (row_labels, row_mask)]
+            z_b, z_f = (_side_by_side(side, taps, sizes) for side in z)
+            losses = self._losses(taps, z_b, z_f, *of_taps)
+            weights = torch.cat([self._layer_weights[k : k + 1] for k in taps]).to(losses.dtype)
+            parts.append(losses.dot(weights))
+        self._steps = min(self._steps + 1, _FIRST_STEPS)
+        # Those that were scheduled stand for all.
+        scale = len(self.taps) / len(scheduled)
+        return scale * sum(parts[1:], parts[0]) if parts else z.sum()  # a zero with a graph, where no rank has rows
+
+    def embeddings(
+        self, captured: Pass, labels: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, dict[int, int]]:
+        """Both sides' embeddings of all ranks ``(2, rows, D)``, tap by tap; their labels and mask; the rows of each tap."""
+        weights = self.heads.weights
+        rows: list[tuple[Tensor, Tensor]] = []
+        reached = [k for k in captured.scheduled if captured.pairs[k].complete]
+        sizes = dict.fromkeys(captured.scheduled, 0)
+        for k in reached:
+            binary, latent = captured.pairs[k].rows
+            assert binary is not None and latent is not None
+            check_rows(self.taps[k], binary, latent, weights.device)
+            rows.append((binary, latent))
+            sizes[k] = len(binary)
+        flat = weights.clone()
+        if self.synced:
+            flat = distributed.averaged(flat)
+        if reached:
+            z = self.heads(reached, rows, flat)
+        else:
+            # No rows, but a graph: other ranks may have some, and wait for this one in the backward pass.
+            tap = self.taps[0]
+            z = self.heads([0], [(flat.new_zeros(0, tap.channels), flat.new_zeros(0, tap.latent_channels))], flat)
+        pairs = [(self.taps[k].name, captured.pairs[k]) for k in reached]
+        row_labels = None if labels is None else _of_all(pairs, lambda n, p: labels_of(p, labels, n), labels)
+        row_mask = None if mask is None else _of_all(pairs, lambda n, p: mask_of(p, mask, n), mask)
+        if self.synced:
+            counts = distributed.counts_of_all(list(sizes.values()), z.device)
+            z = distributed.gather(z.transpose(0, 1), counts).transpose(0, 1)
+            row_labels = None if row_labels is None else distributed.gather(row_labels, counts)
+            row_mask = None if row_mask is None else distributed.gather(row_mask.to(torch.uint8), counts).bool()
+            sizes = {k: sum(of_tap) for k, *of_tap in zip(sizes, *counts, strict=True)}
+        return z, row_labels, row_mask, sizes
+
+    def _losses(self, taps: list[int], z_b: Tensor, z_f: Tensor, labels: Tensor | None, mask: Tensor | None) -> Tensor:
+        """The losses of taps whose embeddings, ``(taps, n, D)`` each, lie side by side: ``(taps,)``."""
+        settings: dict[str, Tensor] = {} if mask is None else {"mask": mask}
+        if len(self.queues):
+            queues = [queue for k in taps if isinstance(queue := self.queues[k], Queue)]
+            contents = zip(*(queue.contents() for queue in queues), strict=True)
+            # Copies: the loss keeps them for its backward pass, and push() overwrites in place before that.
+            settings |= dict(zip(("queue_b", "queue_f", "queue_labels"), map(torch.stack, contents), strict=True))
+            for i, queue in enumerate(queues):
+                queue.push(z_b[i].detach(), z_f[i].detach(), None if labels is None else labels[i])
+        losses = self.objective(z_b, z_f, temperature=self.temperature, labels=labels, **settings)
+        if not isinstance(losses, Tensor) or losses.shape != (len(taps),):
+            raise CMIMError(
+                f"objective got embeddings of {len(taps)} taps, shape {tuple(z_b.shape)}, and must return their "
+                f"losses, shape ({len(taps)},); found {getattr(losses, 'shape', losses)!r}."
+            )
+        queue_labels = settings.get("queue_labels")
+        queued = 0 if queue_labels is None else queue_labels.shape[-1]
+        found = Losses(taps, losses.detach(), z_b.shape[1], queued, labels, mask, queue_labels)
+        self.last.update({k: (found, i) for i, k in enumerate(taps)})
+        none = z_b.shape[1] + queued == 1
+        ask = (labels is not None or mask is not None) and self._steps < _FIRST_STEPS
+        if none or (ask and not torch.compiler.is_compiling() and not bool(found.negatives.any(-1).all())):
+            warn_once(self, "A batch had no negatives (one instance, or one class only): its loss is zero.")
+        return losses
+
+    def _queued(self, k: int) -> int:
+        queue = self.queues[k] if len(self.queues) else None
+        return queue.filled if isinstance(queue, Queue) else 0
+
+    def sync(self, others: Sequence[Tensor]) -> None:
+        """Start from the state of rank 0 on all ranks, as soon as there are several; ``others``: further state."""
+        if self.synced or distributed.ranks() == 1:
+            return
+        distributed.broadcast([*self.buffers(), *others], self.heads.weights.device)
+        for queue in self.queues:
+            assert isinstance(queue, Queue)
+            queue.recount()
+        self.synced = True
+
+
+def check_rows(tap: Tap, binary: Tensor, latent: Tensor, device: torch.device) -> None:
+    """Refuse rows that heads on this device cannot embed, or that do not pair up."""
+    if binary.device != device:
+        raise CMIMError(
+            f"The activations are on {binary.device}, the heads on {device}: "
+            f"call cmim.to({str(binary.device)!r}), or attach after moving the model."
+        )
+    if len(binary) != len(latent):
+        raise CMIMError(f"Tap {tap.name} has {len(binary)} rows on the binary side and {len(latent)} on the other.")
+
+
+# -- what is given for samples or positions, for each row ---------------------------------------------------------------
+
+
+def labels_of(pair: Pair, labels: Tensor, name: str) -> Tensor:
+    """The label of each row: that of its sample, or that under its position, the nearest in a map of labels."""
+    if pair.index is None:
+        return labels
+    samples, rest = _samples(pair)
+    if labels.ndim == 1:
+        return labels[samples]
+    if pair.windows or pair.spatial is None or len(pair.spatial) != labels.ndim - 1:
+        raise CMIMError(
+            f"A map of labels, shape {tuple(labels.shape)}, does not lie over the positions of tap {name}: "
+            "give one label a sample, shape (B,) (a class, not one-hot), or leave the tap out with taps=."
+        )
+    at = []
+    for size, wanted in zip(reversed(pair.spatial), reversed(labels.shape[1:]), strict=True):
+        # The label at the middle of the position.
+        at.append((2 * (rest % size) + 1) * wanted // (2 * size))
+        rest = rest // size
+    return labels[(samples, *reversed(at))]
+
+
+def mask_of(pair: Pair, mask: Tensor, name: str) -> Tensor:
+    """Whether each row counts: what the mask says of its token. All count where a tap has no such tokens."""
+    if pair.index is None or pair.spatial is None or pair.windows or not len(pair.spatial):
+        return mask.new_ones(len(pair.rows[BINARY]), dtype=torch.bool)  # type: ignore[arg-type]
+    samples, rest = _samples(pair)
+    if pair.spatial[-1] != mask.shape[1]:
+        return torch.ones_like(rest, dtype=torch.bool)
+    return mask[samples, rest % mask.shape[1]] > 0
+
+
+def _samples(pair: Pair) -> tuple[Tensor, Tensor]:
+    """The sample of each row, and its position within the sample."""
+    assert pair.index is not None
+    each = pair.total // max(pair.batch, 1)
+    return pair.index // max(each, 1), pair.index % max(each, 1)
+
+
+def _of_all(pairs: Sequence[tuple[str, Pair]], of: Callable[[str, Pair], Tensor], like: Tensor) -> Tensor:
+    found = [of(name, pair) for name, pair in pairs]
+    return torch.cat(found) if found else like.new_zeros(0)
+
+
+def _side_by_side(rows: Tensor, taps: list[int], sizes: dict[int, int]) -> Tensor:
+    """``(taps, n, ...)``: the rows of those taps, which have ``n`` each, out of the rows of all."""
+    if len(taps) == len(sizes):
+        return rows.unflatten(0, (len(taps), -1))
+    parts = dict(zip(sizes, rows.split(list(sizes.values())), strict=True))
+    return torch.stack([parts[k] for k in taps])

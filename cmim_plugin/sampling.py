@@ -1,0 +1,135 @@
+"""Which positions of an activation are sampled, how their channels are read, and how their gradient gets back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _compat
+from .errors import CMIMError
+
+# Knuth's MMIX constants of a linear congruential generator modulo 2 ** 64, which is how int64 wraps around.
+_MULTIPLIER, _INCREMENT = 6364136223846793005, 1442695040888963407
+
+
+def advance(draws: Tensor) -> None:
+    """Replace random numbers by the next ones, in place: int64, each entry a random sequence of its own.
+
+    A generator that is one tensor is saved like any other state, draws the same on every device and every rank, needs
+    nothing from the host, and can be compiled and captured in a CUDA graph.
+    """
+    draws.mul_(_MULTIPLIER).add_(_INCREMENT)
+
+
+def stratified_indices(draws: Tensor, total: int) -> Tensor:
+    """Distinct random positions among ``total``: one in each of ``n`` intervals of (almost) equal length.
+
+    Independent draws repeat themselves, and a repeated position would be its own negative. Ranks that each apply their
+    share of the draws to their share of the batch sample what one process would.
+
+    Args:
+        draws: ``(..., n)`` int64, uniform over all its values.
+        total: number of positions.
+
+    Returns:
+        ``(..., min(n, total))`` int64 below ``total``, in rising order.
+    """
+    count = min(draws.shape[-1], total)
+    edges = torch.arange(0, (count + 1) * total, max(total, 1), device=draws.device) // max(count, 1)
+    start = edges[:-1]
+    # The upper half of the bits: the lower ones of such a generator have short periods.
+    return start + (draws[..., :count] >> 32).remainder(edges[1:] - start)
+
+
+class BackwardRule:
+    """What is asked of the backward passes of one forward pass.
+
+    Attributes:
+        one_pass: raise if the gradient of the contrast and that of the network's loss arrive in passes of their own.
+    """
+
+    one_pass = False
+
+
+def sampled(x: Tensor, index: Tensor, zero: Tensor, rule: BackwardRule) -> Tensor:
+    """``x.take(index)``, with a gradient that costs what the sample does and not what ``x`` does.
+
+    The gradient of a sample is zero nearly everywhere. Plain autograd would fill a tensor of x's size with it and add
+    that to the network's own gradient. Here a single zero, expanded, goes to ``x`` instead: the engine waits for it, and
+    a hook on the gradient of ``x`` adds the sampled entries, in place, once the sum is there.
+
+    Plain indexing is used where something could tell the difference: another hook on the gradient of ``x`` was
+    registered before ours and would not see the sampled entries, deterministic algorithms are asked for, a subclass of
+    Tensor, or torch.compile, which fuses it anyway.
+
+    Args:
+        x: any floating-point tensor.
+        index: int64, distinct places in the flattened ``x``.
+        zero: 0-d, of x's dtype and device.
+        rule: for the backward passes through ``x``.
+    """
+    if torch.compiler.is_compiling() or not index.numel() or not _in_place_is_safe(x):
+        return x.take(index)
+    hook = AddSampledGradient(x, index, zero, rule)
+    x.register_hook(hook)
+    found: Tensor = _Sample.apply(x, hook)
+    return found
+
+
+def _in_place_is_safe(x: Tensor) -> bool:
+    if not (x.requires_grad and torch.is_grad_enabled()) or type(x) is not Tensor:
+        return False
+    hooks = _compat.gradient_hooks(x)
+    if hooks is None or torch.are_deterministic_algorithms_enabled():
+        return False
+    return all(isinstance(hook, AddSampledGradient) for hook in hooks)
+
+
+class _Sample(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, hook: AddSampledGradient) -> Tensor:
+        # An attribute, not a saved tensor: activation checkpointing counts those, and captures nothing when it recomputes.
+        ctx.hook = hook
+        return x.take(hook.index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        hook = ctx.hook
+        if torch.is_grad_enabled():  # a graph of the gradient is wanted (create_graph=True)
+            return grad.new_zeros(hook.shape).put(hook.index, grad, accumulate=True), None
+        hook.sampled = grad
+        return hook.zero.expand(hook.shape), None
+
+
+class AddSampledGradient:
+    """The hook on an activation's gradient: adds that of the sampled entries, in place.
+
+    The engine has just added our expanded zero to the network's gradient. It does so in place only where nobody else
+    holds that tensor, and into a new tensor otherwise, so nothing of anybody else's is written into.
+    """
+
+    def __init__(self, x: Tensor, index: Tensor, zero: Tensor, rule: BackwardRule) -> None:
+        self.index = index
+        self.zero = zero
+        self.shape = x.shape
+        self.rule = rule
+        self.sampled: Tensor | None = None
+        self._arrived: set[str] = set()
+
+    def __call__(self, grad: Tensor) -> Tensor | None:
+        sampled, self.sampled = self.sampled, None
+        # Nothing but our expanded zero came.
+        alone = sampled is not None and not any(grad.stride()) and bool(self.shape)
+        self._arrived.add("network" if sampled is None else "contrast" if alone else "both")
+        if self.rule.one_pass and {"network", "contrast"} <= self._arrived:
+            raise CMIMError(
+                "Two backward passes ran, one for the network's loss and one for cmim's. DistributedDataParallel averages "
+                "the gradients of the first only. Add the losses: (loss + cmim(model)).backward()."
+            )
+        if sampled is None:
+            return None
+        if alone:
+            grad = grad.contiguous() if grad.numel() > 1 else grad.clone()
+        return grad.put_(self.index, sampled.to(grad.dtype), accumulate=True)

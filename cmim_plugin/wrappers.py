@@ -1,0 +1,55 @@
+"""See through what training loops put around a model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .errors import CMIMError
+
+# Where wrappers keep the module that they run: DistributedDataParallel, DataParallel and FSDP1; torch.compile; opacus;
+# FSDP1; Lightning Fabric; torch's checkpoint_wrapper.
+_INNER = ("module", "_orig_mod", "_module", "_fsdp_wrapped_module", "_forward_module", "_checkpoint_wrapped_module")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model to attach to: inside DistributedDataParallel, torch.compile and DataParallel on one device.
+
+    Raises:
+        CMIMError: no module, or DataParallel on several devices.
+    """
+    if not isinstance(model, nn.Module):
+        raise CMIMError(f"The model comes first, a torch.nn.Module; found a {type(model).__name__}.")
+    if isinstance(model, nn.DataParallel):
+        refuse_replicas(model)
+        return unwrapped(model.module)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return unwrapped(model.module)
+    inner = getattr(model, "_orig_mod", None)
+    return unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
+def refuse_replicas(model: nn.DataParallel) -> None:
+    """DataParallel on several devices runs copies of the model in threads, which no hook of ours follows."""
+    if len(model.device_ids) > 1:
+        raise CMIMError(
+            f"nn.DataParallel on {len(model.device_ids)} devices runs copies of the model, which cannot be captured. Use "
+            "one process a GPU with DistributedDataParallel, or one GPU: nn.DataParallel(model, device_ids=[0]), or "
+            "model.module without the wrapper. (Parameters then lose the prefix 'module.': checkpoints of the wrapped "
+            "model are loaded into model.module.state_dict()'s names.)"
+        )
+
+
+def path_to(own: nn.Module, model: nn.Module) -> list[nn.Module] | None:
+    """The wrappers from ``model`` down to ``own``, both included; None if it is not a wrapper around it."""
+    if model is own:
+        return [own]
+    for name in _INNER:
+        inner = getattr(model, name, None)
+        if isinstance(inner, nn.Module) and (rest := path_to(own, inner)) is not None:
+            return [model, *rest]
+    return None
+
+
+def averages_one_backward(path: list[nn.Module]) -> bool:
+    """Whether a wrapper averages gradients in the next backward pass, and in no other one."""
+    return any(isinstance(m, nn.parallel.DistributedDataParallel) and m.require_backward_grad_sync for m in path)
