@@ -182,6 +182,7 @@ class CMIM(nn.Module):
         self._capture = Capture(model, tapped, discovery.batch)
         if self._teacher is not None:
             self._capture.before = self._teacher.deliver
+        self._restart()
         self._sync()
         self._capture.attach()
         # A plug-in that is thrown away takes its hooks with it.
