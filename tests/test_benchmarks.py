@@ -13,6 +13,7 @@ import data
 import inside
 import loop
 import networks
+import tables
 from accuracy import Run
 
 needs_new_heads = pytest.mark.skipif(not hasattr(accuracy.cmim_plugin, "InfoNCE"), reason="needs InfoNCE()")
@@ -268,3 +269,93 @@ def test_the_loop_fits_its_training_images(optimizer, images) -> None:
     history = loop.train(model, images, schedule, seed=0)
     assert history.train_loss[-1] < 0.5 * history.train_loss[0]
     assert len(history.test_accuracy) == 30 and not math.isnan(history.test_accuracy[-1])
+
+
+# --- tables and picture ----------------------------------------------------------------------------------------------
+
+
+def test_interval_is_the_textbook_one() -> None:
+    none, arm = [40.0, 41.0, 42.0, 43.0, 44.0], [41.0, 41.5, 44.0, 43.5, 46.0]  # differences 1, .5, 2, .5, 2
+    variance = sum((d - 1.2) ** 2 for d in (1, 0.5, 2, 0.5, 2)) / 4
+    mean, half = tables.paired_difference(none, arm)
+    assert mean == pytest.approx(1.2)
+    assert half == pytest.approx(2.776445 * math.sqrt(variance / 5), rel=1e-5)  # t, 4 degrees of freedom, 97.5 %
+
+
+@pytest.fixture
+def results(tmp_path):
+    """`gains.jsonl`: 1.0, 1.1 and 1.2 points over `none`, and a fourth seed without a partner; `swept.jsonl`."""
+
+    def record(arm: str, seed: int, value: float) -> dict:
+        common = {"method": "bireal", "train_accuracy": 60.0, "config": vars(accuracy.parse(["overfit"]).config)}
+        about = {"date": "2020-01-01T00:00:00", "device": "cpu", "commit": "abc"}
+        return {**common, **about, "arm": arm, "seed": seed, "accuracy": value}
+
+    gains = [record("none", s, 40.0) for s in range(3)] + [record("default", s, 41.0 + 0.1 * s) for s in range(4)]
+    gains += [record("shuffled", s, 40.0 + s) for s in range(3)] + [record("full_precision", 0, 50.0)]
+    rates = {"none": 40.0, "none+lr=0.03": 30.0, "default+lr=0.03,weight=1": 31.0}
+    swept = [record(arm, s, value) for arm, value in rates.items() for s in range(2)]
+    for name, records in {"gains": gains, "swept": swept}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return tmp_path
+
+
+GAIN = 4.302653 * 0.1 / math.sqrt(3)  # half width; t for 2 degrees of freedom
+GAIN = f"**+1.10 ({1.1 - GAIN:+.2f} to {1.1 + GAIN:+.2f})**"
+
+
+def test_table_of_gains_is_paired_and_told_as_a_share_of_the_gap(results) -> None:
+    filled = tables.fill("<!-- gains: gains -->\nstale\n<!-- end -->\n", results)
+    setting = "CIFAR-10, 500 images, VGG-Small, 50 epochs, Adam"
+    assert f"| {setting} | Bi-Real Net | `default` | 3 | 40.00 | 41.10 | {GAIN} | 11 % |" in filled
+    assert "|  | Bi-Real Net | `shuffled` | 3 | 40.00 | 41.00 | +1.00 (-1.48 to +3.48) | 10 % |" in filled
+    assert "stale" not in filled and "`full_precision`" not in filled
+    assert tables.fill(filled, results) == filled
+
+
+def test_an_arm_of_its_own_learning_rate_is_compared_with_the_bare_network_of_that_rate(results) -> None:
+    filled = tables.fill("<!-- gains: swept / default+lr=0.03,weight=1 -->\n<!-- end -->\n", results)
+    assert "| 2 | 30.00 | 31.00 | **+1.00 (+1.00 to +1.00)** |" in filled
+    filled = tables.fill("<!-- table: swept -->\n<!-- end -->\n", results)
+    assert "| `none+lr=0.03` | 2 | 30.00 ± 0.00 | 60.0 |  |" in filled
+
+
+def test_tables_of_one_file(results) -> None:
+    text = "a\n<!-- table: gains default -->\nstale\n<!-- end -->\nb\n<!-- pooled: gains -->\n<!-- end -->\nc\n"
+    filled = tables.fill(text, results)
+    assert filled.startswith("a\n") and filled.endswith("\nc\n") and tables.fill(filled, results) == filled
+    assert f"| bireal | `default` | 4 | 41.15 ± 0.13 | 60.0 | {GAIN} |" in filled
+    assert f"| `default` | 3 | {GAIN} | +1.10 |" in filled and "2020-01-01, cpu, commit abc" in filled
+    assert "`none`" not in filled.partition("\nb\n")[0].split("|---|", 1)[1]
+
+
+def test_dense_results_get_their_own_table(tmp_path) -> None:
+    config = {"data": "camvid", "task": "segmentation", "split": "test", "size": [4, 6], "width": 8, "epochs": 2}
+    about = {"config": config | {"batch_size": 1}, "date": "2020-01-01T00:00:00", "device": "cpu", "commit": "abc"}
+    runs = [{"method": "irnet", "arm": arm, "seed": 0} for arm in ("none", "image", "default")]
+    metrics = {"miou": 0.25, "pixel_accuracy": 0.75}
+    (tmp_path / "roads.jsonl").write_text(
+        "".join(json.dumps(run | about | {"metrics": metrics}) + "\n" for run in runs)
+    )
+    filled = tables.fill("<!-- dense: roads none image -->\n<!-- end -->\n", tmp_path)
+    assert "| irnet | `image` | 1 | 25.00 | +0.00 (one seed) | 75.00 | +0.00 (one seed) |" in filled
+    assert "default" not in filled and "camvid, images of 4 x 6 pixels" in filled and "2 runs, 2020-01-01" in filled
+    assert "No results yet" in tables.fill("<!-- dense: roads paper -->\n<!-- end -->\n", tmp_path)
+
+
+def test_the_picture_is_the_same_each_time_and_says_what_it_shows(results, tmp_path) -> None:
+    found = tables.gains(["gains"], [], results)
+    for name in ("a.svg", "b.svg"):
+        tables.draw(found, "dark", tmp_path / name)
+    svg = (tmp_path / "a.svg").read_text()
+    assert svg == (tmp_path / "b.svg").read_text() and tables.digest(found) in svg
+
+
+def test_documents_and_pictures_are_up_to_date_with_the_results() -> None:
+    """If not: `make tables`."""
+    for document in tables.DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        assert tables.fill(text, tables.RESULTS) == text, document.name
+    found = tables.pictured(tables.DOCUMENTS[0].read_text(encoding="utf-8"), tables.RESULTS)
+    for path in tables.PICTURES.values():
+        assert tables.digest(found) in path.read_text(encoding="utf-8"), path.name
