@@ -20,7 +20,8 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import cache
@@ -393,6 +394,15 @@ def plan(queue: list[Run], seconds: dict[Run, float], left: float, jobs: int) ->
     return queue, []
 
 
+class Here(Executor):
+    """Runs what is submitted at once, in this process."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **options: Any) -> Future:
+        future: Future = Future()
+        future.set_result(fn(*args, **options))
+        return future
+
+
 def work(queue: list[Run], done: dict[Run, dict[str, Any]], path: Path, args: argparse.Namespace) -> None:
     """Run the queue in `args.jobs` processes and append each record as it comes."""
     deadline = time.monotonic() + 60 * args.budget_minutes
@@ -407,11 +417,12 @@ def work(queue: list[Run], done: dict[Run, dict[str, Any]], path: Path, args: ar
 
     running: dict[Future, Run] = {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    context = get_context("spawn")  # CUDA cannot be used in a forked process
-    with (
-        ProcessPoolExecutor(args.jobs, context, torch.set_num_threads, (args.threads,)) as pool,
-        path.open("a") as file,
-    ):
+    if args.jobs == 1:
+        pool: Executor = Here()
+        torch.set_num_threads(args.threads)
+    else:  # spawned: CUDA cannot be used in a forked process
+        pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (args.threads,))
+    with pool, path.open("a") as file:
         while True:
             fits, left_out = plan(queue, seconds, deadline - time.monotonic(), args.jobs)
             while fits and len(running) < args.jobs:
