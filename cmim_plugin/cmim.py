@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .discovery import BinaryActivation, find_binary_activations
+from .discovery import BinaryActivation, discover
 from .errors import CMIMError, CMIMWarning
 from .heads import Heads, sent
 from .negatives import Queue
@@ -133,7 +133,8 @@ class CMIM(nn.Module):
         # What a loaded state says of the taps that had no loss since.
         self._before: dict[str, dict[str, Tensor]] = {}
         self._model = weakref.ref(model)
-        self.found = tuple(find_binary_activations(model, example_input))
+        discovery = discover(model, example_input)
+        self.found, self.source = discovery.found, discovery.batch
         if instances == "position" and teacher is None:
             apart = 'its latent has another number of positions: only instances="image" can contrast them'
             self.found = tuple(f if f.aligned or not f.tapped else replace(f, reason=apart) for f in self.found)
@@ -170,6 +171,7 @@ class CMIM(nn.Module):
         self.to(device)
 
         self._hooks = hooks = Taps(model, tapped)
+        hooks.source = self.source
         self._shared = False
         self._share()
         self._draw(first=True)

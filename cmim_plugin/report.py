@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .discovery import codes
+from .discovery import sign_pattern
+from .discovery.trace import as_inputs, force_eager, preserve_generators, tensors_in
 from .errors import CMIMError, CMIMWarning
 from .instances import Layout, spread
-from .probe import Sample, as_inputs, generators_kept, tensors_in, uncompiled
 from .taps import BINARY, LATENT, Pair, Taps
 
 if TYPE_CHECKING:
@@ -266,7 +266,7 @@ def measure(
         taps.before = partial(cmim._teacher.deliver, taps)
     samples, seen = 0, []
     # A loader that shuffles or augments draws from the generators, too: they are kept around all of it.
-    with generators_kept(model.parameters()), torch.no_grad(), _evaluating(model), uncompiled(model):
+    with preserve_generators(model.parameters()), torch.no_grad(), _evaluating(model), force_eager(model):
         taps.attach()
         try:
             for batch in itertools.islice(loader, max_batches):
@@ -419,9 +419,8 @@ def _two_valued(activation: Tensor, layout: Layout) -> bool:
     Each channel of each sample has two values (and zero between), also where they are constant; or what discovery takes
     for codes, some samples of it.
     """
-    some = activation[: _SAMPLES * layout.fold]
-    index = torch.arange(some.numel(), device=some.device)
-    if codes(Sample(some.shape, some.dtype, some.flatten(), index)) is not None:
+    some = activation[: _SAMPLES * max(1, layout.fold)]
+    if sign_pattern(some) is not None:
         return True
     x, positions = _by_channel(activation.float(), layout)
     low, high = x.amin(positions, keepdim=True), x.amax(positions, keepdim=True)

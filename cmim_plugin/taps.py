@@ -24,10 +24,9 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from .discovery import BinaryActivation
+from .discovery import BatchSource, BinaryActivation, Site
 from .errors import CMIMError
 from .instances import Grid, Layout, Scatter, spread
-from .probe import Site
 
 BINARY, LATENT = 0, 1
 # Older versions of torch do not tell what takes the tensors that are saved.
@@ -58,8 +57,19 @@ class Tap:
     def of(cls, found: BinaryActivation) -> Tap:
         """The tap of a binary activation that can be tapped."""
         assert found.binary and found.binary_layout and found.latent_layout
-        layouts = (found.binary_layout, found.latent_layout)
-        return cls(found.name, found.channels, found.latent_channels, found.module, found.binary, found.latent, layouts)
+        # fold 0: read off each batch.
+        layouts = tuple(
+            Layout(side.spatial, int(not side.windowed)) for side in (found.binary_layout, found.latent_layout)
+        )
+        return cls(
+            found.name,
+            found.channels,
+            found.latent_channels,
+            found.module,
+            found.binary,
+            found.latent,
+            (layouts[0], layouts[1]),
+        )
 
 
 @dataclass
@@ -133,6 +143,9 @@ class Taps:
         # A pass was compiled, at least in part: each choice of taps would be compiled anew.
         self.compiled = False
         self.pairs: list[Pair] = []
+        # Where the number of samples is read, and what it was in this pass.
+        self.source: BatchSource | None = None
+        self.samples: int | None = None
         # A complete forward pass was captured and not asked for yet.
         self.fresh = False
         # Within a forward pass of the model that is captured.
@@ -216,6 +229,7 @@ class Taps:
         self.active = True
         for hook in self._hooks:
             hook.reset()
+        self.samples = None if self.source is None else self.source.of(args, kwargs)
         if self.before is not None:
             self.before(args, kwargs)
 
@@ -274,6 +288,8 @@ class Taps:
             )
         pair = self.pairs[tap]
         shape = activation.shape
+        if not layout.fold:
+            layout = Layout(layout.spatial, shape[0] // (self.samples or shape[0]))
         pair.batch = shape[0] // layout.fold
         if self.draws is None:
             pair.rows[side] = layout.pooled(activation)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .errors import CMIMError
 from .instances import Layout
-from .probe import as_inputs, tensors_in
+from .discovery.trace import as_inputs, tensors_in
 from .taps import LATENT, Tap, Taps
 
 

@@ -34,27 +34,25 @@ class Layout:
         """Positions of the whole batch."""
         return shape[0] * self.spatial_shape(shape).numel()
 
-    def coordinates(self, index: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
-        """Where positions, counted over the batch, lie: their row of the first dimension, then their spatial indices.
+    def elements(self, index: Tensor, shape: torch.Size) -> Tensor:
+        """Where the channels at some positions stand in the flattened activation.
 
         Args:
-            index: int64 of any shape, each below :meth:`positions`.
+            index: ``(..., n)`` int64, positions counted over the batch.
             shape: of the activation.
 
         Returns:
-            ``1 + len(spatial_shape)`` int64 tensors shaped like ``index``.
+            ``(..., n, C)`` int64, for ``activation.take``.
         """
-        found: list[Tensor] = []
-        for size in reversed(self.spatial_shape(shape)):
-            found.append(index % size)
-            index = index // size
-        return index, *reversed(found)
-
-    def selection(self, coordinates: tuple[Tensor, ...], dimensions: int) -> tuple[Tensor | slice, ...]:
-        """What selects those positions, all their channels, in an activation of so many dimensions."""
-        row, *spatial = coordinates
-        channels = 0 if self.spatial is None else dimensions - 1 - self.spatial
-        return (row, *[slice(None)] * channels, *spatial)
+        channels = self.channels(shape)
+        if self.spatial is None:
+            first, step = index * channels, 1
+        else:
+            step = self.spatial_shape(shape).numel()
+            row = index // step
+            # Each row of the first dimension holds all its channels before the next row starts.
+            first = index + row * ((channels - 1) * step)
+        return first.unsqueeze(-1) + torch.arange(0, channels * step, step, device=index.device)
 
     def pooled(self, x: Tensor, batch: int | None = None) -> Tensor:
         """The mean over the positions of each sample, ``(B, C)``; ``batch``: samples, needed where it is windowed."""
@@ -66,4 +64,4 @@ class Layout:
             assert batch is not None
             sums = sums.unflatten(0, (batch, -1)).sum(1)
         # Divided after the sum: the gradient of a sum is a view, that of a mean is another tensor of x's size.
-        return sums / (self.positions(x.shape) // len(sums))
+        return sums / (self.positions(x.shape) // max(len(sums), 1))
