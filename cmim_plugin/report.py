@@ -22,15 +22,9 @@ from torch import Tensor, nn
 from . import distributed
 from .capture import Capture, Pass
 from .contrast import Contrast, check_rows
-from .discovery import (
-    BatchSource,
-    Layout,
-    as_inputs,
-    force_eager,
-    is_two_valued,
-    preserve_generators,
-    tensors_in,
-)
+from .discovery import BatchSource, Layout, is_two_valued
+from .discovery.inputs import as_inputs, tensors_in
+from .discovery.state import force_eager, preserve_generators
 from .errors import CMIMError, CMIMWarning
 from .sampling import Schedule, new_draws, stratified_indices
 from .teacher import Teacher
