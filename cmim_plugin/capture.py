@@ -6,8 +6,8 @@ What these hooks promise:
   pass, and told when the loss is asked for.
 - They learn nothing. Where each activation is picked up was decided in the dry run; what belongs to one pass is one
   :class:`Pass` object, one a thread.
-- They keep nothing of an activation but the sampled or pooled rows, taken within the hook: the network may overwrite the
-  activation right after it.
+- They keep nothing of an activation but the sampled or pooled rows, taken within the hook: the network may overwrite
+  the activation right after it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,8 +35,8 @@ BINARY, LATENT = 0, 1
 # Passes in a row without a loss (an adversarial attack takes dozens) before that is told.
 _FORGOTTEN = 100
 _FORGOTTEN_WARNING = (
-    f"CMIM captured {_FORGOTTEN} forward passes and was asked for no loss. Add cmim(model) to the loss of each training "
-    "step, or call cmim.remove()."
+    f"CMIM captured {_FORGOTTEN} forward passes and was asked for no loss. Add cmim(model) to the loss of each "
+    "training step, or call cmim.remove()."
 )
 
 
@@ -140,7 +141,10 @@ class Pass:
         """Take the rows of those activations that are picked up at sites of this kind."""
         for p in pickups:
             if p.site.kind == kind:
-                self.attempt(p.tap, lambda p=p: self.take(p.tap, p.side, _at(tree, p.site.path)))
+                self.attempt(p.tap, partial(self._take_at, p, tree))
+
+    def _take_at(self, p: _Pickup, tree: Any) -> None:
+        self.take(p.tap, p.side, _at(tree, p.site.path))
 
     def attempt(self, tap: int | None, action: Callable[[], None]) -> None:
         """Do something for a tap (None: for the pass). What goes wrong is kept, and the model goes on."""
@@ -187,8 +191,8 @@ class Pass:
         if not self.entered:
             raise CMIMError(
                 "The forward pass reached none of the taps. A model that was compiled and run before CMIM was attached "
-                "does that (attach first, or call torch._dynamo.reset()), inputs that take another way through it, modules "
-                "that were replaced, and hooks that other code cleared (attach again)."
+                "does that (attach first, or call torch._dynamo.reset()), inputs that take another way through it, "
+                "modules that were replaced, and hooks that other code cleared (attach again)."
             )
         missing = [k for k in self.pairs if k not in reached and k not in failures]
         lines += [f"The forward pass did not reach tap {self.taps[k].name}." for k in missing]
@@ -226,8 +230,8 @@ class Pass:
         total = layout.positions(x.shape)
         if pair.rows[1 - side] is not None and pair.total != total:
             raise CMIMError(
-                f"its two sides have {pair.total} and {total} positions in this batch, and cannot be paired position by "
-                'position. Leave it out with taps=, or use instances="image"'
+                f"its two sides have {pair.total} and {total} positions in this batch, and cannot be paired position "
+                'by position. Leave it out with taps=, or use instances="image"'
             )
         index, elements = self._positions(k, layout, x)
         pair.total, pair.index, pair.spatial = total, index, layout.spatial_shape(x.shape)
@@ -272,8 +276,8 @@ class Capture:
         taps: what to capture.
         schedule: which of them the next pass captures, and at which positions.
         batch: where the number of samples is read off the model's inputs.
-        observer: called with tap, a_B as a whole and its layout. With it every pass is captured, in eval mode and without
-            gradients too.
+        observer: called with tap, a_B as a whole and its layout. With it every pass is captured, in eval mode and
+            without gradients too.
 
     Attributes:
         before: called with the pass and the inputs of the model, before the model runs.
@@ -359,7 +363,7 @@ class Capture:
         self.running[_thread()] = found
         before = self.before
         if before is not None:
-            found.attempt(None, lambda: before(found, args, kwargs))
+            found.attempt(None, partial(before, found, args, kwargs))
 
     def end(self) -> None:
         """The pass of this thread has come to its end, and waits for its loss to be asked for."""
@@ -396,20 +400,21 @@ class Capture:
             return found
         if not torch.is_grad_enabled():
             raise CMIMError(
-                "No forward pass to take the loss of: under torch.no_grad() nothing is captured, and there is nothing to "
-                "train. In a function that both trains and validates, write: if model.training: loss = loss + cmim(model)"
+                "No forward pass to take the loss of: under torch.no_grad() nothing is captured, and there is nothing "
+                "to train. In a function that both trains and validates, write: "
+                "if model.training: loss = loss + cmim(model)"
             )
         if self._waiting:
             raise CMIMError(
-                "No forward pass of this thread to take the loss of: the model ran in another one. Call cmim(model) in the "
-                "thread that runs the model."
+                "No forward pass of this thread to take the loss of: the model ran in another one. Call cmim(model) in "
+                "the thread that runs the model."
             )
         raise CMIMError(
-            "No forward pass to take the loss of. Call model(x) with gradients enabled before each cmim(model); one forward "
-            "pass gives one loss. (Not captured: a pass under torch.no_grad(), one that raised, one through "
-            "model.forward(x) or a replica of nn.DataParallel, one of a model that was compiled and run before CMIM was "
-            "attached (attach first, or call torch._dynamo.reset()), one of a model whose hooks other code cleared (attach "
-            "again).)"
+            "No forward pass to take the loss of. Call model(x) with gradients enabled before each cmim(model); one "
+            "forward pass gives one loss. (Not captured: a pass under torch.no_grad(), one that raised, one through "
+            "model.forward(x) or a replica of nn.DataParallel, one of a model that was compiled and run before CMIM "
+            "was attached (attach first, or call torch._dynamo.reset()), one of a model whose hooks other code cleared "
+            "(attach again).)"
         )
 
 
@@ -419,8 +424,8 @@ class Capture:
 class _Hook:
     """Its bound methods are what a model holds.
 
-    Copied or pickled with the model it turns into a hook without effect: the copy is a plain model, and never writes into
-    the original's plug-in.
+    Copied or pickled with the model it turns into a hook without effect: the copy is a plain model, and never writes
+    into the original's plug-in.
     """
 
     def __init__(self, capture: Capture | None = None, module: nn.Module | None = None) -> None:
@@ -457,7 +462,7 @@ class _RootHook(_Hook):
             return
         running = self.running(module)
         if running is not None:
-            # A forward that calls itself; or the pass before was interrupted (at KeyboardInterrupt torch calls no hook).
+            # A forward that calls itself; or the pass before was interrupted (torch calls no hook then).
             if _compat.running_calls(module) > 1 + sum(call.hook is self for call in running.open):
                 running.open.append(_Call(self, ()))
                 return
@@ -559,7 +564,7 @@ def _thread() -> int:
 
 
 def _current_error() -> int:
-    """Which exception is being handled; torch calls hooks that are always called while it handles that of the forward."""
+    """Which exception is being handled: while it is that of a forward, torch calls the hooks that are always called."""
     return 0 if torch.compiler.is_compiling() else id(sys.exc_info()[1])
 
 

@@ -127,7 +127,7 @@ class Contrast(nn.Module):
     def embeddings(
         self, captured: Pass, labels: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None, dict[int, int]]:
-        """Both sides' embeddings of all ranks ``(2, rows, D)``, tap by tap; their labels and mask; the rows of each tap."""
+        """Both sides' embeddings of all ranks ``(2, rows, D)``, tap by tap; labels and mask; the rows of each tap."""
         weights = self.heads.weights
         rows: list[tuple[Tensor, Tensor]] = []
         reached = [k for k in captured.scheduled if captured.pairs[k].complete]
@@ -232,7 +232,7 @@ def check_rows(tap: Tap, binary: Tensor, latent: Tensor, device: torch.device) -
         raise CMIMError(f"Tap {tap.name} has {len(binary)} rows on the binary side and {len(latent)} on the other.")
 
 
-# -- what is given for samples or positions, for each row ---------------------------------------------------------------
+# -- what is given for samples or positions, for each row ------------------------------------------------------------
 
 
 def _checked(name: str, value: Tensor | None, captured: Pass) -> Tensor | None:
@@ -248,8 +248,8 @@ def _checked(name: str, value: Tensor | None, captured: Pass) -> Tensor | None:
     else:
         fits, wanted = True, f"{batch} integers, one a sample of the batch, or a map of them for each"
     if isinstance(value, Tensor) and fits and value.ndim and len(value) == batch:
+        assert rows is not None
         if name == "mask" or not value.is_floating_point():
-            assert rows is not None
             return value.to(rows.device)
     found = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
     raise CMIMError(f"{name} must be {wanted}; found {found}.")

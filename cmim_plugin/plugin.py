@@ -55,12 +55,12 @@ class CMIM(nn.Module):
         instances: what is one sample of the contrast: "position" (a random sample of the positions or tokens of the
             batch: a local binary code against its own latent) or "image" (pooled over space: the paper's reading).
         num_positions: positions a tap and step, for ``instances="position"``; of all ranks together.
-        taps_per_step: contrast so many taps a step, in turn, whose losses then stand for those of all: the mean gradient
-            is the same, and the cost does not grow with depth. None for all; so does what is compiled or recorded in a
-            CUDA graph.
+        taps_per_step: contrast so many taps a step, in turn, whose losses then stand for those of all: the mean
+            gradient is the same, and the cost does not grow with depth. None for all; so does what is compiled or
+            recorded in a CUDA graph.
         objective: ``InfoNCE()``, the default, or ``NCE(num_samples=len(dataset))``. Or any function like
-            :func:`info_nce`, of the embeddings of several taps side by side, ``(taps, n, D)``, that returns their losses,
-            ``(taps,)``; with a method ``bound(loss, num_negatives)`` if it gives one.
+            :func:`info_nce`, of the embeddings of several taps side by side, ``(taps, n, D)``, that returns their
+            losses, ``(taps,)``; with a method ``bound(loss, num_negatives)`` if it gives one.
         temperature: of the critic.
         embed_dim: width ``D`` of the embeddings. None for 128, or 64 or 32 where the heads would hold more than a fifth
             of the network's parameters and more than 250,000.
@@ -171,8 +171,8 @@ class CMIM(nn.Module):
     def paper(cls, model: nn.Module, example_input: Any, num_samples: int, **settings: Any) -> CMIM:
         """The paper's plain reading: whole images, every layer, :class:`NCE`, weights that grow towards the output.
 
-        Weight 0.03 and layer decay 0.8 are this library's, not the paper's. ``num_samples``: images in the training set;
-        ``settings``: arguments of the class, in place of those.
+        Weight 0.03 and layer decay 0.8 are this library's, not the paper's. ``num_samples``: images in the training
+        set; ``settings``: arguments of the class, in place of those.
         """
         reading = {"instances": "image", "objective": NCE(num_samples), "weight": 0.03, "layer_decay": 0.8}
         return cls(model, example_input, **{**reading, "taps_per_step": None, **settings})
@@ -244,8 +244,8 @@ class CMIM(nn.Module):
         if losses == _LOOK_AT[-1] and highest < 0.05:
             warn_once(
                 self,
-                f"After {losses} losses the bound of every tap is still zero ({highest:.2f} nats at most): the codes keep "
-                "nothing that tells one place from another. Dead channels do that: see cmim.report().",
+                f"After {losses} losses the bound of every tap is still zero ({highest:.2f} nats at most): the codes "
+                "keep nothing that tells one place from another. Dead channels do that: see cmim.report().",
             )
 
     # -- figures -------------------------------------------------------------------------------------------------
@@ -283,9 +283,9 @@ class CMIM(nn.Module):
         """Numbers for a logger or a progress bar. Reading them waits for the device.
 
         Returns:
-            ``{"cmim/loss": weight * mean loss, "cmim/bound": mean over taps, "cmim/worst_bound": the lowest}``, in nats,
-            each tap as of its last step; with ``all_taps`` also ``"cmim/bound/<tap name>"``. Without the bounds where the
-            objective gives none; empty before the first loss.
+            ``{"cmim/loss": weight * mean loss, "cmim/bound": mean over taps, "cmim/worst_bound": the lowest}``, in
+            nats, each tap as of its last step; with ``all_taps`` also ``"cmim/bound/<tap name>"``. Without the bounds
+            where the objective gives none; empty before the first loss.
         """
         metrics = self.metrics
         shares = {
@@ -353,7 +353,7 @@ class CMIM(nn.Module):
     # -- state ---------------------------------------------------------------------------------------------------
 
     def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        # Names may differ: those of a wrapped model have a prefix. Widths may not, though parameters may have one shape.
+        # Names may differ: those of a wrapped model have a prefix. Widths may not, though the shapes may be the same.
         channels = state.get(prefix + "_channels")
         if channels is not None and not torch.equal(channels.cpu(), self._channels.cpu()):
             raise CMIMError(

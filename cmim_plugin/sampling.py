@@ -122,8 +122,8 @@ def sampled(x: Tensor, index: Tensor, zero: Tensor, rule: BackwardRule) -> Tenso
     """``x.take(index)``, with a gradient that costs what the sample does and not what ``x`` does.
 
     The gradient of a sample is zero nearly everywhere. Plain autograd would fill a tensor of x's size with it and add
-    that to the network's own gradient. Here a single zero, expanded, goes to ``x`` instead: the engine waits for it, and
-    a hook on the gradient of ``x`` adds the sampled entries, in place, once the sum is there.
+    that to the network's own gradient. Here a single zero, expanded, goes to ``x`` instead: the engine waits for it,
+    and a hook on the gradient of ``x`` adds the sampled entries, in place, once the sum is there.
 
     Plain indexing is used where something could tell the difference: another hook on the gradient of ``x`` was
     registered before ours and would not see the sampled entries, deterministic algorithms are asked for, a subclass of
@@ -155,7 +155,7 @@ def _in_place_is_safe(x: Tensor) -> bool:
 class _Sample(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, hook: AddSampledGradient) -> Tensor:
-        # An attribute, not a saved tensor: activation checkpointing counts those, and captures nothing when it recomputes.
+        # An attribute, not a saved tensor: checkpointing counts those, and we capture nothing when it recomputes.
         ctx.hook = hook
         return x.take(hook.index)
 
@@ -190,8 +190,8 @@ class AddSampledGradient:
         self._arrived.add("network" if sampled is None else "contrast" if alone else "both")
         if self.rule.one_pass and {"network", "contrast"} <= self._arrived:
             raise CMIMError(
-                "Two backward passes ran, one for the network's loss and one for cmim's. DistributedDataParallel averages "
-                "the gradients of the first only. Add the losses: (loss + cmim(model)).backward()."
+                "Two backward passes ran, one for the network's loss and one for cmim's. DistributedDataParallel "
+                "averages the gradients of the first only. Add the losses: (loss + cmim(model)).backward()."
             )
         if sampled is None:
             return None
