@@ -471,7 +471,7 @@ class _RootHook(_Hook):
             return
         assert self.capture is not None
         if running.close(self) is None:
-            if _raised(output, running.error):
+            if _current_error() != running.error:
                 self.capture.drop()
             else:
                 self.capture.end()
@@ -510,7 +510,7 @@ class _ModuleHook(_Hook):
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         running = self.running(module)
         call = None if running is None else running.close(self)
-        if running is not None and call is not None and not _raised(output, running.error):
+        if running is not None and call is not None and _current_error() == call.error:
             running.pick_up(call.pickups, "output", output)
 
 
@@ -521,6 +521,8 @@ class _Call:
         self.hook = hook
         self.pickups = pickups
         self.listener: _Listener | None = None
+        #: The exception that was being handled when the call started: a call that raised ends with another one.
+        self.error = _current_error()
 
 
 class _Listener(TorchFunctionMode):
@@ -561,11 +563,6 @@ def _thread() -> int:
 def _current_error() -> int:
     """Which exception is being handled; torch calls hooks that are always called while it handles that of the forward."""
     return 0 if torch.compiler.is_compiling() else id(sys.exc_info()[1])
-
-
-def _raised(output: Any, error_before: int) -> bool:
-    """Whether the forward raised. A forward that returned None looks the same but for the exception."""
-    return output is None and _current_error() != error_before
 
 
 def _recording_a_graph() -> bool:
