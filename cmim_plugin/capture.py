@@ -368,6 +368,7 @@ class Capture:
         if torch.compiler.is_compiling():
             self._waiting[thread] = found
             return
+        found.abandon()  # what is open still: others cleared the hooks that would have closed it
         waiting = self._waiting.get(thread)
         # A pass in eval mode does not take the place of one in training mode that waits.
         if found.training or waiting is None or not waiting.training:
@@ -391,6 +392,8 @@ class Capture:
             CMIMError: there is none.
         """
         self.unasked = 0
+        if not torch.compiler.is_compiling():
+            self.drop()  # a pass that was interrupted
         found = self._waiting.pop(_thread(), None)
         if found is not None:
             return found
