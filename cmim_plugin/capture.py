@@ -101,17 +101,15 @@ class Pass:
         taps: all of them.
         scheduled: which are captured.
         draws: ``(len(scheduled), n)`` int64 random numbers to choose positions by; None to pool over all positions.
-        batch: samples in the batch, where the inputs tell.
         training: whether the model is in training mode.
     """
 
-    def __init__(
-        self, taps: Sequence[Tap], scheduled: Sequence[int], draws: Tensor | None, batch: int | None, training: bool
-    ) -> None:
+    def __init__(self, taps: Sequence[Tap], scheduled: Sequence[int], draws: Tensor | None, training: bool) -> None:
         self.taps = taps
         self.scheduled = tuple(scheduled)
         self.draws = draws
-        self.batch = batch
+        #: Samples in the batch, where the inputs tell.
+        self.batch: int | None = None
         self.training = training
         self.pairs = {k: Pair() for k in self.scheduled}
         #: What went wrong: tap, or None for the pass as a whole -> message.
@@ -350,8 +348,10 @@ class Capture:
         every = torch.compiler.is_compiling() or _recording_a_graph()
         scheduled = tuple(range(len(self.taps))) if every else self.schedule.taps
         draws = self.schedule.draws_of(len(scheduled))
-        batch = None if self.batch is None else self.batch.of(args, kwargs)
-        found = Pass(self.taps, scheduled, draws, batch, model.training)
+        found = Pass(self.taps, scheduled, draws, model.training)
+        source = self.batch
+        if source is not None:
+            found.attempt(None, lambda: setattr(found, "batch", source.of(args, kwargs)))
         found.observer = self.observer
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2:
