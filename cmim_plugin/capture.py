@@ -215,9 +215,9 @@ class Pass:
         pair.batch = rows
         if layout.windowed:
             pair.windows = True
-            if not self.batch or rows % self.batch:
+            if rows and (not self.batch or rows % self.batch):
                 raise CMIMError(f"its {rows} rows are not a whole number of windows for each of {self.batch} samples")
-            pair.batch = self.batch
+            pair.batch = self.batch or 0
         if self.draws is None:
             pair.rows[side] = layout.pooled(x, pair.batch)
             return
