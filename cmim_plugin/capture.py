@@ -357,6 +357,7 @@ class Capture:
         if isinstance(mask, Tensor) and mask.ndim == 2:
             found.mask = mask
         self.running[_thread()] = found
+        self._forget_dead_threads()
         before = self.before
         if before is not None:
             found.attempt(None, lambda: before(found, args, kwargs))
@@ -414,6 +415,14 @@ class Capture:
             "attached (attach first, or call torch._dynamo.reset()), one of a model whose hooks other code cleared (attach "
             "again).)"
         )
+
+    def _forget_dead_threads(self) -> None:
+        """Drop what threads left that have ended: nobody can ask for the loss of it."""
+        if torch.compiler.is_compiling() or not self._waiting.keys() - {_thread()}:
+            return
+        alive = sys._current_frames()
+        for thread in [thread for thread in self._waiting if thread not in alive]:
+            del self._waiting[thread]
 
 
 # -- hooks -----------------------------------------------------------------------------------------------------------
