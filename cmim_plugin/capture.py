@@ -102,17 +102,15 @@ class Pass:
         taps: all of them.
         scheduled: which are captured.
         draws: ``(len(scheduled), n)`` int64 random numbers to choose positions by; None to pool over all positions.
-        batch: samples in the batch, where the inputs tell.
         training: whether the model is in training mode.
     """
 
-    def __init__(
-        self, taps: Sequence[Tap], scheduled: Sequence[int], draws: Tensor | None, batch: int | None, training: bool
-    ) -> None:
+    def __init__(self, taps: Sequence[Tap], scheduled: Sequence[int], draws: Tensor | None, training: bool) -> None:
         self.taps = taps
         self.scheduled = tuple(scheduled)
         self.draws = draws
-        self.batch = batch
+        #: Samples in the batch, where the inputs tell.
+        self.batch: int | None = None
         self.training = training
         self.pairs = {k: Pair() for k in self.scheduled}
         #: What went wrong: tap, or None for the pass as a whole -> message.
@@ -205,7 +203,7 @@ class Pass:
         layout = tap.layouts[side]
         if side == BINARY and self.observer is not None:
             self.observer(k, x, layout)
-        if side == BINARY and torch.is_grad_enabled() and not x.requires_grad:
+        if side == BINARY and self.observer is None and not x.requires_grad:
             self.without_gradient.add(k)
             raise CMIMError(
                 "its binary activation came without a gradient. Layers that were frozen do that (nothing is left to "
@@ -221,9 +219,9 @@ class Pass:
         pair.batch = rows
         if layout.windowed:
             pair.windows = True
-            if not self.batch or rows % self.batch:
+            if rows and (not self.batch or rows % self.batch):
                 raise CMIMError(f"its {rows} rows are not a whole number of windows for each of {self.batch} samples")
-            pair.batch = self.batch
+            pair.batch = self.batch or 0
         if self.draws is None:
             pair.rows[side] = layout.pooled(x, pair.batch)
             return
@@ -354,13 +352,16 @@ class Capture:
         every = torch.compiler.is_compiling() or _recording_a_graph()
         scheduled = tuple(range(len(self.taps))) if every else self.schedule.taps
         draws = self.schedule.draws_of(len(scheduled))
-        batch = None if self.batch is None else self.batch.of(args, kwargs)
-        found = Pass(self.taps, scheduled, draws, batch, model.training)
+        found = Pass(self.taps, scheduled, draws, model.training)
+        source = self.batch
+        if source is not None:
+            found.attempt(None, lambda: setattr(found, "batch", source.of(args, kwargs)))
         found.observer = self.observer
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2:
             found.mask = mask
         self.running[_thread()] = found
+        self._forget_dead_threads()
         before = self.before
         if before is not None:
             found.attempt(None, partial(before, found, args, kwargs))
@@ -372,6 +373,7 @@ class Capture:
         if torch.compiler.is_compiling():
             self._waiting[thread] = found
             return
+        found.abandon()  # what is open still: others cleared the hooks that would have closed it
         waiting = self._waiting.get(thread)
         # A pass in eval mode does not take the place of one in training mode that waits.
         if found.training or waiting is None or not waiting.training:
@@ -395,6 +397,8 @@ class Capture:
             CMIMError: there is none.
         """
         self.unasked = 0
+        if not torch.compiler.is_compiling():
+            self.drop()  # a pass that was interrupted
         found = self._waiting.pop(_thread(), None)
         if found is not None:
             return found
@@ -416,6 +420,14 @@ class Capture:
             "was attached (attach first, or call torch._dynamo.reset()), one of a model whose hooks other code cleared "
             "(attach again).)"
         )
+
+    def _forget_dead_threads(self) -> None:
+        """Drop what threads left that have ended: nobody can ask for the loss of it."""
+        if torch.compiler.is_compiling() or not self._waiting.keys() - {_thread()}:
+            return
+        alive = sys._current_frames()
+        for thread in [thread for thread in self._waiting if thread not in alive]:
+            del self._waiting[thread]
 
 
 # -- hooks -----------------------------------------------------------------------------------------------------------
@@ -476,7 +488,7 @@ class _RootHook(_Hook):
             return
         assert self.capture is not None
         if running.close(self) is None:
-            if _raised(output, running.error):
+            if _current_error() != running.error:
                 self.capture.drop()
             else:
                 self.capture.end()
@@ -515,7 +527,7 @@ class _ModuleHook(_Hook):
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         running = self.running(module)
         call = None if running is None else running.close(self)
-        if running is not None and call is not None and not _raised(output, running.error):
+        if running is not None and call is not None and _current_error() == call.error:
             running.pick_up(call.pickups, "output", output)
 
 
@@ -526,6 +538,8 @@ class _Call:
         self.hook = hook
         self.pickups = pickups
         self.listener: _Listener | None = None
+        #: The exception that was being handled when the call started: a call that raised ends with another one.
+        self.error = _current_error()
 
 
 class _Listener(TorchFunctionMode):
@@ -566,11 +580,6 @@ def _thread() -> int:
 def _current_error() -> int:
     """Which exception is being handled: while it is that of a forward, torch calls the hooks that are always called."""
     return 0 if torch.compiler.is_compiling() else id(sys.exc_info()[1])
-
-
-def _raised(output: Any, error_before: int) -> bool:
-    """Whether the forward raised. A forward that returned None looks the same but for the exception."""
-    return output is None and _current_error() != error_before
 
 
 def _recording_a_graph() -> bool:

@@ -125,7 +125,7 @@ def sampled(x: Tensor, index: Tensor, zero: Tensor, rule: BackwardRule) -> Tenso
     that to the network's own gradient. Here a single zero, expanded, goes to ``x`` instead: the engine waits for it,
     and a hook on the gradient of ``x`` adds the sampled entries, in place, once the sum is there.
 
-    Plain indexing is used where something could tell the difference: another hook on the gradient of ``x`` was
+    A whole tensor is used where something could tell the difference: another hook on the gradient of ``x`` was
     registered before ours and would not see the sampled entries, deterministic algorithms are asked for, a subclass of
     Tensor, or torch.compile, which fuses it anyway.
 
@@ -135,11 +135,13 @@ def sampled(x: Tensor, index: Tensor, zero: Tensor, rule: BackwardRule) -> Tenso
         zero: 0-d, of x's dtype and device.
         rule: for the backward passes through ``x``.
     """
-    if torch.compiler.is_compiling() or not index.numel() or not _in_place_is_safe(x):
+    if torch.compiler.is_compiling():
         return x.take(index)
-    hook = AddSampledGradient(x, index, zero, rule)
-    x.register_hook(hook)
-    found: Tensor = _Sample.apply(x, hook)
+    hook = None
+    if index.numel() and _in_place_is_safe(x):
+        hook = AddSampledGradient(x, index, zero, rule)
+        x.register_hook(hook)
+    found: Tensor = _Sample.apply(x, index, hook)
     return found
 
 
@@ -153,19 +155,21 @@ def _in_place_is_safe(x: Tensor) -> bool:
 
 
 class _Sample(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, hook: AddSampledGradient) -> Tensor:
-        # An attribute, not a saved tensor: checkpointing counts those, and we capture nothing when it recomputes.
-        ctx.hook = hook
-        return x.take(hook.index)
+    """``x.take(index)``. Autograd's own keeps ``x``, and raises where the network overwrites it later."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def forward(ctx: Any, x: Tensor, index: Tensor, hook: AddSampledGradient | None) -> Tensor:
+        # Attributes, not saved tensors: checkpointing counts those, and we capture nothing when it recomputes.
+        ctx.index, ctx.shape, ctx.hook = index, x.shape, hook
+        return x.take(index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         hook = ctx.hook
-        if torch.is_grad_enabled():  # a graph of the gradient is wanted (create_graph=True)
-            return grad.new_zeros(hook.shape).put(hook.index, grad, accumulate=True), None
+        if hook is None or torch.is_grad_enabled():  # with create_graph=True, a graph of the gradient is wanted
+            return grad.new_zeros(ctx.shape).put(ctx.index, grad, accumulate=True), None, None
         hook.sampled = grad
-        return hook.zero.expand(hook.shape), None
+        return hook.zero.expand(hook.shape), None, None
 
 
 class AddSampledGradient:
