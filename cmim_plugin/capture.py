@@ -178,7 +178,7 @@ class Pass:
         layout = tap.layouts[side]
         if side == BINARY and self.observer is not None:
             self.observer(k, x, layout)
-        if side == BINARY and torch.is_grad_enabled() and not x.requires_grad:
+        if side == BINARY and self.observer is None and not x.requires_grad:
             self.without_gradient.add(k)
             raise CMIMError(
                 "its binary activation came without a gradient. Layers that were frozen do that (nothing is left to "
