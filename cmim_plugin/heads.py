@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 # Where the projection is (almost) zero, dividing by its length would blow its gradient up.
 _SHORTEST = 1e-6
@@ -134,14 +135,9 @@ class Heads(nn.Module):
             grad = grad.detach().clone()
             self.weights.grad = torch.zeros_like(grad)
         size = torch.linalg.vector_norm(grad, 1)
-        taken = ((size > 0) & (size < math.inf)).to(grad.dtype)
-        usable = torch.where(taken > 0, grad, 0)  # zero times NaN is NaN
-        self.steps += taken
-        self.exp_avg.lerp_(usable, taken * (1 - _BETA1))
-        self.exp_avg_sq.lerp_(usable.square(), taken * (1 - _BETA2))
-        correction = (1 - _BETA2**self.steps).sqrt()
-        rate = taken * self.lr * correction / (1 - _BETA1**self.steps).clamp_min(1 - _BETA1)
-        self.weights.sub_(rate * self.exp_avg / self.exp_avg_sq.sqrt().add_(_EPSILON))
+        # Where the size is zero, infinite or NaN, its quotient by itself is NaN; anywhere else it is 1.
+        skip = 1 - (size / size).nan_to_num().to(torch.float32)
+        adam_step(self.weights, grad, self.exp_avg, self.exp_avg_sq, self.steps, skip, self.lr)
         grad.zero_()
 
     def _become_leaf(self) -> None:
@@ -170,3 +166,31 @@ class Heads(nn.Module):
             self.weights.grad.zero_()
         else:  # load_state_dict(assign=True)
             self._become_leaf()
+
+
+# An operator, for torch.compile does not trace the fused kernel.
+@torch.library.custom_op("cmim_plugin::adam_step", mutates_args=("weights", "exp_avg", "exp_avg_sq", "steps"))
+def adam_step(
+    weights: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, steps: Tensor, skip: Tensor, lr: float
+) -> None:
+    """One step of Adam in place, in one kernel; none where ``skip``, 0-d float32, is 1."""
+    adam(
+        [weights],
+        [grad],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [steps],
+        fused=True,
+        found_inf=skip,
+        amsgrad=False,
+        beta1=_BETA1,
+        beta2=_BETA2,
+        lr=lr,
+        weight_decay=0.0,
+        eps=_EPSILON,
+        maximize=False,
+    )
+
+
+adam_step.register_fake(lambda *args: None)
