@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from . import _compat
 from .discovery import BatchSource, BinaryActivation, Layout, Site
 from .errors import CMIMError, warn_once
-from .sampling import BackwardRule, sampled, stratified_indices
+from .sampling import BackwardRule, Schedule, sampled, stratified_indices
 
 BINARY, LATENT = 0, 1
 # Passes in a row without a loss (an adversarial attack takes dozens) before that is told.
@@ -172,6 +172,29 @@ class Pass:
         while self.open:
             self.close(self.open[-1].hook)
 
+    def check(self, plugin: object) -> None:
+        """Tell what could not be captured; warn once for each plug-in of what adds nothing to the loss.
+
+        Raises:
+            CMIMError: something went wrong, or nothing is left to train.
+        """
+        failures = {k: why for k, why in self.failures.items() if k is not None}
+        lines = [f"Tap {self.taps[k].name}: {why}." for k, why in failures.items()]
+        reached = [k for k, pair in self.pairs.items() if pair.complete and k not in self.without_gradient]
+        if None in self.failures or not self.without_gradient.issuperset(failures) or (lines and not reached):
+            whole = [self.failures[None]] if None in self.failures else []
+            raise CMIMError("\n".join(["The forward pass could not be captured.", *whole, *lines]))
+        if not self.entered:
+            raise CMIMError(
+                "The forward pass reached none of the taps. A model that was compiled and run before CMIM was attached "
+                "does that (attach first, or call torch._dynamo.reset()), inputs that take another way through it, modules "
+                "that were replaced, and hooks that other code cleared (attach again)."
+            )
+        missing = [k for k in self.pairs if k not in reached and k not in failures]
+        lines += [f"The forward pass did not reach tap {self.taps[k].name}." for k in missing]
+        for line in lines:
+            warn_once(plugin, f"{line} It adds nothing to the loss.")
+
     def take(self, k: int, side: int, x: Tensor) -> None:
         """Take the rows of one side of a tap out of its activation."""
         tap, pair = self.taps[k], self.pairs[k]
@@ -247,13 +270,12 @@ class Capture:
     Args:
         model: not kept alive by this object.
         taps: what to capture.
+        schedule: which of them the next pass captures, and at which positions.
         batch: where the number of samples is read off the model's inputs.
         observer: called with tap, a_B as a whole and its layout. With it every pass is captured, in eval mode and without
             gradients too.
 
     Attributes:
-        scheduled: the taps that the next pass captures; None for all.
-        draws: ``(taps, n)`` int64: the next pass of ``m`` taps chooses its positions by the first ``m`` rows. None: pool.
         before: called with the pass and the inputs of the model, before the model runs.
         unasked: passes that were captured since a loss was asked for.
     """
@@ -262,14 +284,14 @@ class Capture:
         self,
         model: nn.Module,
         taps: tuple[Tap, ...],
+        schedule: Schedule,
         batch: BatchSource | None,
         observer: Callable[[int, Tensor, Layout], None] | None = None,
     ) -> None:
         self.taps = taps
+        self.schedule = schedule
         self.batch = batch
         self.observer = observer
-        self.scheduled: tuple[int, ...] | None = None
-        self.draws: Tensor | None = None
         self.before: Callable[[Pass, tuple[Any, ...], dict[str, Any]], None] | None = None
         self.unasked = 0
         self.model = weakref.ref(model)
@@ -325,10 +347,9 @@ class Capture:
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass of the model starts, and is to be captured."""
-        scheduled = self.scheduled
-        if scheduled is None or torch.compiler.is_compiling() or _capturing_a_graph():
-            scheduled = tuple(range(len(self.taps)))
-        draws = None if self.draws is None else self.draws[: len(scheduled)]
+        every = torch.compiler.is_compiling() or _recording_a_graph()
+        scheduled = tuple(range(len(self.taps))) if every else self.schedule.taps
+        draws = self.schedule.draws_of(len(scheduled))
         batch = None if self.batch is None else self.batch.of(args, kwargs)
         found = Pass(self.taps, scheduled, draws, batch, model.training)
         found.observer = self.observer
@@ -363,14 +384,33 @@ class Capture:
             if found.training:
                 self._waiting.pop(_thread(), None)
 
-    def pop(self) -> Pass | None:
-        """The last pass of this thread, which is then forgotten here."""
-        self.unasked = 0
-        return self._waiting.pop(_thread(), None)
+    def pop(self) -> Pass:
+        """The last pass of this thread, which is then forgotten here.
 
-    def waits_elsewhere(self) -> bool:
-        """Whether a pass of another thread waits."""
-        return bool(self._waiting)
+        Raises:
+            CMIMError: there is none.
+        """
+        self.unasked = 0
+        found = self._waiting.pop(_thread(), None)
+        if found is not None:
+            return found
+        if not torch.is_grad_enabled():
+            raise CMIMError(
+                "No forward pass to take the loss of: under torch.no_grad() nothing is captured, and there is nothing to "
+                "train. In a function that both trains and validates, write: if model.training: loss = loss + cmim(model)"
+            )
+        if self._waiting:
+            raise CMIMError(
+                "No forward pass of this thread to take the loss of: the model ran in another one. Call cmim(model) in the "
+                "thread that runs the model."
+            )
+        raise CMIMError(
+            "No forward pass to take the loss of. Call model(x) with gradients enabled before each cmim(model); one forward "
+            "pass gives one loss. (Not captured: a pass under torch.no_grad(), one that raised, one through "
+            "model.forward(x) or a replica of nn.DataParallel, one of a model that was compiled and run before CMIM was "
+            "attached (attach first, or call torch._dynamo.reset()), one of a model whose hooks other code cleared (attach "
+            "again).)"
+        )
 
 
 # -- hooks -----------------------------------------------------------------------------------------------------------
@@ -528,7 +568,7 @@ def _raised(output: Any, error_before: int) -> bool:
     return output is None and _current_error() != error_before
 
 
-def _capturing_a_graph() -> bool:
+def _recording_a_graph() -> bool:
     """Whether a CUDA graph is being recorded, in which a choice of taps would be frozen."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 

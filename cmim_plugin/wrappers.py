@@ -39,15 +39,29 @@ def refuse_replicas(model: nn.DataParallel) -> None:
         )
 
 
-def path_to(own: nn.Module, model: nn.Module) -> list[nn.Module] | None:
-    """The wrappers from ``model`` down to ``own``, both included; None if it is not a wrapper around it."""
+def path_to(own: nn.Module | None, model: nn.Module) -> list[nn.Module]:
+    """The wrappers from the model that was passed in down to the one that was attached to, both included.
+
+    Raises:
+        CMIMError: it is neither that model nor a wrapper around it.
+    """
+    if isinstance(model, nn.DataParallel):
+        refuse_replicas(model)
+    path = None if own is None else _path(own, model)
+    if path is None:
+        raise CMIMError(
+            f"This CMIM is attached to another model than the {type(model).__name__} passed in: pass the model that you "
+            "attached to. A copy (copy.deepcopy, an EMA) is a plain model: attach a CMIM of its own to train it."
+        )
+    return path
+
+
+def _path(own: nn.Module, model: nn.Module) -> list[nn.Module] | None:
     if model is own:
         return [own]
-    for name in _INNER:
-        inner = getattr(model, name, None)
-        if isinstance(inner, nn.Module) and (rest := path_to(own, inner)) is not None:
-            return [model, *rest]
-    return None
+    inner = (getattr(model, name, None) for name in _INNER)
+    rest = (_path(own, module) for module in inner if isinstance(module, nn.Module))
+    return next(([model, *found] for found in rest if found), None)
 
 
 def averages_one_backward(path: list[nn.Module]) -> bool:
