@@ -110,3 +110,14 @@ def eager_stance() -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
     stance: contextlib.AbstractContextManager[Any] = set_stance("force_eager")
     return stance
+
+
+def unseen() -> contextlib.AbstractContextManager[Any]:
+    """Torch functions called within are seen by no torch-function mode.
+
+    ``torch._C.DisableTorchFunction`` is in all releases that are supported. Without it, they are seen, which costs
+    time in the dry run.
+    """
+    disable = getattr(torch._C, "DisableTorchFunction", contextlib.nullcontext)
+    nothing: contextlib.AbstractContextManager[Any] = disable()
+    return nothing

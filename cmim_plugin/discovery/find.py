@@ -283,7 +283,9 @@ class _Analysis:
         found = []
         for part in self._terms(operand):
             for source in self._sources(part):
-                call = self._call(source)
+                call, producer = self._call(source), self._producer(source)
+                if call is None and producer is not None and producer.name in _NORMS:
+                    continue  # two samples normalized: exactly -1 and 1
                 found.append((source, call, self._latents(source, call)))
         if not found and operand.value.constant and operand.from_input and operand.requires_grad:
             call, given = self._step(operand)

@@ -111,7 +111,7 @@ class _CopyBeforeWrite(TorchFunctionMode):
         self.copies: list[tuple[Tensor, Tensor, Tensor]] = []
         self._pending: dict[int, list[Tensor]] = {}
         for p in parameters:
-            self._pending.setdefault(_storage(p), []).append(p)
+            self._pending.setdefault(storage(p), []).append(p)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -119,7 +119,7 @@ class _CopyBeforeWrite(TorchFunctionMode):
             flat = [a for arg in (*args, *kwargs.values()) for a in (arg if isinstance(arg, (list, tuple)) else (arg,))]
             for tensor in flat:
                 if isinstance(tensor, Tensor):
-                    for p in self._pending.pop(_storage(tensor), ()):
+                    for p in self._pending.pop(storage(tensor), ()):
                         self.copies.append((p, p.data, p.detach().clone()))
         return func(*args, **kwargs)
 
@@ -132,7 +132,8 @@ def writes(func: Any, kwargs: dict[str, Any]) -> bool:
     return name.endswith("_") or name in _WRITE or kwargs.get("out") is not None
 
 
-def _storage(tensor: Tensor) -> int:
+def storage(tensor: Tensor) -> int:
+    """A number that tensors share that share their memory."""
     try:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # sparse, nested and other tensors without one

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .. import _compat
 from ..errors import CMIMError
 from .codes import is_constant, sign_pattern
 from .inputs import (
@@ -34,7 +35,7 @@ from .inputs import (
     tensors_in,
     varied,
 )
-from .state import force_eager, preserve_generators, preserve_state, same, writes
+from .state import force_eager, preserve_generators, preserve_state, same, storage, writes
 
 __all__ = [
     "BatchSource",
@@ -56,8 +57,6 @@ __all__ = [
 _VALUES = 2048
 # Values compared between two samples that got the same input.
 _TWIN_VALUES = 512
-# Fewer samples than this are filled up: two of them are to be equal, and one different.
-_FEWEST_SAMPLES = 3
 # Passes at most where layers are skipped at random.
 _PASSES = 10
 # A tensor of at most so many values is quantized.
@@ -230,9 +229,9 @@ def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[lis
         failure: Exception | None = None
         for make, size, twins in attempts:
             try:
-                traces = [_trace(model, make(0), size), _trace(model, make(1), size, twins=twins)]
-                while _more(model, traces) and len(traces) < _PASSES:
-                    traces.append(_trace(model, make(len(traces)), size, twins=twins))
+                traces = [_trace(model, make(0), size)]
+                while len(traces) < 2 or (_more(model, traces) and len(traces) < _PASSES):
+                    traces.append(_trace(model, make(len(traces)), twins or size, twins=twins > 0))
                 return traces, source
             except Exception as error:
                 failure = error
@@ -300,19 +299,26 @@ def _number_of_samples(
 
 def _attempts(
     inputs: Inputs, batch: int, source: BatchSource | None
-) -> list[tuple[Callable[[int], Inputs], int, bool]]:
-    """What to run, the best first: a function from the number of a pass to its inputs, samples, whether with twins."""
-    as_it_is: tuple[Callable[[int], Inputs], int, bool] = (lambda n: inputs, batch, False)
+) -> list[tuple[Callable[[int], Inputs], int, int]]:
+    """What to run, the best first.
+
+    Each is a function from the number of a pass to its inputs, the samples in the first pass, and those in the others
+    if the last two of them are equal, 0 if not.
+    """
+    as_it_is: tuple[Callable[[int], Inputs], int, int] = (lambda n: inputs, batch, 0)
+    as_many: tuple[Callable[[int], Inputs], int, int] = (lambda n: varied(inputs, n), batch, 0)
     if source is None:
-        return [(lambda n: varied(inputs, n), batch, False), as_it_is]
-    size = max(batch, _FEWEST_SAMPLES)
+        return [as_many, as_it_is]
+    # One sample is two for the sake of batch normalization; two are three, that two of them can be equal.
+    filled = inputs if batch > 1 else resampled(inputs, source, [0, 0])
+    size = max(batch, 2)
+    twin = [*range(size), size - 1] if size == 2 else [*range(size - 1), size - 2]
 
     def make(n: int) -> Inputs:
-        filled = inputs if size == batch else resampled(inputs, source, [i % batch for i in range(size)])
-        filled = varied(filled, n)
-        return filled if n == 0 else resampled(filled, source, [*range(size - 1), size - 2])
+        other = varied(filled, n)
+        return other if n == 0 else resampled(other, source, twin)
 
-    return [(make, size, True), (lambda n: varied(inputs, n), batch, False), as_it_is]
+    return [(make, size, len(twin)), as_many, as_it_is]
 
 
 def _more(model: nn.Module, traces: list[Trace]) -> bool:
@@ -365,6 +371,8 @@ class _Recorder(TorchFunctionMode):
         # By a tensor's number: its last snapshot, and whether it depends on the model's input.
         self._last: dict[int, Snapshot] = {}
         self._from_input: dict[int, bool] = {}
+        # By a view's number: what it is a view of, where that does not depend on the input.
+        self._viewed: dict[int, int] = {}
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
         self._muted = False
 
@@ -407,10 +415,18 @@ class _Recorder(TorchFunctionMode):
         from_input = any(s.from_input for s in event.arguments) and function not in _SHAPE_ONLY
         result = func(*args, **kwargs)
         if from_input and writes(func, kwargs) and tensors:
-            self._from_input[self._number(tensors[0])] = True
+            # Written into a view: what it is a view of holds the values, too.
+            number: int | None = self._number(tensors[0])
+            while number is not None:
+                self._from_input[number] = True
+                number = self._viewed.get(number)
         event.results = self._see(result, "result", from_input, func, nth)
         for sighting in event.results:
             sighting.event = len(self.trace.events)
+        if tensors and event.results and not from_input:
+            for _, tensor in tensors_in(result):
+                if tensor is not tensors[0] and storage(tensor) == storage(tensors[0]):
+                    self._viewed[self._number(tensor)] = self._number(tensors[0])
         if function in RANDOM and all(t.numel() == 1 for _, t in tensors_in(result)):
             self.trace.decides = True
         self.trace.events.append(event)
@@ -423,7 +439,7 @@ class _Recorder(TorchFunctionMode):
         name, call, _ = self._scopes[-1]
         seen = []
         self._muted = True
-        try:
+        with _compat.unseen():
             for path, tensor in tensors_in(tree):
                 if id(tensor) in self._parameters or tensor.layout != torch.strided or tensor.is_complex():
                     continue
@@ -432,22 +448,21 @@ class _Recorder(TorchFunctionMode):
                 number = self._number(tensor)
                 if number not in self._from_input or (from_input and kind != "argument"):
                     # What comes out of code that torch functions do not show has a history all the same.
-                    known = from_input if from_input is not None else tensor.grad_fn is not None
-                    self._from_input[number] = known
-                sighting = Sighting(
-                    len(self.trace.sightings),
-                    Site(name, call, kind, path, function, nth),
-                    number,
-                    self._snapshot(number, tensor.detach()),
-                    tensor.requires_grad,
-                    tensor.requires_grad and torch.is_grad_enabled(),
-                    self._from_input[number],
-                    torch.Size(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step).numel(),
+                    self._from_input[number] = tensor.grad_fn is not None if from_input is None else from_input
+                seen.append(
+                    Sighting(
+                        len(self.trace.sightings),
+                        Site(name, call, kind, path, function, nth),
+                        number,
+                        self._snapshot(number, tensor.detach()),
+                        tensor.requires_grad,
+                        tensor.requires_grad and torch.is_grad_enabled(),
+                        self._from_input[number],
+                        torch.Size(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step).numel(),
+                    )
                 )
-                seen.append(sighting)
-                self.trace.sightings.append(sighting)
-        finally:
-            self._muted = False
+                self.trace.sightings.append(seen[-1])
+        self._muted = False
         return seen
 
     def _number(self, tensor: Tensor) -> int:
@@ -464,14 +479,13 @@ class _Recorder(TorchFunctionMode):
             return last
         snapshot = Snapshot(tensor.shape, tensor.dtype, values, index)
         self._last[number] = snapshot
-        snapshot.pattern = sign_pattern(tensor, index)
-        if snapshot.pattern is None:
-            few = len(set(values[:64].tolist())) <= FEW_LEVELS
-            if few and (levels := values.unique().numel()) <= FEW_LEVELS:
-                snapshot.constant = levels == 1 and is_constant(tensor)
-                snapshot.levels = tensor.unique().numel() if not snapshot.constant else 1
-        else:
-            snapshot.one_hot = _is_one_hot(tensor)
+        some = set(values[:64].tolist())
+        if len(some) == 1 and is_constant(tensor):
+            snapshot.constant, snapshot.levels = True, 1
+        elif (pattern := sign_pattern(tensor, index)) is not None:
+            snapshot.pattern, snapshot.one_hot = pattern, _is_one_hot(tensor)
+        elif len(some) <= FEW_LEVELS and values.unique().numel() <= FEW_LEVELS:
+            snapshot.levels = tensor.unique().numel()
         if self._twins and tensor.is_floating_point():
             snapshot.by_sample = self._is_by_sample(tensor)
         return snapshot
