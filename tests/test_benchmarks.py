@@ -14,6 +14,7 @@ import inside
 import loop
 import networks
 import tables
+import why
 from accuracy import Run
 
 needs_new_heads = pytest.mark.skipif(not hasattr(accuracy.cmim_plugin, "InfoNCE"), reason="needs InfoNCE()")
@@ -247,6 +248,14 @@ def test_arms_are_paired(smoke) -> None:
     none, weightless = (done[Run("bireal", arm, 0)] for arm in ("none", "default+weight=1e-30"))
     assert weightless["curves"]["train_loss"] == none["curves"]["train_loss"]
     assert weightless["accuracy"] == none["accuracy"] and weightless["inside"] == none["inside"]
+
+
+@needs_new_heads
+def test_what_an_arm_changes_inside_is_told_beside_the_bare_network(smoke) -> None:
+    records = list(accuracy.read_results(smoke[1]).values())
+    lines = why.table(records, ["none", "default+weight=1e-30"]).splitlines()[2:]
+    assert len(lines) == 2 and lines[1].count("+0.000 (one seed)") == len(why.COLUMNS)
+    assert len(why.layers(records, ["default"]).splitlines()) == 2 + 6
 
 
 @needs_new_heads
