@@ -297,9 +297,7 @@ def _number_of_samples(
     return likely[0], sources[likely[0]]
 
 
-def _attempts(
-    inputs: Inputs, batch: int, source: BatchSource | None
-) -> list[tuple[Callable[[int], Inputs], int, int]]:
+def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[tuple[Callable[[int], Inputs], int, int]]:
     """What to run, the best first.
 
     Each is a function from the number of a pass to its inputs, the samples in the first pass, and those in the others
