@@ -227,8 +227,8 @@ class Pass:
             return
         if x.device != self.draws.device:
             raise CMIMError(
-                f"it is on {x.device}, the heads are on {self.draws.device}: call cmim.to({str(x.device)!r}), or attach "
-                "after moving the model"
+                f"it is on {x.device}, the heads are on {self.draws.device}: call cmim.to({str(x.device)!r}), or "
+                "attach after moving the model"
             )
         total = layout.positions(x.shape)
         if pair.rows[1 - side] is not None and pair.total != total:
