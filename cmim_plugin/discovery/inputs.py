@@ -59,13 +59,13 @@ class BatchSource:
     def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
         """The number of samples in these inputs, None where it cannot be read."""
         for path, dim in self.places:
-            for way in (path, self._other(path)):
+            for other in (False, True):
                 with contextlib.suppress(Exception):
                     found: Any = (args, kwargs)
-                    for key in way:
+                    for key in self._other(path) if other else path:
                         found = found[key]
                     if isinstance(found, Tensor) != (dim is None):
-                        return len(found) if dim is None else int(found.shape[dim])
+                        return len(found) if dim is None else int(found.size(dim))
         return None
 
     def _other(self, path: Path) -> Path:
