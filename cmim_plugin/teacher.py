@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .discovery.trace import as_inputs, tensors_in
 from .errors import CMIMError
 from .instances import Layout
-from .discovery.trace import as_inputs, tensors_in
 from .taps import LATENT, Tap, Taps
 
 

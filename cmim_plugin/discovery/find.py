@@ -186,7 +186,7 @@ class _Found:
 
 
 def _merge(order: dict[str, int], found: list[_Found], more: list[_Found]) -> None:
-    """Insert what another pass showed between its neighbours there; ``order``: of the modules, where they leave room."""
+    """Insert what another pass showed between its neighbours there, in the order of the modules."""
     at = 0
     for i, f in enumerate(more):
         places = [g.place for g in found]
@@ -421,9 +421,9 @@ class _Analysis:
         (result,) = event.results
         for codes, scale in (event.arguments, event.arguments[::-1]):
             pattern = self._pattern(codes)
-            if pattern is not None and self._pattern(result) is None and codes.value.shape == result.value.shape:
-                if 4 * scale.distinct <= codes.distinct == result.value.numel:
-                    self._patterns[id(result.value)] = pattern
+            shared = codes.value.shape == result.value.shape and 4 * scale.distinct <= codes.distinct
+            if shared and pattern is not None and self._pattern(result) is None:
+                self._patterns[id(result.value)] = pattern
 
     def _note_binarizing(self, event: Event, result: Sighting) -> None:
         pattern = self._pattern(result)

@@ -30,6 +30,7 @@ from .inputs import (
     Path,
     as_inputs,
     batch_sources,
+    is_offsets,
     resampled,
     stated_source,
     tensors_in,
@@ -273,9 +274,9 @@ def _awaken(model: nn.Module) -> None:
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
             matrix = sum(n > 1 for n in p.shape) > 1
-            if (matrix or hasattr(module, "eps")) and name.endswith("weight") and p.is_floating_point():
-                if type(p.data) is Tensor and not p.any():
-                    p.data.copy_(torch.randn(p.shape, generator=generator, device="cpu"))
+            weight = (matrix or hasattr(module, "eps")) and name.endswith("weight") and p.is_floating_point()
+            if weight and type(p.data) is Tensor and not p.any():
+                p.data.copy_(torch.randn(p.shape, generator=generator, device="cpu"))
 
 
 def _number_of_samples(
@@ -309,7 +310,7 @@ def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[tu
     """
     as_it_is: tuple[Callable[[int], Inputs], int, int] = (lambda n: inputs, batch, 0)
     as_many: tuple[Callable[[int], Inputs], int, int] = (lambda n: varied(inputs, n), batch, 0)
-    if source is None:
+    if source is None or is_offsets(inputs, source):
         return [as_many, as_it_is]
     # One sample is two for the sake of batch normalization; two are three, that two of them can be equal.
     filled = inputs if batch > 1 else resampled(inputs, source, [0, 0])
