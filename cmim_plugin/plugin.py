@@ -292,11 +292,11 @@ class CMIM(nn.Module):
         if not self.contrast.synced and distributed.ranks() > 1:
             self._calls.fill_(self._losses)
             self.contrast.sync([self.draws, self._calls])
+            self._losses = int(self._calls)
             self._restart()
 
     def _restart(self) -> None:
-        """Go on from what the buffers hold; each rank takes its share of the positions of all."""
-        self._losses = int(self._calls)
+        """Go on with these buffers; each rank takes its share of the positions of all."""
         self._schedule()
         self._capture.draws = None
         if self.instances == "position":
@@ -458,6 +458,7 @@ class CMIM(nn.Module):
             )
         super()._load_from_state_dict(state, prefix, *args)  # type: ignore[arg-type]
         self.contrast.last.clear()
+        self._losses = int(self._calls)
         self._restart()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CMIM:
