@@ -1,7 +1,8 @@
 """Does CMIM help? Train every arm of every seed, and leave one JSON line a run in results/NAME.jsonl.
 
     python benchmarks/accuracy.py overfit --root DIR
-    python benchmarks/accuracy.py overfit --split val --arms none position position+weight=1,temperature=0.3
+    python benchmarks/accuracy.py overfit --split val --optimizer sgd --arms none default default+weight=0.3
+    python benchmarks/accuracy.py cifar10 --root DIR --fast --methods irnet bireal --arms none default shuffled
 
 All arms of a seed start from the same weights and see the same batches and augmentation. Runs that are in the file
 already are skipped, so that an interrupted benchmark is resumed by the same command. See README.md.
@@ -10,6 +11,7 @@ already are skipped, so that an interrupted benchmark is resumed by the same com
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import math
 import os
@@ -18,66 +20,85 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from functools import cache, partial
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+sys.path[:0] = [str(ROOT)]
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 import cmim_plugin  # noqa: E402
-import training  # noqa: E402
-from bireal import BIREAL  # noqa: E402
-from bodies import BODIES, full_precision  # noqa: E402
-from irnet import IRNET, anneal  # noqa: E402
-from reactnet import REACTNET  # noqa: E402
+import loop  # noqa: E402
+from auxiliaries import OBJECTIVES, Balance, Contrast, distillation, smoothed  # noqa: E402
+from data import DATASETS, Data, device, load_data  # noqa: E402
+from inside import look  # noqa: E402
+from networks import BODIES, METHODS, binarize_weights, full_precision  # noqa: E402
 
-# Name: (recipe, what to call before each epoch)
-METHODS = {"irnet": (IRNET, anneal), "bireal": (BIREAL, None), "reactnet": (REACTNET, None)}
-
-# What differs from plain training. The keys that `arm_arguments` does not consume are CMIM's arguments.
-PAPER = {"weight": 0.03, "instances": "image", "layer_decay": 0.8, "nce": True, "taps_per_step": None}  # CMIM.paper
-IMAGE = {"weight": 0.1, "instances": "image"}
-POSITION = {"weight": 0.1, "instances": "position", "num_positions": 64}
-TEACHER = {"weight": 0.5, "instances": "image", "last": 1, "teacher": True}
-DISTILL = {"distill": 1.0}
-SMOOTHING = {"smoothing": 0.1}
+# What differs from plain training. Keys that are neither in TRAINING nor in OWN are arguments of CMIM; `default` has
+# none, so that it follows the plug-in's defaults (each record has the resolved settings).
+DEFAULT: dict[str, Any] = {"cmim": True}
 ARMS: dict[str, dict[str, Any]] = {
     "full_precision": {"full_precision": True},  # no binary network: the teacher of the same method and seed
     "none": {},
-    "image": IMAGE,  # whole images, all layers, no labels, else as the default
-    "paper": PAPER,
-    "image_labels": {**IMAGE, "labels": True},  # images of the same class are not contrasted
-    "position": POSITION,
-    "position_labels": {**POSITION, "labels": True},
-    "position_shuffled": {**POSITION, "shuffled": True},  # control: the same loss on pairs that do not belong together
-    "teacher": TEACHER,
-    "teacher_labels": {**TEACHER, "labels": True},
-    "distill": DISTILL,  # control: what the same teacher gives without any contrast
-    "distill_cmim": {**DISTILL, **POSITION},
-    "distill_teacher": {**DISTILL, **TEACHER},
-    "smoothing": SMOOTHING,  # control: another regulariser of the same loop
-    "smoothing_cmim": {**SMOOTHING, **POSITION},
+    "default": DEFAULT,
+    "image": {**DEFAULT, "instances": "image"},  # an instance is an image, pooled over space
+    # The paper's reading: whole images, all layers, its objective, weights that grow towards the output.
+    "paper": {
+        **DEFAULT,
+        "weight": 0.03,
+        "instances": "image",
+        "layer_decay": 0.8,
+        "taps_per_step": None,
+        "objective": "nce",
+    },
+    "published": {"published": True, "teacher": True},  # the variant of the authors' code
+    "shuffled": {**DEFAULT, "objective": "shuffled"},  # control: pairs that do not belong together
+    "entropy": {**DEFAULT, "objective": "entropy"},  # control: the code against itself, no latent
+    "balance": {"balance": 1.0},  # control: bit balance and decorrelation, no contrast
+    "distill": {"distill": 1.0},  # control: what the same teacher gives without any contrast
+    "distill_default": {"distill": 1.0, **DEFAULT},
+    "smoothing": {"smoothing": 0.1},  # control: another regulariser of the same loop
+    "smoothing_default": {"smoothing": 0.1, **DEFAULT},
+    # ReActNet's two steps, half of the epochs each: binary activations with real weights, then both binary.
+    "two_step": {"two_step": True},
+    "two_step_first": {"two_step": True, **DEFAULT, "steps": "first"},
+    "two_step_second": {"two_step": True, **DEFAULT, "steps": "second"},
+    "two_step_both": {"two_step": True, **DEFAULT},
+}
+TRAINING = {"optimizer", "lr", "weight_decay"}  # an arm's own, in place of the regime's
+OWN = {
+    "cmim",
+    "full_precision",
+    "published",
+    "balance",
+    "distill",
+    "smoothing",
+    "two_step",
+    "steps",
+    "labels",
+    "user_heads",
 }
 
 # Few images, many epochs: the network fits its training set. Many images, few epochs: it does not.
-SMALL = {"data": "cifar10", "model": "vgg_small", "width": 16, "batch_size": 50}
+SMALL = {"data": "cifar10", "model": "vgg_small", "width": 16, "batch_size": 50, "optimizer": "adam"}
 REGIMES: dict[str, dict[str, Any]] = {
     "overfit": {**SMALL, "train_size": 500, "epochs": 50},
     "underfit": {**SMALL, "train_size": 10_000, "epochs": 3},
     "fashion": {**SMALL, "data": "fashion_mnist", "train_size": 1000, "epochs": 30},
     "resnet20": {**SMALL, "model": "resnet20", "train_size": 2500, "epochs": 20},
-    "full": {"data": "cifar10", "model": "resnet20", "width": 16, "train_size": None, "epochs": 100},
-    "digits": {"data": "digits", "model": "resnet8", "width": 8, "train_size": None, "epochs": 15},
+    "digits": {**SMALL, "data": "digits", "model": "resnet8", "width": 8, "epochs": 15, "batch_size": 128},
+    # Whole data sets, each method with the optimizer of its paper.
+    "cifar10": {"data": "cifar10", "model": "resnet20", "width": 16, "epochs": 15, "optimizer": "own"},
+    "cifar100": {"data": "cifar100", "model": "resnet18", "width": 64, "epochs": 100, "optimizer": "own"},
 }
 
 
@@ -93,7 +114,10 @@ class Config:
     width: int
     epochs: int
     batch_size: int
-    lr: float
+    optimizer: str  # sgd, adam, or own: of the method's paper
+    lr: float | None  # None: the optimizer's default of loop.OPTIMIZERS, as is the weight decay
+    weight_decay: float | None
+    fast: str | None  # None: eager float32
     eval_every: int
 
 
@@ -106,136 +130,194 @@ class Run:
     seed: int
 
 
-def arm_options(arm: str) -> dict[str, Any]:
-    """The options of an arm: `position+weight=1,last=2` is `position` with two of them changed."""
-    name, _, changes = arm.partition("+")
-    if name not in ARMS:
-        raise SystemExit(f"There is no arm {name}; there are {', '.join(ARMS)}.")
-    options = dict(ARMS[name])
-    for change in filter(None, changes.split(",")):
+def changes(arm: str) -> dict[str, Any]:
+    """What an arm's name changes: `default+weight=1,lr=0.03` -> weight 1 and lr 0.03."""
+    found = {}
+    for change in filter(None, arm.partition("+")[2].split(",")):
         key, _, value = change.partition("=")
         try:
-            options[key] = json.loads(value)
+            found[key] = json.loads(value)
         except json.JSONDecodeError:
-            options[key] = value
+            found[key] = value
+    return found
+
+
+def arm_options(arm: str) -> dict[str, Any]:
+    """The options of an arm: `default+weight=1` is `default` with that one changed."""
+    name = arm.partition("+")[0]
+    if name not in ARMS:
+        raise SystemExit(f"There is no arm {name}; there are {', '.join(ARMS)}.")
+    options = ARMS[name] | changes(arm)
+    if not options.get("cmim") and not options.get("published") and (unused := set(options) - TRAINING - OWN):
+        raise SystemExit(f"Arm {arm} has no CMIM that {', '.join(sorted(unused))} could be options of.")
     return options
+
+
+def beside(arm: str, name: str) -> str:
+    """The arm `name` trained by the same optimizer: the one that `arm` is compared with."""
+    kept = [f"{key}={json.dumps(value).strip(chr(34))}" for key, value in changes(arm).items() if key in TRAINING]
+    return f"{name}+{','.join(kept)}" if kept else name
 
 
 def needs_teacher(options: dict[str, Any]) -> bool:
     return bool(options.get("teacher") or options.get("distill"))
 
 
+def schedule(options: dict[str, Any], config: Config, method: str) -> loop.Schedule:
+    """The regime's, with what the arm changes."""
+    chosen = {key: options.get(key, getattr(config, key)) for key in TRAINING}
+    if chosen["optimizer"] == "own":
+        chosen["optimizer"] = METHODS[method].optimizer
+    for key, usual in loop.OPTIMIZERS[chosen["optimizer"]].items():
+        chosen[key] = usual if chosen[key] is None else chosen[key]
+    epochs = config.epochs // 2 if options.get("two_step") else config.epochs
+    return loop.Schedule(epochs, config.batch_size, fast=config.fast, eval_every=config.eval_every, **chosen)
+
+
+def cmim_options(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in TRAINING | OWN}
+
+
+def resolved(run: Run, config: Config) -> dict[str, Any]:
+    """All settings of a run, those that the plug-in's defaults decide included."""
+    options = arm_options(run.arm)
+    settings: dict[str, Any] = {"schedule": asdict(schedule(options, config, run.method))}
+    if options.get("cmim") or options.get("published"):
+        kind = cmim_plugin.PublishedCMIM if options.get("published") else cmim_plugin.CMIM
+        parameters = inspect.signature(kind).parameters.values()
+        usual = {p.name: p.default for p in parameters if p.default is not p.empty}
+        known = usual | cmim_options(options) | ({"heads_lr": 0} if options.get("user_heads") else {})
+        settings["cmim"] = {key: v if plain(v) else type(v).__name__ for key, v in known.items()}
+    return settings
+
+
+def plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
 # --- one run ---------------------------------------------------------------------------------------------------------
 
 
-def shuffled(z_b: Tensor, z_f: Tensor, **options: Any) -> Tensor:
-    """InfoNCE between each row and another image's: half the batch away, for neighbouring rows can share an image."""
-    return cmim_plugin.info_nce(z_b, z_f.roll(z_f.shape[-2] // 2, -2), **options)
-
-
-def distillation(teacher: nn.Module, weight: float, temperature: float = 4.0):
-    """Hinton et al., arXiv 1503.02531: cross-entropy plus T^2 KL(teacher || student) of the softened outputs."""
-
-    def loss(model: nn.Module, x: Tensor, y: Tensor, logits: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = F.softmax(teacher(x) / temperature, 1)
-        divergence = F.kl_div(F.log_softmax(logits / temperature, 1), target, reduction="batchmean")
-        return F.cross_entropy(logits, y) + weight * temperature**2 * divergence
-
-    return loss
-
-
-def arm_arguments(options: dict[str, Any], model: nn.Module, example: Tensor, teacher: nn.Module | None, samples: int):
-    """An arm's options as arguments of `training.train`; `samples`: images in the training set."""
-    cmim = {key: value for key, value in options.items() if key != "full_precision"}
-    arguments = {"cmim_weight": cmim.pop("weight", 0.0), "cmim_labels": cmim.pop("labels", False)}
-    if distill := cmim.pop("distill", 0.0):
-        arguments["loss_fn"] = distillation(teacher, distill)
-    if smoothing := cmim.pop("smoothing", 0.0):
-        if distill:
-            raise SystemExit("Logit distillation with label smoothing is not there: each is a loss of its own.")
-        # Szegedy et al., arXiv 1512.00567
-        arguments["loss_fn"] = partial(training.cross_entropy, label_smoothing=smoothing)
+def make_auxiliary(
+    options: dict[str, Any], model: nn.Module, data: Data, example: Tensor, teacher: nn.Module | None, seed: int
+) -> loop.Auxiliary | None:
+    """The loss that an arm adds to the task's."""
+    if options.get("balance"):
+        return Balance(model, options["balance"], seed=seed)
+    if not options.get("cmim") and not options.get("published"):
+        return None
+    cmim = cmim_options(options)
     if cmim.pop("teacher", False):
         cmim["teacher"] = teacher
-    if cmim.pop("nce", False):
-        cmim["objective"] = partial(cmim_plugin.nce, num_samples=samples)
-    if cmim.pop("shuffled", False):
-        cmim["objective"] = shuffled
-    if last := cmim.pop("last", 0):
-        cmim["taps"] = [found.name for found in cmim_plugin.find_binary_activations(model, example)][-last:]
-    return {**arguments, "cmim_options": cmim}
+    objective = cmim.pop("objective", None)
+    if objective == "nce":
+        cmim["objective"] = cmim_plugin.NCE(num_samples=len(data.x_train))
+    elif objective:
+        cmim["objective"] = OBJECTIVES[objective]
+    return Contrast(
+        model,
+        example,
+        labels=options.get("labels", False),
+        user_heads=options.get("user_heads", False),
+        published_targets=data.y_train if options.get("published") else None,
+        **cmim,
+    )
 
 
 @cache  # a worker process trains many runs on the same data
-def load(config: Config, root: str | None) -> training.Data:
-    if config.split == "test":
-        return training.load_data(config.data, root, config.train_size)
-    # In random order, and with the training images of the test split first.
-    size = (config.train_size or sys.maxsize - config.held_out) + config.held_out
-    data = training.load_data(config.data, root, size)
-    x, y, held_out = data.x_train, data.y_train, config.held_out
-    return training.Data(x[:-held_out], y[:-held_out], x[-held_out:], y[-held_out:], data.shift, data.flip)
+def load(config: Config, root: str | None) -> Data:
+    return load_data(config.data, root, config.train_size, config.held_out if config.split == "val" else 0)
 
 
-def execute(run: Run, config: Config, root: str | None, weights: Path | None) -> dict[str, Any]:
+def execute(run: Run, config: Config, root: str | None, weights: Path | None, about: dict[str, Any]) -> dict[str, Any]:
     """Train, and return the record of the run. `weights`: where the teacher's are, or go to."""
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     options = arm_options(run.arm)
     data = load(config, root)
-    recipe, on_epoch = METHODS[run.method]
+    method = METHODS[run.method]
     is_teacher = options.get("full_precision", False)
 
     def build(binary: bool) -> nn.Module:
-        body = BODIES[config.model](
-            recipe if binary else full_precision(recipe), data.num_classes, data.in_channels, width=config.width
-        )
-        return body.to(training.device(), memory_format=torch.channels_last)  # faster
+        recipe = method.recipe if binary else full_precision(method.recipe)
+        body = BODIES[config.model](recipe, data.num_classes, data.in_channels, width=config.width)
+        return body.to(device(), memory_format=torch.channels_last)
 
     teacher = None
     if needs_teacher(options):
         teacher = build(binary=False).eval().requires_grad_(False)
-        teacher.load_state_dict(torch.load(weights, map_location=training.device(), weights_only=True))
+        teacher.load_state_dict(torch.load(weights, map_location=device(), weights_only=True))
 
     torch.manual_seed(run.seed)
     model = build(binary=not is_teacher)
     example = data.normalise(data.x_train[:16])
-    history = training.train(
-        model,
-        data,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        lr=config.lr,
-        seed=run.seed,
-        on_epoch=on_epoch,
-        eval_every=config.eval_every,
-        **arm_arguments(options, model, example, teacher, len(data.x_train)),
-    )
+    criterion = loop.cross_entropy
+    if options.get("distill"):
+        if options.get("smoothing"):
+            raise SystemExit("Logit distillation and label smoothing are each a loss of its own; choose one.")
+        criterion = distillation(teacher, options["distill"])
+    elif options.get("smoothing"):
+        criterion = smoothed(options["smoothing"])
+
+    histories = []
+    for step in ("first", "second") if options.get("two_step") else ("only",):
+        binarize_weights(model, binary=step != "first")
+        contrasted = options.get("steps", step) == step
+
+        def attach(contrasted: bool = contrasted) -> loop.Auxiliary | None:
+            return make_auxiliary(options, model, data, example, teacher, run.seed) if contrasted else None
+
+        histories.append(
+            loop.train(
+                model,
+                data,
+                schedule(options, config, run.method),
+                seed=run.seed + (1_000_000 if step == "second" else 0),
+                attach=attach,
+                criterion=criterion,
+                on_epoch=method.on_epoch,
+            )
+        )
     if is_teacher and weights:
         weights.parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), weights)
+
+    def curve(name: str) -> list[float]:
+        return [value for history in histories for value in getattr(history, name)]
+
+    seconds = curve("seconds")
     return {
         **asdict(run),
-        "accuracy": history.test_accuracy[-1],  # after the last epoch
-        "best_epoch_accuracy": max(a for a in history.test_accuracy if not math.isnan(a)),  # chosen with hindsight
-        "train_accuracy": history.train_accuracy[-1],
+        "accuracy": round(curve("test_accuracy")[-1], 3),  # after the last epoch
+        "train_accuracy": round(curve("train_accuracy")[-1], 3),
         "options": options,
+        "resolved": resolved(run, config),
         "config": asdict(config),
         "curves": {
-            "train_loss": rounded(history.train_loss),
-            "train_accuracy": rounded(history.train_accuracy),
-            "test_accuracy": rounded(history.test_accuracy),  # null in epochs without a test
-            "bounds": {tap: rounded(values) for tap, values in history.bounds.items()},  # nats
+            "train_loss": rounded(curve("train_loss")),
+            "train_accuracy": rounded(curve("train_accuracy")),
+            "test_accuracy": rounded(curve("test_accuracy")),  # null in epochs without a test
+            # nats; of two steps the first one's, then the second one's
+            "bounds": {
+                tap: rounded([v for history in histories for v in history.bounds.get(tap, [])])
+                for tap in sorted({tap for history in histories for tap in history.bounds})
+            },
+        },
+        "inside": {
+            part: {name: round_values(values) for name, values in found.items()}
+            for part, found in look(model, data).items()
         },
         "seconds": round(time.perf_counter() - start, 1),
+        "cpu_seconds": round(time.process_time() - cpu_start, 1),  # what a shared machine cannot distort
+        "epoch_seconds": round(sorted(seconds)[len(seconds) // 2], 3),  # median: the first epoch compiles
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(),
+        "threads": torch.get_num_threads(),
         "versions": {
             "cmim_plugin": cmim_plugin.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "commit": commit("benchmarks/accuracy.py"),
+        **about,
     }
 
 
@@ -243,20 +325,29 @@ def rounded(values: list[float]) -> list[float | None]:
     return [None if math.isnan(value) else round(value, 3) for value in values]
 
 
+def round_values(values: Any) -> Any:
+    """To 4 significant digits; NaN becomes null."""
+    if isinstance(values, dict):
+        return {key: round_values(value) for key, value in values.items()}
+    return None if math.isnan(values) else float(f"{values:.4g}")
+
+
 def device_name() -> str:
-    device = training.device()
-    return torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {platform.machine()}"
+    return torch.cuda.get_device_name() if device().type == "cuda" else f"{device().type}, {platform.machine()}"
 
 
 @cache
 def commit(*scripts: str) -> str:
-    """What is checked out, `-dirty` where the code that a run of these scripts depends on differs from it."""
+    """What is checked out, `-dirty` where the library or one of these scripts differs from it."""
 
     def git(*command: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--", "cmim_plugin", "examples", *scripts)
+    changed = git("status", "--porcelain", "--", "cmim_plugin", "benchmarks/networks.py", *scripts)
     return (git("rev-parse", "--short=10", "HEAD") or "unknown") + ("-dirty" if changed else "")
+
+
+SCRIPTS = tuple(f"benchmarks/{name}.py" for name in ("accuracy", "auxiliaries", "data", "inside", "loop"))
 
 
 # --- results and queue -----------------------------------------------------------------------------------------------
@@ -269,11 +360,12 @@ def read_results(path: Path) -> dict[Run, dict[str, Any]]:
 
 
 def check_same(done: dict[Run, dict[str, Any]], config: Config, path: Path) -> None:
-    """Refuse to mix configurations in one file."""
+    """Refuse to mix configurations in one file, defaults of the plug-in that have changed since included."""
     for run, record in done.items():
         for what, found, wanted in (
             ("the configuration", record["config"], asdict(config)),
             (f"arm {run.arm}", record["options"], arm_options(run.arm)),
+            (f"arm {run.arm}, resolved:", record.get("resolved"), resolved(run, config)),
         ):
             if found != wanted:
                 raise SystemExit(f"{path} has results with {what}\n  {found}\nnot\n  {wanted}\nChoose another --name.")
@@ -303,6 +395,15 @@ def plan(queue: list[Run], seconds: dict[Run, float], left: float, jobs: int) ->
     return queue, []
 
 
+class Here(Executor):
+    """Runs what is submitted at once, in this process."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **options: Any) -> Future:
+        future: Future = Future()
+        future.set_result(fn(*args, **options))
+        return future
+
+
 def work(queue: list[Run], done: dict[Run, dict[str, Any]], path: Path, args: argparse.Namespace) -> None:
     """Run the queue in `args.jobs` processes and append each record as it comes."""
     deadline = time.monotonic() + 60 * args.budget_minutes
@@ -310,15 +411,19 @@ def work(queue: list[Run], done: dict[Run, dict[str, Any]], path: Path, args: ar
     total, finished = len(queue), 0
     fits, left_out = plan(queue, seconds, deadline - time.monotonic(), args.jobs)
     print(f"{path.stem}: {len(done)} runs are there, {total} to do, {len(fits)} of them planned", flush=True)
+    about = {"commit": commit(*SCRIPTS)}  # of the start: a commit made meanwhile is not what runs
 
     def weights(run: Run) -> Path:
         return args.cache / path.stem / f"{run.method}-{run.seed}.pt"
 
     running: dict[Future, Run] = {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    context = get_context("spawn")  # CUDA cannot be used in a forked process
-    with ProcessPoolExecutor(args.jobs, context, torch.set_num_threads, (threads,)) as pool, path.open("a") as file:
+    if args.jobs == 1:
+        pool: Executor = Here()
+        torch.set_num_threads(args.threads)
+    else:  # spawned: CUDA cannot be used in a forked process
+        pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (args.threads,))
+    with pool, path.open("a") as file:
         while True:
             fits, left_out = plan(queue, seconds, deadline - time.monotonic(), args.jobs)
             while fits and len(running) < args.jobs:
@@ -327,7 +432,7 @@ def work(queue: list[Run], done: dict[Run, dict[str, Any]], path: Path, args: ar
                     break
                 fits.remove(run)
                 queue = [other for other in queue if other != run]
-                running[pool.submit(execute, run, args.config, args.root, weights(run))] = run
+                running[pool.submit(execute, run, args.config, args.root, weights(run), about)] = run
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -359,37 +464,58 @@ def teacher_is_there(run: Run, weights: Path, running: dict[Future, Run]) -> boo
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("regime", nargs="?", choices=REGIMES, default="overfit", help="default of the options below")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), help=f"of {', '.join(ARMS)}; NAME+KEY=VALUE,...")
+    parser.add_argument(
+        "--arms", nargs="+", default=["none", "default"], help=f"of {', '.join(ARMS)}; NAME+KEY=VALUE,..."
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--split", choices=("test", "val"), default="test", help="val: to choose hyper-parameters")
     parser.add_argument("--held-out", type=int, default=5000, help="training images that --split val tests on")
     parser.add_argument("--root", help="folder with NAME.npz, or where torchvision keeps its downloads")
-    parser.add_argument("--name", help="of the results file; the regime's, with -val for that split")
+    parser.add_argument("--name", help="of the results file; REGIME, with -OPTIMIZER where given, -val for that split")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, help="of a run on the CPU; all cores divided by --jobs")
     parser.add_argument("--budget-minutes", type=float, default=math.inf)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "teachers", help="of the teachers' weights")
-    parser.add_argument("--data", choices=training.DATASETS)
+    parser.add_argument("--allow-dirty", action="store_true", help="write to benchmarks/results from changed code")
+    parser.add_argument("--data", choices=DATASETS)
     parser.add_argument("--train-size", type=int, help="train on that many images only")
     parser.add_argument("--model", choices=BODIES)
     parser.add_argument("--width", type=int, help="channels of the first layer")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch-size", type=int, help="128")
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--eval-every", type=int, help="epochs from test to test; half of all")
+    parser.add_argument("--optimizer", choices=("sgd", "adam", "own"), help="own: the one of the method's paper")
+    parser.add_argument("--lr", type=float, help="0.1 for sgd, 3e-3 for adam")
+    parser.add_argument("--weight-decay", type=float, help="1e-4 for sgd, 0 for adam")
+    parser.add_argument(
+        "--fast",
+        nargs="?",
+        const="default",
+        metavar="MODE",
+        help="torch.compile in that mode (default: its usual one), bf16 autocast",
+    )
+    parser.add_argument("--eval-every", type=int, help="epochs from test to test; all: one test, at the end")
     args = parser.parse_args(arguments)
 
-    options = {"batch_size": 128, **REGIMES[args.regime], **{k: v for k, v in vars(args).items() if v is not None}}
-    options["eval_every"] = args.eval_every or max(1, options["epochs"] // 2)
+    usual = {"batch_size": 128, "train_size": None, "lr": None, "weight_decay": None, "fast": None}
+    options = {**usual, **REGIMES[args.regime], **{k: v for k, v in vars(args).items() if v is not None}}
+    options["eval_every"] = args.eval_every or options["epochs"]
     args.config = Config(**{key: options[key] for key in Config.__dataclass_fields__})
-    args.name = args.name or args.regime + ("-val" if args.split == "val" else "")
+    suffixes = [args.optimizer or "", "val" if args.split == "val" else ""]
+    args.name = args.name or "-".join([args.regime, *filter(None, suffixes)])
+    args.threads = args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
     return args
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     path = args.results / f"{args.name}.jsonl"
+    if args.results.resolve() == RESULTS and not args.allow_dirty and commit(*SCRIPTS).endswith("-dirty"):
+        raise SystemExit(
+            f"The code differs from commit {commit(*SCRIPTS).removesuffix('-dirty')}, so a record in {RESULTS} could "
+            "not be repeated. Commit first, or write elsewhere with --results DIR, or add --allow-dirty."
+        )
     done = read_results(path)
     check_same(done, args.config, path)
 

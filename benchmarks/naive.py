@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bireal import ApproxSign
-from bodies import Sign
-from irnet import IRConv2d, libra
-
-
-class KeepingIRConv2d(IRConv2d):
-    """IR-Net binarizes within its convolution, where no module hook sees it: edited by hand to keep both sides."""
-
-    keep: Callable[..., None]
-
-    def forward(self, x: Tensor) -> Tensor:
-        binary_x = Sign.apply(x, self.slope)
-        self.keep(self, (x,), binary_x)
-        return self._conv_forward(binary_x, libra(self.weight, self.slope), self.bias)
+from networks import BinarySign
 
 
 class Naive(nn.Module):
@@ -45,10 +30,8 @@ class Naive(nn.Module):
         self.temperature, self.weight = temperature, weight
         self.kept: list[tuple[Tensor, Tensor]] = []
         for module in model.modules():
-            if isinstance(module, ApproxSign):
+            if isinstance(module, BinarySign):
                 module.register_forward_hook(self.keep)
-            elif isinstance(module, IRConv2d):
-                module.__class__, module.keep = KeepingIRConv2d, self.keep
         with torch.no_grad():
             model(x)
         heads = []

@@ -40,12 +40,20 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
 from accuracy import RESULTS, commit
-from bireal import BIREAL, ApproxSign, magnitude_aware  # accuracy.py makes the examples importable
-from bodies import BODIES, Recipe, full_precision, resnet
 from cmim_plugin import CMIM, __version__, find_binary_activations, info_nce
-from irnet import IRNET
 from naive import Naive, naive_info_nce
-from reactnet import REACTNET, RPReLU
+from networks import (
+    BIREAL,
+    BODIES,
+    IRNET,
+    REACTNET,
+    ApproxSign,
+    Recipe,
+    RPReLU,
+    full_precision,
+    magnitude_aware,
+    resnet,
+)
 
 T = TypeVar("T")
 

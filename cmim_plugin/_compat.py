@@ -5,6 +5,7 @@ Each is looked up once, under a name of this module. A test takes them away one 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from types import FrameType
 from typing import Any
@@ -95,3 +96,28 @@ def all_gather(output: Tensor, input: Tensor) -> None:
     """Gather tensors of one shape from all ranks into one. torch 2.14 renamed ``all_gather_into_tensor``."""
     gather = _all_gather_single or dist.all_gather_into_tensor
     gather(output, input)
+
+
+def eager_stance() -> contextlib.AbstractContextManager[Any]:
+    """What was compiled with ``torch.compile`` runs as plain Python.
+
+    ``torch.compiler.set_stance`` exists since torch 2.6. Without it, nothing is done: compiled code then hides its
+    function calls. It imports ``torch._dynamo``, which takes seconds; where that was not imported yet, nothing can
+    have been compiled.
+    """
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    if set_stance is None or "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    stance: contextlib.AbstractContextManager[Any] = set_stance("force_eager")
+    return stance
+
+
+def unseen() -> contextlib.AbstractContextManager[Any]:
+    """Torch functions called within are seen by no torch-function mode.
+
+    ``torch._C.DisableTorchFunction`` is in all releases that are supported. Without it, they are seen, which costs
+    time in the dry run.
+    """
+    disable = getattr(torch._C, "DisableTorchFunction", contextlib.nullcontext)
+    nothing: contextlib.AbstractContextManager[Any] = disable()
+    return nothing

@@ -6,8 +6,8 @@ What these hooks promise:
   pass, and told when the loss is asked for.
 - They learn nothing. Where each activation is picked up was decided in the dry run; what belongs to one pass is one
   :class:`Pass` object, one a thread.
-- They keep nothing of an activation but the sampled or pooled rows, taken within the hook: the network may overwrite the
-  activation right after it.
+- They keep nothing of an activation but the sampled or pooled rows, taken within the hook: the network may overwrite
+  the activation right after it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,14 +29,14 @@ from torch.utils.hooks import RemovableHandle
 from . import _compat
 from .discovery import BatchSource, BinaryActivation, Layout, Site
 from .errors import CMIMError, warn_once
-from .sampling import BackwardRule, sampled, stratified_indices
+from .sampling import BackwardRule, Schedule, sampled, stratified_indices
 
 BINARY, LATENT = 0, 1
 # Passes in a row without a loss (an adversarial attack takes dozens) before that is told.
 _FORGOTTEN = 100
 _FORGOTTEN_WARNING = (
-    f"CMIM captured {_FORGOTTEN} forward passes and was asked for no loss. Add cmim(model) to the loss of each training "
-    "step, or call cmim.remove()."
+    f"CMIM captured {_FORGOTTEN} forward passes and was asked for no loss. Add cmim(model) to the loss of each "
+    "training step, or call cmim.remove()."
 )
 
 
@@ -101,17 +102,15 @@ class Pass:
         taps: all of them.
         scheduled: which are captured.
         draws: ``(len(scheduled), n)`` int64 random numbers to choose positions by; None to pool over all positions.
-        batch: samples in the batch, where the inputs tell.
         training: whether the model is in training mode.
     """
 
-    def __init__(
-        self, taps: Sequence[Tap], scheduled: Sequence[int], draws: Tensor | None, batch: int | None, training: bool
-    ) -> None:
+    def __init__(self, taps: Sequence[Tap], scheduled: Sequence[int], draws: Tensor | None, training: bool) -> None:
         self.taps = taps
         self.scheduled = tuple(scheduled)
         self.draws = draws
-        self.batch = batch
+        #: Samples in the batch, where the inputs tell.
+        self.batch: int | None = None
         self.training = training
         self.pairs = {k: Pair() for k in self.scheduled}
         #: What went wrong: tap, or None for the pass as a whole -> message.
@@ -140,7 +139,10 @@ class Pass:
         """Take the rows of those activations that are picked up at sites of this kind."""
         for p in pickups:
             if p.site.kind == kind:
-                self.attempt(p.tap, lambda p=p: self.take(p.tap, p.side, _at(tree, p.site.path)))
+                self.attempt(p.tap, partial(self._take_at, p, tree))
+
+    def _take_at(self, p: _Pickup, tree: Any) -> None:
+        self.take(p.tap, p.side, _at(tree, p.site.path))
 
     def attempt(self, tap: int | None, action: Callable[[], None]) -> None:
         """Do something for a tap (None: for the pass). What goes wrong is kept, and the model goes on."""
@@ -172,6 +174,29 @@ class Pass:
         while self.open:
             self.close(self.open[-1].hook)
 
+    def check(self, plugin: object) -> None:
+        """Tell what could not be captured; warn once for each plug-in of what adds nothing to the loss.
+
+        Raises:
+            CMIMError: something went wrong, or nothing is left to train.
+        """
+        failures = {k: why for k, why in self.failures.items() if k is not None}
+        lines = [f"Tap {self.taps[k].name}: {why}." for k, why in failures.items()]
+        reached = [k for k, pair in self.pairs.items() if pair.complete and k not in self.without_gradient]
+        if None in self.failures or not self.without_gradient.issuperset(failures) or (lines and not reached):
+            whole = [self.failures[None]] if None in self.failures else []
+            raise CMIMError("\n".join(["The forward pass could not be captured.", *whole, *lines]))
+        if not self.entered:
+            raise CMIMError(
+                "The forward pass reached none of the taps. A model that was compiled and run before CMIM was attached "
+                "does that (attach first, or call torch._dynamo.reset()), inputs that take another way through it, "
+                "modules that were replaced, and hooks that other code cleared (attach again)."
+            )
+        missing = [k for k in self.pairs if k not in reached and k not in failures]
+        lines += [f"The forward pass did not reach tap {self.taps[k].name}." for k in missing]
+        for line in lines:
+            warn_once(plugin, f"{line} It adds nothing to the loss.")
+
     def take(self, k: int, side: int, x: Tensor) -> None:
         """Take the rows of one side of a tap out of its activation."""
         tap, pair = self.taps[k], self.pairs[k]
@@ -194,9 +219,9 @@ class Pass:
         pair.batch = rows
         if layout.windowed:
             pair.windows = True
-            if not self.batch or rows % self.batch:
+            if rows and (not self.batch or rows % self.batch):
                 raise CMIMError(f"its {rows} rows are not a whole number of windows for each of {self.batch} samples")
-            pair.batch = self.batch
+            pair.batch = self.batch or 0
         if self.draws is None:
             pair.rows[side] = layout.pooled(x, pair.batch)
             return
@@ -208,8 +233,8 @@ class Pass:
         total = layout.positions(x.shape)
         if pair.rows[1 - side] is not None and pair.total != total:
             raise CMIMError(
-                f"its two sides have {pair.total} and {total} positions in this batch, and cannot be paired position by "
-                'position. Leave it out with taps=, or use instances="image"'
+                f"its two sides have {pair.total} and {total} positions in this batch, and cannot be paired position "
+                'by position. Leave it out with taps=, or use instances="image"'
             )
         index, elements = self._positions(k, layout, x)
         pair.total, pair.index, pair.spatial = total, index, layout.spatial_shape(x.shape)
@@ -252,13 +277,12 @@ class Capture:
     Args:
         model: not kept alive by this object.
         taps: what to capture.
+        schedule: which of them the next pass captures, and at which positions.
         batch: where the number of samples is read off the model's inputs.
-        observer: called with tap, a_B as a whole and its layout. With it every pass is captured, in eval mode and without
-            gradients too.
+        observer: called with tap, a_B as a whole and its layout. With it every pass is captured, in eval mode and
+            without gradients too.
 
     Attributes:
-        scheduled: the taps that the next pass captures; None for all.
-        draws: ``(taps, n)`` int64: the next pass of ``m`` taps chooses its positions by the first ``m`` rows. None: pool.
         before: called with the pass and the inputs of the model, before the model runs.
         unasked: passes that were captured since a loss was asked for.
     """
@@ -267,14 +291,14 @@ class Capture:
         self,
         model: nn.Module,
         taps: tuple[Tap, ...],
+        schedule: Schedule,
         batch: BatchSource | None,
         observer: Callable[[int, Tensor, Layout], None] | None = None,
     ) -> None:
         self.taps = taps
+        self.schedule = schedule
         self.batch = batch
         self.observer = observer
-        self.scheduled: tuple[int, ...] | None = None
-        self.draws: Tensor | None = None
         self.before: Callable[[Pass, tuple[Any, ...], dict[str, Any]], None] | None = None
         self.unasked = 0
         self.model = weakref.ref(model)
@@ -330,20 +354,22 @@ class Capture:
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass of the model starts, and is to be captured."""
-        scheduled = self.scheduled
-        if scheduled is None or torch.compiler.is_compiling() or _capturing_a_graph():
-            scheduled = tuple(range(len(self.taps)))
-        draws = None if self.draws is None else self.draws[: len(scheduled)]
-        batch = None if self.batch is None else self.batch.of(args, kwargs)
-        found = Pass(self.taps, scheduled, draws, batch, model.training)
+        every = torch.compiler.is_compiling() or _recording_a_graph()
+        scheduled = tuple(range(len(self.taps))) if every else self.schedule.taps
+        draws = self.schedule.draws_of(len(scheduled))
+        found = Pass(self.taps, scheduled, draws, model.training)
+        source = self.batch
+        if source is not None:
+            found.attempt(None, lambda: setattr(found, "batch", source.of(args, kwargs)))
         found.observer = self.observer
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2:
             found.mask = mask
         self.running[_thread()] = found
+        self._forget_dead_threads()
         before = self.before
         if before is not None:
-            found.attempt(None, lambda: before(found, args, kwargs))
+            found.attempt(None, partial(before, found, args, kwargs))
 
     def end(self) -> None:
         """The pass of this thread has come to its end, and waits for its loss to be asked for."""
@@ -352,6 +378,7 @@ class Capture:
         if torch.compiler.is_compiling():
             self._waiting[thread] = found
             return
+        found.abandon()  # what is open still: others cleared the hooks that would have closed it
         waiting = self._waiting.get(thread)
         # A pass in eval mode does not take the place of one in training mode that waits.
         if found.training or waiting is None or not waiting.training:
@@ -368,14 +395,44 @@ class Capture:
             if found.training:
                 self._waiting.pop(_thread(), None)
 
-    def pop(self) -> Pass | None:
-        """The last pass of this thread, which is then forgotten here."""
-        self.unasked = 0
-        return self._waiting.pop(_thread(), None)
+    def pop(self) -> Pass:
+        """The last pass of this thread, which is then forgotten here.
 
-    def waits_elsewhere(self) -> bool:
-        """Whether a pass of another thread waits."""
-        return bool(self._waiting)
+        Raises:
+            CMIMError: there is none.
+        """
+        self.unasked = 0
+        if not torch.compiler.is_compiling():
+            self.drop()  # a pass that was interrupted
+        found = self._waiting.pop(_thread(), None)
+        if found is not None:
+            return found
+        if not torch.is_grad_enabled():
+            raise CMIMError(
+                "No forward pass to take the loss of: under torch.no_grad() nothing is captured, and there is nothing "
+                "to train. In a function that both trains and validates, write: "
+                "if model.training: loss = loss + cmim(model)"
+            )
+        if self._waiting:
+            raise CMIMError(
+                "No forward pass of this thread to take the loss of: the model ran in another one. Call cmim(model) in "
+                "the thread that runs the model."
+            )
+        raise CMIMError(
+            "No forward pass to take the loss of. Call model(x) with gradients enabled before each cmim(model); one "
+            "forward pass gives one loss. (Not captured: a pass under torch.no_grad(), one that raised, one through "
+            "model.forward(x) or a replica of nn.DataParallel, one of a model that was compiled and run before CMIM "
+            "was attached (attach first, or call torch._dynamo.reset()), one of a model whose hooks other code cleared "
+            "(attach again).)"
+        )
+
+    def _forget_dead_threads(self) -> None:
+        """Drop what threads left that have ended: nobody can ask for the loss of it."""
+        if torch.compiler.is_compiling() or not self._waiting.keys() - {_thread()}:
+            return
+        alive = sys._current_frames()
+        for thread in [thread for thread in self._waiting if thread not in alive]:
+            del self._waiting[thread]
 
 
 # -- hooks -----------------------------------------------------------------------------------------------------------
@@ -384,8 +441,8 @@ class Capture:
 class _Hook:
     """Its bound methods are what a model holds.
 
-    Copied or pickled with the model it turns into a hook without effect: the copy is a plain model, and never writes into
-    the original's plug-in.
+    Copied or pickled with the model it turns into a hook without effect: the copy is a plain model, and never writes
+    into the original's plug-in.
     """
 
     def __init__(self, capture: Capture | None = None, module: nn.Module | None = None) -> None:
@@ -422,7 +479,7 @@ class _RootHook(_Hook):
             return
         running = self.running(module)
         if running is not None:
-            # A forward that calls itself; or the pass before was interrupted (at KeyboardInterrupt torch calls no hook).
+            # A forward that calls itself; or the pass before was interrupted (torch calls no hook then).
             if _compat.running_calls(module) > 1 + sum(call.hook is self for call in running.open):
                 running.open.append(_Call(self, ()))
                 return
@@ -436,7 +493,7 @@ class _RootHook(_Hook):
             return
         assert self.capture is not None
         if running.close(self) is None:
-            if _raised(output, running.error):
+            if _current_error() != running.error:
                 self.capture.drop()
             else:
                 self.capture.end()
@@ -475,7 +532,7 @@ class _ModuleHook(_Hook):
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         running = self.running(module)
         call = None if running is None else running.close(self)
-        if running is not None and call is not None and not _raised(output, running.error):
+        if running is not None and call is not None and _current_error() == call.error:
             running.pick_up(call.pickups, "output", output)
 
 
@@ -486,6 +543,8 @@ class _Call:
         self.hook = hook
         self.pickups = pickups
         self.listener: _Listener | None = None
+        #: The exception that was being handled when the call started: a call that raised ends with another one.
+        self.error = _current_error()
 
 
 class _Listener(TorchFunctionMode):
@@ -524,16 +583,11 @@ def _thread() -> int:
 
 
 def _current_error() -> int:
-    """Which exception is being handled; torch calls hooks that are always called while it handles that of the forward."""
+    """Which exception is being handled: while it is that of a forward, torch calls the hooks that are always called."""
     return 0 if torch.compiler.is_compiling() else id(sys.exc_info()[1])
 
 
-def _raised(output: Any, error_before: int) -> bool:
-    """Whether the forward raised. A forward that returned None looks the same but for the exception."""
-    return output is None and _current_error() != error_before
-
-
-def _capturing_a_graph() -> bool:
+def _recording_a_graph() -> bool:
     """Whether a CUDA graph is being recorded, in which a choice of taps would be frozen."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from .errors import CMIMError, warn_once
 from .heads import Heads
 from .negatives import Queue
 from .objectives import count_negatives
+from .sampling import Schedule
 
 # Steps in which labels and mask are asked whether they leave any negative: the answer waits for the device.
 _FIRST_STEPS = 3
@@ -61,6 +64,7 @@ class Contrast(nn.Module):
     """
 
     _layer_weights: Tensor
+    _loaded: Tensor
 
     def __init__(
         self,
@@ -85,6 +89,8 @@ class Contrast(nn.Module):
         self.layer_weights = tuple(w / sum(raw) for w in raw)
         weights = torch.tensor(self.layer_weights, dtype=torch.float32, device="cpu")
         self.register_buffer("_layer_weights", weights, persistent=False)
+        # The metrics of a loaded state, until there are new ones.
+        self.register_buffer("_loaded", torch.full((len(taps), 2), math.nan, dtype=torch.float32, device="cpu"))
         #: Several ranks started from the same state.
         self.synced = False
         #: Tap -> where its last loss is.
@@ -100,6 +106,7 @@ class Contrast(nn.Module):
             mask: ``(B, positions)`` bool, False for positions that do not count.
         """
         scheduled = captured.scheduled
+        labels, mask = _checked("labels", labels, captured), _checked("mask", mask, captured)
         z, row_labels, row_mask, sizes = self.embeddings(captured, labels, mask)
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
         for k, size in sizes.items():
@@ -120,7 +127,7 @@ class Contrast(nn.Module):
     def embeddings(
         self, captured: Pass, labels: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None, dict[int, int]]:
-        """Both sides' embeddings of all ranks ``(2, rows, D)``, tap by tap; their labels and mask; the rows of each tap."""
+        """Both sides' embeddings of all ranks ``(2, rows, D)``, tap by tap; labels and mask; the rows of each tap."""
         weights = self.heads.weights
         rows: list[tuple[Tensor, Tensor]] = []
         reached = [k for k in captured.scheduled if captured.pairs[k].complete]
@@ -181,15 +188,37 @@ class Contrast(nn.Module):
         queue = self.queues[k] if len(self.queues) else None
         return queue.filled if isinstance(queue, Queue) else 0
 
-    def sync(self, others: Sequence[Tensor]) -> None:
-        """Start from the state of rank 0 on all ranks, as soon as there are several; ``others``: further state."""
-        if self.synced or distributed.ranks() == 1:
-            return
-        distributed.broadcast([*self.buffers(), *others], self.heads.weights.device)
-        for queue in self.queues:
-            assert isinstance(queue, Queue)
-            queue.recount()
+    def sync(self, schedule: Schedule) -> None:
+        """Start from the state of rank 0 on all ranks."""
+        own = {**self.state_dict(prefix="contrast."), **schedule.state_dict(prefix="schedule.")}
+        distributed.broadcast(own.values(), self.heads.weights.device)
+        self.load_state_dict(own)
         self.synced = True
+
+    def metrics(self) -> dict[str, dict[str, Tensor]]:
+        """See :attr:`cmim_plugin.CMIM.metrics`."""
+        bound = getattr(self.objective, "bound", None)
+        found: dict[str, dict[str, Tensor]] = {}
+        for k, tap in enumerate(self.taps):
+            if k in self.last:
+                losses, i = self.last[k]
+                found[tap.name] = {"loss": losses.values[i]}
+                if bound is not None:
+                    found[tap.name]["bound"] = losses.bound(i, bound)
+            elif not self._loaded[k].isnan().all():
+                values = zip(("loss", "bound"), self._loaded[k], strict=True)
+                found[tap.name] = {name: value for name, value in values if not value.isnan()}
+        return found
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        for k, values in enumerate(map(self.metrics().get, (tap.name for tap in self.taps))):
+            for i, name in enumerate(("loss", "bound")):
+                self._loaded[k, i] = (values or {}).get(name, math.nan)
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.last.clear()
 
 
 def check_rows(tap: Tap, binary: Tensor, latent: Tensor, device: torch.device) -> None:
@@ -203,7 +232,27 @@ def check_rows(tap: Tap, binary: Tensor, latent: Tensor, device: torch.device) -
         raise CMIMError(f"Tap {tap.name} has {len(binary)} rows on the binary side and {len(latent)} on the other.")
 
 
-# -- what is given for samples or positions, for each row ---------------------------------------------------------------
+# -- what is given for samples or positions, for each row ------------------------------------------------------------
+
+
+def _checked(name: str, value: Tensor | None, captured: Pass) -> Tensor | None:
+    """Labels or a mask of this pass's batch, on its device."""
+    pair = next((pair for pair in captured.pairs.values() if pair.complete), None)
+    if value is None or pair is None:
+        return value
+    batch, rows = pair.batch, pair.rows[BINARY]
+    if name == "mask":
+        fits, wanted = getattr(value, "ndim", 0) == 2, f"({batch}, tokens), zero for padding"
+    elif pair.index is None:
+        fits, wanted = getattr(value, "ndim", 0) == 1, f'{batch} integers, one an image (instances="image")'
+    else:
+        fits, wanted = True, f"{batch} integers, one a sample of the batch, or a map of them for each"
+    if isinstance(value, Tensor) and fits and value.ndim and len(value) == batch:
+        assert rows is not None
+        if name == "mask" or not value.is_floating_point():
+            return value.to(rows.device)
+    found = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+    raise CMIMError(f"{name} must be {wanted}; found {found}.")
 
 
 def labels_of(pair: Pair, labels: Tensor, name: str) -> Tensor:

@@ -9,19 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 # Where the projection is (almost) zero, dividing by its length would blow its gradient up.
 _SHORTEST = 1e-6
-# Adam's (Kingma and Ba 2015, arXiv 1412.6980), but for epsilon: a small weight of the loss must not slow the heads down.
+# Adam's (Kingma and Ba 2015, arXiv 1412.6980). Epsilon is smaller: a small weight of the loss must not slow them down.
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-12
 
 
 class Heads(nn.Module):
     """The heads of all taps, and an Adam of a fixed rate that trains them whatever the network is trained with.
 
-    All weights lie in one tensor, so that the optimizer's step is a few operations. The tensor is a buffer that requires
-    a gradient, not a parameter: nobody else's optimizer, clipping, decay or wrapper touches it, and it is saved and moved
-    like any other state.
+    All weights lie in one tensor, so that the optimizer's step is a few operations. The tensor is a buffer that
+    requires a gradient, not a parameter: nobody else's optimizer, clipping, decay or wrapper touches it, and it is
+    saved and moved like any other state.
 
     Args:
         channels: of both sides of each tap, a_B first, then a_F (or the teacher's activation).
@@ -97,7 +98,7 @@ class Heads(nn.Module):
         flat = self.weights.clone() if flat is None else flat
         by_width = self._by_width(flat)
         members = [(rows[i][side], *self._slots[tap][side]) for side in (0, 1) for i, tap in enumerate(taps)]
-        # Heads of as many channels and rows are one batched product: their positions among the members, and which heads.
+        # Heads of as many channels and rows are one batched product: which of the members, under which heads.
         groups: dict[tuple[int, int], tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
         for position, (x, width, nth) in enumerate(members):
             positions, heads = groups[width, len(x)]
@@ -121,8 +122,8 @@ class Heads(nn.Module):
     def step(self) -> None:
         """One step of Adam with the gradient that was left since the last one, which is then used up.
 
-        A gradient that is zero, since no backward pass came, or not finite, since a GradScaler overflowed, is skipped. The
-        device decides that: the host waits for nothing. The scale of the gradient does not matter to Adam.
+        A gradient that is zero, since no backward pass came, or not finite, since a GradScaler overflowed, is skipped.
+        The device decides that: the host waits for nothing. The scale of the gradient does not matter to Adam.
         """
         if not self.lr:
             return
@@ -134,18 +135,13 @@ class Heads(nn.Module):
             grad = grad.detach().clone()
             self.weights.grad = torch.zeros_like(grad)
         size = torch.linalg.vector_norm(grad, 1)
-        taken = ((size > 0) & (size < math.inf)).to(grad.dtype)
-        usable = torch.where(taken > 0, grad, 0)  # zero times NaN is NaN
-        self.steps += taken
-        self.exp_avg.lerp_(usable, taken * (1 - _BETA1))
-        self.exp_avg_sq.lerp_(usable.square(), taken * (1 - _BETA2))
-        correction = (1 - _BETA2**self.steps).sqrt()
-        rate = taken * self.lr * correction / (1 - _BETA1**self.steps).clamp_min(1 - _BETA1)
-        self.weights.sub_(rate * self.exp_avg / self.exp_avg_sq.sqrt().add_(_EPSILON))
+        # Where the size is zero, infinite or NaN, its quotient by itself is NaN; anywhere else it is 1.
+        skip = 1 - (size / size).nan_to_num().to(torch.float32)
+        adam_step(self.weights, grad, self.exp_avg, self.exp_avg_sq, self.steps, skip, self.lr)
         grad.zero_()
 
     def _become_leaf(self) -> None:
-        """Make the weights a leaf of the graph, with a gradient that is always there: backward passes add to it in place."""
+        """Make the weights a leaf, with a gradient that is always there: backward passes add to it in place."""
         for name in ("weights", "exp_avg", "exp_avg_sq", "steps"):
             buffer = self._buffers[name]
             assert buffer is not None
@@ -170,3 +166,31 @@ class Heads(nn.Module):
             self.weights.grad.zero_()
         else:  # load_state_dict(assign=True)
             self._become_leaf()
+
+
+# An operator, for torch.compile does not trace the fused kernel.
+@torch.library.custom_op("cmim_plugin::adam_step", mutates_args=("weights", "exp_avg", "exp_avg_sq", "steps"))
+def adam_step(
+    weights: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, steps: Tensor, skip: Tensor, lr: float
+) -> None:
+    """One step of Adam in place, in one kernel; none where ``skip``, 0-d float32, is 1."""
+    adam(
+        [weights],
+        [grad],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [steps],
+        fused=True,
+        found_inf=skip,
+        amsgrad=False,
+        beta1=_BETA1,
+        beta2=_BETA2,
+        lr=lr,
+        weight_decay=0.0,
+        eps=_EPSILON,
+        maximize=False,
+    )
+
+
+adam_step.register_fake(lambda *args: None)

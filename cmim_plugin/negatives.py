@@ -23,9 +23,8 @@ class Queue(nn.Module):
 
     def __init__(self, size: int, embed_dim: int) -> None:
         super().__init__()
-        # Whatever the default device and dtype are.
-        for name in ("embeddings_b", "embeddings_f"):
-            self.register_buffer(name, torch.zeros(size, embed_dim, dtype=torch.float32, device="cpu"))
+        self.register_buffer("embeddings_b", torch.zeros(size, embed_dim, dtype=torch.float32, device="cpu"))
+        self.register_buffer("embeddings_f", torch.zeros(size, embed_dim, dtype=torch.float32, device="cpu"))
         self.register_buffer("labels", torch.full((size,), NO_LABEL, device="cpu"))
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64, device="cpu"))
         #: Entries in the queue. A number, for shapes; one that stops changing, for torch.compile.

@@ -110,7 +110,7 @@ class PublishedCMIM(CMIM):
             teacher_modules=teacher_modules,
         )
         self.bank = MemoryBank(self.contrast, targets, num_negatives, momentum)
-        self.bank.to(self.draws.device)
+        self.bank.to(self.heads.weights.device)
 
     def forward(self, model: nn.Module, *, indices: Tensor) -> Tensor:  # type: ignore[override]
         """The weighted loss of the model's last forward pass, which is used up by it.

@@ -22,17 +22,11 @@ from torch import Tensor, nn
 from . import distributed
 from .capture import Capture, Pass
 from .contrast import Contrast, check_rows
-from .discovery import (
-    BatchSource,
-    Layout,
-    as_inputs,
-    force_eager,
-    is_two_valued,
-    preserve_generators,
-    tensors_in,
-)
+from .discovery import BatchSource, Layout, is_two_valued
+from .discovery.inputs import as_inputs, tensors_in
+from .discovery.state import force_eager, preserve_generators
 from .errors import CMIMError, CMIMWarning
-from .sampling import stratified_indices
+from .sampling import Schedule, new_draws, stratified_indices
 from .teacher import Teacher
 from .text import table
 
@@ -225,9 +219,9 @@ class Report:
             ]
             for tap in self.taps
         ]
-        head, *lines = table([head, *cells], right=True).splitlines()
+        heading, *lines = table([head, *cells], right=True).splitlines()
         marks = ["  <- loses the most" if len(cells) > 1 and row[0] == self.worst else "" for row in cells]
-        return "\n".join([self._title(), head, *(line + mark for line, mark in zip(lines, marks, strict=True))])
+        return "\n".join([self._title(), heading, *(line + mark for line, mark in zip(lines, marks, strict=True))])
 
     def _title(self) -> str:
         whose = "" if self.ranks == 1 else f", the data of rank {self.rank} of {self.ranks} alone"
@@ -264,7 +258,8 @@ def measure(
     def observer(k: int, activation: Tensor, layout: Layout) -> None:
         tallies[k].look(activation.detach(), layout, code_draws)
 
-    capture = Capture(model, contrast.taps, batch_source, observer)
+    schedule = Schedule(len(tallies), None, num_positions, for_instances).to(device)
+    capture = Capture(model, contrast.taps, schedule, batch_source, observer)
     if teacher is not None:
         capture.before = teacher.deliver
     samples, seen = 0, []
@@ -274,18 +269,15 @@ def measure(
         try:
             for batch in itertools.islice(loader, max_batches):
                 args, kwargs = _inputs_of(batch, inputs, device)
-                code_draws = _draws(_POSITIONS, for_codes)
-                seen.append(_fingerprint((args, kwargs), _draws(_VALUES, for_codes)))
+                code_draws = new_draws((_POSITIONS,), for_codes)
+                seen.append(_fingerprint((args, kwargs), new_draws((_VALUES,), for_codes)))
                 if since is not None:
                     _check_same(zip(seen[-1:], since._seen[len(seen) - 1 :], strict=False))
-                if num_positions is not None:
-                    capture.draws = _draws((len(tallies), num_positions), for_instances).to(device)
                 for tally in tallies:
                     tally.begin()
                 model(*args, **kwargs)
                 captured = capture.pop()
-                if captured is None:
-                    raise CMIMError("The forward pass could not be captured: hooks of the model were cleared.")
+                schedule.advance()
                 for k, tally in enumerate(tallies):
                     tally.contrast(contrast, k, captured)
                 samples += max(pair.batch for pair in captured.pairs.values())
@@ -318,11 +310,6 @@ def measure(
         return report
     flips = report.flips(since)
     return replace(report, taps=tuple(replace(tap, flips=flips.get(tap.name)) for tap in report.taps))
-
-
-def _draws(size: int | tuple[int, ...], generator: torch.Generator) -> Tensor:
-    size = (size,) if isinstance(size, int) else size
-    return torch.randint(-(2**63), 2**63 - 1, size, generator=generator, device="cpu")
 
 
 class _Tally:

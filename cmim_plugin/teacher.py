@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .capture import LATENT, Pass, Tap
-from .discovery import Layout, as_inputs, tensors_in
+from .capture import BINARY, LATENT, Pass, Tap
+from .discovery.inputs import as_inputs, tensors_in
 from .errors import CMIMError
 
 
@@ -48,8 +49,9 @@ class Teacher:
         self._modules = [known[name] for name in self._names]
         # Which call of the teacher's module: the same as of the module that binarizes.
         self._calls = [tap.binary.call for tap in taps]
-        #: Of the teacher's activation for each tap, on the example input; the activations themselves are let go.
-        self.shapes = [activation.shape for activation in self._run(*as_inputs(example_input))]
+        activations = self._run(*as_inputs(example_input))
+        #: The taps, with the teacher's activation in the latent's place.
+        self.taps = tuple(_taught(tap, x.shape) for tap, x in zip(taps, activations, strict=True))
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         counts: dict[nn.Module, int] = {}
@@ -85,16 +87,11 @@ class Teacher:
             to.take(k, LATENT, activations[k])
 
 
-def latent_layout(tap: Tap, shape: torch.Size) -> Layout:
-    """The layout of a teacher's activation of this shape, beside the tap's own.
-
-    Raises:
-        CMIMError: it has another number of dimensions.
-    """
-    layout = tap.layouts[0]
+def _taught(tap: Tap, shape: torch.Size) -> Tap:
+    layout = tap.layouts[BINARY]
     if layout.spatial is not None and len(shape) <= layout.spatial:
         raise CMIMError(
             f"The teacher's activation for tap {tap.name} has shape {tuple(shape)}; "
             f"one with {layout.spatial} spatial dimensions is needed."
         )
-    return layout
+    return replace(tap, latent=None, layouts=(layout, layout), latent_channels=layout.channels(shape))

@@ -15,8 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
-from bireal import BIREAL
-from bodies import BODIES
+from bireal import ResNet
 from cmim_plugin import CMIM
 from digits import digits
 
@@ -37,12 +36,10 @@ def train(
     train_set, test_set = digits(train_size)
     loader = DataLoader(train_set, batch_size, shuffle=True)
     test_loader = DataLoader(test_set, batch_size)
-    model = BODIES["resnet8"](BIREAL, 10, in_channels=1, width=width).to(accelerator.device)
-
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    model = ResNet(units=2, in_channels=1, width=width).to(accelerator.device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     # On the model itself, before `prepare` wraps it. CMIM is not prepared: it follows the processes by itself.
-    cmim = CMIM(model, next(iter(loader))[0].to(accelerator.device))
-    optimizer.add_param_group({"params": cmim.parameters()})
+    cmim = CMIM(model, torch.zeros(2, 1, 8, 8, device=accelerator.device))
     model, optimizer, loader, test_loader = accelerator.prepare(model, optimizer, loader, test_loader)
     accelerator.register_for_checkpointing(cmim)  # save_state() and load_state() now include the heads
     if resume:
@@ -64,15 +61,15 @@ def train(
             with torch.no_grad():
                 right.append(accelerator.gather_for_metrics(model(x).argmax(1) == y))
         accuracy = torch.cat(right).float().mean()
-        bounds = ", ".join(f"{float(metrics['bound']):.2f}" for metrics in cmim.metrics.values())
-        accelerator.print(f"epoch {epoch}: test accuracy {100 * accuracy:.1f} %, bounds {bounds} nats")
+        bound = cmim.scalars()["cmim/bound"]
+        accelerator.print(f"epoch {epoch}: test accuracy {100 * accuracy:.1f} %, mean bound {bound:.2f} nats")
     if output:
         accelerator.save_state(output)
     return model, cmim
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=32, help="of one process and one backward pass")
     parser.add_argument("--accumulation", type=int, default=1, help="backward passes a step")

@@ -1,12 +1,13 @@
-"""CMIM under plain DistributedDataParallel: the same three lines, with the wrapped model passed in.
+"""CMIM under plain DistributedDataParallel: the same two lines; pass the wrapped model in.
 
     torchrun --nproc_per_node=2 examples/ddp.py
 
-Negatives come from all processes, and the heads are kept the same in all of them, by cmim itself.
+Negatives come from all processes, and CMIM keeps its heads the same in all of them: do not wrap it.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 
 import torch
@@ -15,8 +16,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
-from bireal import BIREAL
-from bodies import BODIES
+from bireal import ResNet
 from cmim_plugin import CMIM
 from digits import digits
 
@@ -33,12 +33,11 @@ def train(
     train_set, test_set = digits(train_size)
     sampler = DistributedSampler(train_set)
     loader = DataLoader(train_set, batch_size, sampler=sampler)
-    model = BODIES["resnet8"](BIREAL, 10, in_channels=1, width=width).to(device)
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    cmim = CMIM(model, next(iter(loader))[0].to(device))
-    optimizer.add_param_group({"params": cmim.parameters()})
-    ddp_model = DistributedDataParallel(model)  # after CMIM was attached to the model itself
+    model = ResNet(units=2, in_channels=1, width=width).to(device)
+    cmim = CMIM(model, torch.zeros(2, 1, 8, 8, device=device))  # on the model itself, on its device
+    ddp_model = DistributedDataParallel(model)
+    optimizer = torch.optim.Adam(ddp_model.parameters(), 1e-3)
 
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
@@ -61,5 +60,11 @@ def train(
 
 
 if __name__ == "__main__":
-    train()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=32, help="of one process")
+    args = parser.parse_args()
+    if "LOCAL_RANK" not in os.environ:
+        parser.error("start it by torchrun: torchrun --nproc_per_node=2 examples/ddp.py")
+    train(**vars(args))
     dist.destroy_process_group()

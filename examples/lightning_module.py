@@ -1,9 +1,11 @@
-"""CMIM in a LightningModule: heads in the optimizer and in the checkpoint, the bound of each tap logged.
+"""CMIM in a LightningModule. As a submodule it is in the checkpoints, and it moves to the device with the network.
 
 python examples/lightning_module.py
 """
 
 from __future__ import annotations
+
+import argparse
 
 import lightning as L
 import torch
@@ -11,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bireal import BIREAL
-from bodies import BODIES
+from bireal import ResNet
 from cmim_plugin import CMIM
 from digits import digits
 
@@ -20,13 +21,12 @@ from digits import digits
 class BinaryClassifier(L.LightningModule):
     """A binary network for images (batch, 1, 8, 8) of ten classes, trained with CMIM."""
 
-    def __init__(self, width: int = 16, lr: float = 0.05, cmim_weight: float = 0.1) -> None:
+    def __init__(self, width: int = 16, lr: float = 1e-3, cmim_weight: float = 0.1) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.model = BODIES["resnet8"](BIREAL, 10, in_channels=1, width=width)
-        # Not in a later hook: here the heads are in self.parameters(), move to the device with the network, and exist
-        # when Lightning restores a checkpoint. CMIM does not hold the network: nothing is registered twice.
-        self.cmim = CMIM(self.model, torch.randn(8, 1, 8, 8), weight=cmim_weight)
+        self.model = ResNet(units=2, in_channels=1, width=width)
+        # Here, not in a later hook: it has to exist when Lightning restores a checkpoint.
+        self.cmim = CMIM(self.model, torch.zeros(2, 1, 8, 8), weight=cmim_weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
@@ -36,7 +36,7 @@ class BinaryClassifier(L.LightningModule):
         loss = F.cross_entropy(self.model(x), y)
         loss += self.cmim(self.model)
         self.log("loss", loss)
-        self.log_dict({f"bound/{tap}": metrics["bound"] for tap, metrics in self.cmim.metrics.items()})
+        self.log_dict(self.cmim.scalars(all_taps=True))
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
@@ -44,11 +44,13 @@ class BinaryClassifier(L.LightningModule):
         self.log("accuracy", (self.model(x).argmax(1) == y).float().mean(), prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        # The network's and the heads', since self.cmim is a submodule.
-        return torch.optim.SGD(self.parameters(), lr=self.hparams.lr, momentum=0.9)
+        return torch.optim.Adam(self.parameters(), lr=self.hparams.lr)  # CMIM has no parameters
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=5)
+    args = parser.parse_args()
     train_set, test_set = digits()
-    trainer = L.Trainer(max_epochs=5, log_every_n_steps=10)
+    trainer = L.Trainer(max_epochs=args.epochs, log_every_n_steps=10)
     trainer.fit(BinaryClassifier(), DataLoader(train_set, 32, shuffle=True), DataLoader(test_set, 32))

@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 
 import dense
-from bireal import BIREAL
-from bodies import full_precision
+from bodies import BIREAL
 from cmim_plugin import find_binary_activations
 from dense import VOID, Config, Depth, Segmentation
 
@@ -228,32 +227,29 @@ def test_every_binarization_of_encoder_and_decoder_is_tapped() -> None:
         expected += [f"narrow.{scale}.binary", f"merge.{scale}.binary"]
     assert [f.name for f in found if f.tapped] == expected and len(found) == 22
     assert model(torch.randn(2, 3, 33, 47)).shape == (2, 5, 33, 47)
-    teacher = dense.EncoderDecoder(full_precision(BIREAL), 5, 4)
-    assert [n for n, _ in teacher.named_parameters()] == [n for n, _ in model.named_parameters()]
 
 
 def run(arguments: list[str], folder) -> list[dict]:
-    tiny = ["--size", "32", "48", "--width", "4", "--epochs", "5", "--batch-size", "3"]
+    tiny = ["--size", "32", "48", "--width", "4", "--epochs", "2", "--batch-size", "3"]
     dense.main([*arguments, *tiny, "--results", str(folder / "out.jsonl"), "--pictures", str(folder / "pictures")])
     return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
 
 
 def test_segmentation_end_to_end_paired_and_resumed(camvid_root, tmp_path, capsys) -> None:
-    arms = ["--arms", "none", "position+weight=1e-30", "position", "image"]
+    arms = ["--arms", "none", "position+weight=1e-30", "position_labels"]
     arguments = ["camvid", "--root", str(camvid_root), *arms]
     records = run(arguments, tmp_path)
     assert [r["arm"] for r in records] == arms[1:]
-    none, weightless, position, image = records
+    none, weightless, position = records
     # CMIM of no weight changes nothing: initial weights and batches are those of `none`.
     assert weightless["curves"]["train_loss"] == none["curves"]["train_loss"]
     assert weightless["metrics"] == none["metrics"] and set(none["metrics"]) == {"miou", "pixel_accuracy"}
-    assert position["curves"]["train_loss"] != none["curves"]["train_loss"] != image["curves"]["train_loss"]
-    assert not none["curves"]["bounds"] and len(position["curves"]["bounds"]) == 22
+    assert position["curves"]["train_loss"] != none["curves"]["train_loss"]
+    assert not none["curves"]["bounds"] and position["curves"]["bounds"]
     assert position["commit"] and position["versions"]["torch"] == torch.__version__
-    for arm in arms[1:]:
-        width, height = Image.open(tmp_path / "pictures" / "out" / f"bireal-{arm}-0.png").size
-        assert width > 500 and height > 300
-    assert "| bireal | `position` | 1 |" in capsys.readouterr().out
+    width, height = Image.open(tmp_path / "pictures" / "out" / "bireal-none-0.png").size
+    assert width > 500 and height > 300
+    assert "| bireal | `position_labels` | 1 |" in capsys.readouterr().out
 
     lines = (tmp_path / "out.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "out.jsonl").write_text("".join(lines[:2]))
@@ -261,19 +257,19 @@ def test_segmentation_end_to_end_paired_and_resumed(camvid_root, tmp_path, capsy
     assert [(r["arm"], r["metrics"], r["curves"]) for r in again] == [
         (r["arm"], r["metrics"], r["curves"]) for r in records
     ]
-    with pytest.raises(SystemExit, match="Choose another"):
+    with pytest.raises(SystemExit, match="choose another"):
         run([*arguments, "--lr", "0.1"], tmp_path)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="no arm distill"):
         run(["camvid", "--arms", "distill"], tmp_path)
 
 
-@pytest.mark.parametrize("method", ["irnet", "reactnet"])
-def test_depth_end_to_end(nyu_root, tmp_path, method: str) -> None:
-    none, position = run(["nyu", "--task", "depth", "--root", str(nyu_root), "--methods", method], tmp_path)
-    for record in (none, position):
-        assert set(record["metrics"]) == {"rmse", "abs_rel", "delta1"}
-        assert all(math.isfinite(value) for value in record["metrics"].values())
-    assert (tmp_path / "pictures" / "out" / f"{method}-position-0.png").exists()
+def test_depth_end_to_end(nyu_root, tmp_path) -> None:
+    (record,) = run(
+        ["nyu", "--task", "depth", "--root", str(nyu_root), "--methods", "irnet", "--arms", "image"], tmp_path
+    )
+    assert set(record["metrics"]) == {"rmse", "abs_rel", "delta1"}
+    assert all(math.isfinite(value) for value in record["metrics"].values())
+    assert (tmp_path / "pictures" / "out" / "irnet-image-0.png").exists()
 
 
 def test_segmentation_of_nyu_end_to_end(nyu_root, tmp_path) -> None:
@@ -287,7 +283,7 @@ def test_training_learns_what_can_be_learned(camvid_root) -> None:
     chosen = config(size=[64, 96], epochs=30, batch_size=3, lr=1e-2)
     data = dense.load(chosen, camvid_root, [])
     model = dense.EncoderDecoder(BIREAL, 11, 8)
-    curves = dense.train(model, data, chosen, seed=0, on_epoch=None, cmim_weight=0.3, cmim_options={}, cmim_labels=True)
+    curves = dense.train(model, data, chosen, seed=0, on_epoch=None, options={"weight": 0.3, "labels": True})
     assert curves["train_loss"][-1] < 0.2 * curves["train_loss"][0]
     assert dense.evaluate(model, data, data.test)["pixel_accuracy"] > 0.9
 
@@ -295,16 +291,17 @@ def test_training_learns_what_can_be_learned(camvid_root) -> None:
 def test_table_pairs_by_seed() -> None:
     def record(arm: str, seed: int, value: float) -> dict:
         metrics = {"rmse": value, "abs_rel": 0.25, "delta1": 0.5}
-        made = {"date": "2026-11-23T01:02:03", "device": "cpu", "commit": "abc"}
-        run = {"method": "bireal", "arm": arm, "seed": seed, "metrics": metrics, "config": asdict(config(task="depth"))}
-        return run | made
+        return {
+            "method": "bireal",
+            "arm": arm,
+            "seed": seed,
+            "metrics": metrics,
+            "config": asdict(config(task="depth")),
+        }
 
     records = [record("none", s, 0.5 + 0.1 * s) for s in range(3)] + [record("image", s, 0.6) for s in range(2)]
     text = dense.table(records)
     # Differences over the two seeds that both have: 10 and 0 cm; 12.7062 is t for one degree of freedom.
     half = 12.7062 * math.sqrt(50 / 2)
-    assert (
-        f"| bireal | `image` | 2 | 60.00 ± 0.00 | +5.00 ({5 - half:+.2f} to {5 + half:+.2f}) | 25.00 ± 0.00 |" in text
-    )
-    assert "| bireal | `none` | 3 | 60.00 ± 10.00 |  | 25.00 ± 0.00 |  |" in text
-    assert "5 runs, 2026-11-23, cpu, commit abc." in text
+    assert f"| bireal | `image` | 2 | 60.00 | +5.00 ({5 - half:+.2f} to {5 + half:+.2f}) | 25.00 |" in text
+    assert "| bireal | `none` | 3 | 60.00 |  | 25.00 |  |" in text

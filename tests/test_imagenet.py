@@ -28,7 +28,7 @@ from bodies import BODIES
 from cmim_plugin import CMIM, PublishedCMIM, find_binary_activations
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "examples" / "tools" / "configs").glob("*.yaml"))
 BODY = ["--model=bodies.resnet8", "--model-kwargs", "width=4", "--img-size=32"]
 SHORT = ["--batch-size=2", "--workers=0", "--epochs=2", "--warmup-epochs=0", "--device=cpu"]  # of 6 steps an epoch
 # What could differ after an interruption: dropout, momenta, a queue, an average, statistics.
@@ -103,71 +103,27 @@ def unbroken(images, tmp_path_factory):
 # -- training ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", [BODY, ["--model=test_resnet", "--img-size=32"]], ids=["body", "timm"])
 @pytest.mark.parametrize("method", binarize.METHODS)
-def test_each_method_trains_network_and_heads(method, model, images, tmp_path, capsys):
-    options = [*model, *SHORT, f"--method={method}"]
-    untrained = train(images, tmp_path / "untrained", *options, "--lr=0", "--opt=momentum", "--weight-decay=0")
+def test_each_method_trains_network_and_heads(method, images, tmp_path, capsys):
+    options = [*BODY, *SHORT, f"--method={method}", "--epochs=1", "--batch-size=6", "--cmim-labels"]
+    options += {"irnet": ["--amp=bf16"], "bireal": ["--amp=fp16"], "reactnet": ["--channels-last"]}[method]
+    untrained = train(images, tmp_path / "untrained", *options, "--lr=0", "--opt=momentum", "--cmim-kwargs=heads_lr=0")
     trained = train(images, tmp_path / "trained", *options)
-    for part in ("model", "ema", "cmim"):
-        for key, before in untrained[part].items():
-            if isinstance(before, torch.Tensor) and before.is_floating_point():
-                assert trained[part][key].isfinite().all(), key
-                # A bias before a batch norm has no gradient to speak of.
-                assert not torch.equal(trained[part][key], before) or key.endswith("bias"), (part, key)
-    taps = [key for key in trained["log"][0] if key.startswith("bound/")]
-    assert len(taps) == {"body": 6, "timm": 14}["body" if model is BODY else "timm"]
+    assert trained["cmim"]["contrast.heads.steps"] > 0 == untrained["cmim"]["contrast.heads.steps"]
+    for part, key in (("model", "conv1.weight"), ("ema", "module.conv1.weight"), ("cmim", "contrast.heads.weights")):
+        assert trained[part][key].isfinite().all() and trained[part][key].dtype == torch.float32
+        assert not torch.equal(trained[part][key], untrained[part][key])
+    assert len([key for key in trained["log"][0] if key.startswith("bound/")]) == 6
     assert "binary activations tapped" in capsys.readouterr().out
 
 
 def test_without_cmim_there_is_none(images, tmp_path, monkeypatch):
     monkeypatch.setattr(imagenet, "CMIM", None)
-    state = train(images, tmp_path, *BODY, *SHORT, "--cmim-weight=0")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    state = train(images, tmp_path, *BODY, *SHORT, "--epochs=1", "--cmim-weight=0")
     assert "cmim" not in state
     assert not any(name.startswith("bound") for name in state["log"][0])
-
-
-def test_labels_reach_cmim(images, tmp_path, monkeypatch):
-    seen = []
-
-    class Labelled(CMIM):
-        def forward(self, model, labels=None):
-            seen.append(labels)
-            return super().forward(model, labels)
-
-    monkeypatch.setattr(imagenet, "CMIM", Labelled)
-    options = [*BODY, *SHORT, "--epochs=1", "--batch-size=6"]
-    train(images, tmp_path / "without", *options)
-    assert seen == [None, None]
-    train(images, tmp_path / "with", *options, "--cmim-labels")
-    assert torch.cat(seen[2:]).sort().values.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-
-
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_mixed_precision_and_channels_last_resume_too(amp, images, tmp_path, monkeypatch):
-    options = [*BODY, *SHORT, f"--amp={amp}", "--channels-last", "--checkpoint-every=4"]
-    expected = train(images, tmp_path / "unbroken", *options)
-    assert bool(expected["scaler"]) is (amp == "fp16")
-    assert all(value.dtype != torch.float16 for value in expected["model"].values())
-    interrupt(monkeypatch, 9, images, tmp_path / "broken", options)
-    check_equal(train(images, tmp_path / "broken", *options), expected)
-
-
-def test_channels_last_reaches_network_and_images(images, tmp_path, monkeypatch):
-    seen = []
-
-    class Seeing(CMIM):
-        def __init__(self, model, *args, **kwargs):
-            super().__init__(model, *args, **kwargs)
-            model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-            seen.append(model.layer1[0].conv.weight)
-
-    monkeypatch.setattr(imagenet, "CMIM", Seeing)
-    train(images, tmp_path, *BODY, *SHORT, "--epochs=1", "--channels-last")
-    weight, *batches = seen
-    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-    training = batches[:6]
-    assert all(x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() for x in training)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "log.csv"]
 
 
 # -- against a teacher ---------------------------------------------------------------------------------------------
@@ -190,31 +146,22 @@ def test_the_published_variant_trains_against_the_teacher_by_one_flag(images, te
             super().__init__(*args, **kwargs)
             made.append(self)
 
-        def forward(self, model, labels):
-            seen.append(labels)
-            return super().forward(model, labels)
+        def forward(self, model, *, indices):
+            seen.append(indices)
+            return super().forward(model, indices=indices)
 
     monkeypatch.setattr(imagenet, "PublishedCMIM", Published)
     state = train(images, tmp_path, *BODY, *SHORT, teacher, "--published")
     (cmim,) = made
-    assert (cmim.weight, cmim.temperature, cmim.momentum, cmim.num_negatives) == (3.2, 0.1, 0.5, 4096)
+    assert cmim.weight == 3.2
     assert [key for key in state["log"][0] if key.startswith("bound/")] == [f"bound/{cmim.taps[0].name}"]
     # Of the 12 training images, and each once an epoch.
     assert torch.cat(seen[:6]).sort().values.tolist() == torch.cat(seen[6:]).sort().values.tolist() == [*range(12)]
     train_set, _, _ = imagenet.load(imagenet.parse([images]))
-    assert cmim.targets.tolist() == [label for _, label in train_set] == [0] * 4 + [1] * 4 + [2] * 4
+    assert cmim.bank.targets.tolist() == [label for _, label in train_set] == [0] * 4 + [1] * 4 + [2] * 4
 
 
-@pytest.mark.parametrize("trained", [False, True])
-def test_the_published_heads_stay_as_drawn_unless_they_are_to_be_trained(trained, images, teacher, tmp_path):
-    heads = []
-    for epochs in (1, 2):
-        options = [*BODY, *SHORT, teacher, "--published", f"--cmim-kwargs=train_heads={trained}", f"--epochs={epochs}"]
-        state = train(images, tmp_path / str(epochs), *options)["cmim"]
-        heads.append({name: value for name, value in state.items() if name.startswith("heads.")})
-    assert heads[0] and all(torch.equal(heads[0][name], heads[1][name]) is not trained for name in heads[0])
-
-
+@pytest.mark.slow
 def test_a_published_run_stopped_at_any_step_ends_as_an_unbroken_one(images, teacher, tmp_path, monkeypatch):
     """The memory bank, its constants and where its negatives are drawn from are in the checkpoint."""
     options = [*BODY, *SHORT, teacher, "--published", "--cmim-kwargs=num_negatives=16", "--checkpoint-every=4"]
@@ -226,28 +173,6 @@ def test_a_published_run_stopped_at_any_step_ends_as_an_unbroken_one(images, tea
         with pytest.raises(Stopped):
             train(images, tmp_path / "broken", *options)
     check_equal(train(images, tmp_path / "broken", *options), expected)
-
-
-def test_the_default_can_have_a_teacher_too(images, teacher, tmp_path):
-    state = train(images, tmp_path, *BODY, *SHORT, teacher, "--cmim-kwargs=instances=image")
-    assert len([key for key in state["log"][0] if key.startswith("bound/")]) == 6
-
-
-def test_a_timm_network_has_its_unbinarized_self_as_teacher(images, tmp_path):
-    timm = ["--model=test_resnet", "--img-size=32"]
-    train(images, tmp_path / "full", *timm, *SHORT, "--full-precision")
-    state = train(images, tmp_path / "binary", *timm, *SHORT, "--published", f"--teacher={tmp_path / 'full/last.pt'}")
-    assert state["log"][-1]["loss"] > 0
-
-
-@pytest.mark.parametrize("options", [[], ["--full-precision", "--method=bireal"]], ids=["binary", "of another method"])
-def test_what_is_no_teacher_is_refused(options, images, tmp_path):
-    short = [*BODY, *SHORT, "--epochs=1"]
-    train(images, tmp_path / "other", *short, *options)
-    with pytest.raises(
-        SystemExit, match=r"last\.pt is no teacher of this network, with .*: train one with --full-prec"
-    ):
-        train(images, tmp_path / "run", *short, "--published", f"--teacher={tmp_path / 'other/last.pt'}")
 
 
 @pytest.mark.parametrize(
@@ -269,11 +194,6 @@ def test_options_that_do_not_go_together_are_refused(options, error, capsys):
     assert error in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("given, weight", [([], 3.2), (["--cmim-weight=1"], 1.0)])
-def test_a_weight_that_is_given_goes_before_the_published_one(given, weight):
-    assert imagenet.parse(["ROOT", "--published", f"--teacher={__file__}", *given]).cmim_weight == weight
-
-
 # -- interruptions -------------------------------------------------------------------------------------------------
 
 
@@ -286,6 +206,7 @@ def interrupt(monkeypatch, at, images, output, options) -> None:
             train(images, output, *options)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_an_unbroken_one(images, unbroken, tmp_path):
     """Killed in the second epoch, one step after a checkpoint; gone on with other workers."""
     done = start([sys.executable], 11, images, tmp_path, RUN)
@@ -295,33 +216,12 @@ def test_a_killed_run_ends_as_an_unbroken_one(images, unbroken, tmp_path):
     check_equal(train(images, tmp_path, *RUN, "--workers=2"), read(unbroken))
 
 
-@pytest.mark.parametrize("steps", [[2, 4], [6, 0], [10, 1, 1]], ids=str)
+@pytest.mark.parametrize("steps", [[10, 1], pytest.param([6, 0, 2], marks=pytest.mark.slow)], ids=str)
 def test_a_run_stopped_at_any_step_ends_as_an_unbroken_one(steps, images, unbroken, tmp_path, monkeypatch):
     """Before the first checkpoint, at one, between epochs; again before the next one."""
     for at in steps:
         interrupt(monkeypatch, at, images, tmp_path, RUN)
         random_seed(at)  # a new process does not go on with this one's generators
-    check_equal(train(images, tmp_path, *RUN), read(unbroken))
-
-
-@pytest.mark.parametrize("name", ["evaluate", "write_log", "write"])
-def test_a_run_stopped_after_an_epoch_ends_as_an_unbroken_one(name, images, unbroken, tmp_path, monkeypatch):
-    """In the middle of what follows the training of the second epoch."""
-    calls, real = [], getattr(imagenet, name)
-
-    def stop_late(*args):
-        calls.append(args)
-        last = {"evaluate": 2, "write_log": 2, "write": 4}[name]
-        if len(calls) == last:
-            if name == "write_log":  # logs written, the checkpoint not
-                real(*args)
-            raise Stopped
-        return real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(imagenet, name, stop_late)
-        with pytest.raises(Stopped):
-            train(images, tmp_path, *RUN)
     check_equal(train(images, tmp_path, *RUN), read(unbroken))
 
 
@@ -358,7 +258,7 @@ def start(python, at, images, output, options) -> subprocess.CompletedProcess:
     """Run this file as a script: imagenet.py, the process of the last rank killed before its step `at`."""
     environment = {
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples" / "tools")]),
         "CUDA_VISIBLE_DEVICES": "",
         "GLOO_SOCKET_IFNAME": "lo",
     }
@@ -405,61 +305,11 @@ def test_the_log_has_a_line_an_epoch(unbroken):
     assert [line["epoch"] for line in lines] == [0, 1]
     taps = {key.removeprefix("bound/") for key in lines[0] if key.startswith("bound/")}
     assert len(taps) == 14 and "layer1.0.conv1" in taps
-    heads = sum(len(value) for key, value in state["cmim"].items() if key.startswith("heads.") and "bias" in key)
-    assert heads == 14 * 2 * 128
     assert {"lr", "loss", "top1", "top5", "ema_top1", "ema_top5"} <= set(lines[0])
     assert lines[0]["lr"] > lines[1]["lr"] >= 0
     for line in lines:
         assert 0 <= line["top1"] <= line["top5"] == 100  # of three classes
         assert 0 < line["loss"] < 10
-
-
-def test_losses_and_bounds_of_the_log_are_means_over_the_steps(images, tmp_path, monkeypatch):
-    losses, bounds = [], []
-    cross_entropy = imagenet.F.cross_entropy
-
-    def noted(output, y):
-        loss = cross_entropy(output, y)
-        losses.append(loss.item())
-        return loss
-
-    class Noted(CMIM):
-        def forward(self, *args, **kwargs):
-            loss = super().forward(*args, **kwargs)
-            bounds.append(float(self.metrics["layer2.0.conv"]["bound"]))
-            return loss
-
-    monkeypatch.setattr(imagenet.F, "cross_entropy", noted)
-    monkeypatch.setattr(imagenet, "CMIM", Noted)
-    (line,) = train(images, tmp_path, *BODY, *SHORT, "--epochs=1")["log"]
-    assert line["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
-    assert line["bound/layer2.0.conv"] == pytest.approx(np.mean(bounds), rel=1e-5)
-    assert len(losses) == len(bounds) == 6
-
-
-def test_curves_have_what_the_log_has_once_also_after_an_interruption(images, unbroken, tmp_path, monkeypatch):
-    log = read(unbroken)["log"]
-    expected = {name: [(i, pytest.approx(line[name], rel=1e-6)) for i, line in enumerate(log)] for name in log[0]}
-    assert scalars(unbroken) == expected
-
-    def stop(path, *args):
-        if scalars(tmp_path).get("loss"):  # the first epoch's curves are there, its checkpoint is not
-            raise Stopped
-        torch.save(path, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(imagenet, "write", stop)
-        with pytest.raises(Stopped):
-            train(images, tmp_path, *RUN)
-    train(images, tmp_path, *RUN)
-    assert scalars(tmp_path) == expected
-
-
-def test_without_tensorboard_there_is_the_csv(images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    train(images, tmp_path, *BODY, *SHORT, "--epochs=1")
-    assert "pip install tensorboard" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "log.csv"]
 
 
 def test_a_report_is_written_after_each_epoch(images, tmp_path):
@@ -474,10 +324,6 @@ def test_a_report_is_written_after_each_epoch(images, tmp_path):
             points = curves[f"report/{line['name']}/{figure}"]
             assert [epoch for epoch, _ in points] == epochs
             assert points[-1][1] == pytest.approx(float(line[figure]), rel=1e-6)
-
-
-def test_a_report_changes_nothing_of_the_run(images, unbroken, tmp_path):
-    check_equal(train(images, tmp_path, *RUN, "--report-batches=1"), read(unbroken))
 
 
 # -- configs -------------------------------------------------------------------------------------------------------
@@ -501,10 +347,6 @@ def test_a_config_makes_a_network_that_is_tapped(path):
     assert len(found) == 16 and all(one.tapped for one in found)
     optimizer = imagenet.create_optimizer_v2(model, args.opt, args.lr, args.weight_decay, **args.opt_kwargs)
     assert isinstance(optimizer, torch.optim.SGD) and not optimizer.defaults["nesterov"]
-
-
-def test_there_are_configs_for_both():
-    assert [path.stem for path in CONFIGS] == ["cifar100_resnet18", "imagenet_resnet18"]
 
 
 def test_the_command_line_overrides_a_config(tmp_path):
@@ -550,8 +392,9 @@ def test_a_body_for_large_images_has_resnets_stages_at_a_quarter_of_the_size(nam
     assert sizes == [(4, 16, 16), (8, 8, 8), (16, 4, 4), (32, 2, 2)]
 
 
-@pytest.mark.parametrize("method", binarize.METHODS)
-@pytest.mark.parametrize("name, size", [("test_resnet", 32), ("test_vit", 160)])
+@pytest.mark.parametrize(
+    "name, size, method", [("test_resnet", 32, "bireal"), ("test_resnet", 32, "reactnet"), ("test_vit", 160, "irnet")]
+)
 def test_each_method_binarizes_all_layers_but_the_ends_of_a_timm_network(name, size, method):
     model = imagenet.create_model(name, num_classes=3)
     layers = [n for n, m in model.named_modules() if type(m) in (nn.Conv2d, nn.Linear)]
@@ -602,15 +445,8 @@ def test_an_epoch_has_every_image_once_in_an_order_of_its_own():
     assert [len(batch) for batch in batches(19)] == [4] * 4
 
 
-def test_an_image_is_augmented_anew_in_every_epoch():
-    seeds = [dict(pair for batch in batches(20, epoch=epoch) for pair in batch) for epoch in (0, 1)]
-    assert all(seeds[0][i] != seeds[1][i] for i in range(20))
-    assert len({*seeds[0].values(), *seeds[1].values()}) == 40
-
-
-@pytest.mark.parametrize("first", range(6))
-def test_a_resumed_epoch_goes_on_with_the_next_batch(first):
-    assert batches(20, first) == batches(20)[first:]
+def test_a_resumed_epoch_goes_on_with_the_next_batch():
+    assert all(batches(20, first) == batches(20)[first:] for first in range(6))
 
 
 def test_processes_share_the_batches_of_one():
@@ -637,16 +473,6 @@ def test_folders_that_timm_would_misunderstand_are_refused(change, error, images
     else:
         with pytest.raises(SystemExit, match=error):
             imagenet.load(args)
-
-
-def test_another_teacher_is_another_run_and_the_same_one_elsewhere_is_not(images, teacher, tmp_path):
-    options = [*BODY, *SHORT, "--published", "--cmim-kwargs=num_negatives=16"]
-    expected = train(images, tmp_path / "run", *options, teacher)
-    shutil.copy(teacher.removeprefix("--teacher="), tmp_path / "moved.pt")
-    check_equal(train(images, tmp_path / "run", *options, f"--teacher={tmp_path / 'moved.pt'}"), expected)
-    train(images, tmp_path / "other", *BODY, *SHORT, "--full-precision", "--seed=5")
-    with pytest.raises(SystemExit, match="of another run, with teacher"):
-        train(images, tmp_path / "run", *options, f"--teacher={tmp_path / 'other/last.pt'}")
 
 
 def test_an_image_depends_on_its_seed_alone(images):
@@ -726,33 +552,10 @@ def test_cifar100_trains_by_its_config(tmp_path, monkeypatch):
     config = ["--config", str(CONFIGS[0]), "--model-kwargs", "width=4"]
     state = train(tmp_path, tmp_path / "out", *config, *SHORT)
     assert state["model"]["fc.weight"].shape == (100, 32)
-    network, heads = state["optimizer"]["param_groups"]
+    (network,) = state["optimizer"]["param_groups"]
     assert (network["weight_decay"], network["momentum"], network["nesterov"]) == (1e-4, 0.9, False)
     assert len(network["params"]) == len([key for key in state["model"] if "running" not in key and "num_" not in key])
-    assert len(heads["params"]) == 4 * 2  # widths; weight and bias
     assert state["log"][1]["lr"] < state["log"][0]["lr"] < 0.1
-
-
-def test_crops_of_padded_images_are_shifted_images(tmp_path, monkeypatch):
-    monkeypatch.setitem(dataset_factory._TORCH_BASIC_DS, "cifar100", TinyCIFAR100)
-    args = imagenet.parse([str(tmp_path), "--config", str(CONFIGS[0]), "--workers=0", "--device=cpu"])
-    args.rank, args.world_size = 0, 1
-    train_set, test_set, _ = imagenet.load(args)
-    config = imagenet.resolve_data_config({"img_size": 32, **args.data_kwargs})
-    imagenet.loaders(train_set, test_set, imagenet.Batches(12, args), config, args)
-    original = torch.as_tensor(noise(3)).permute(2, 0, 1)
-    padded = nn.functional.pad(original.float()[None], [4] * 4, mode="reflect")[0]
-    windows = [padded[:, i : i + 32, j : j + 32] for i in range(9) for j in range(9)]
-    seeded, found = imagenet.Seeded(train_set), set()
-    for seed in range(20):
-        crop = seeded[3, seed][0].float()
-        matches = [
-            (k, flip) for k, w in enumerate(windows) for flip in (0, 1) if torch.equal(crop, w.flip(2) if flip else w)
-        ]
-        assert len(matches) == 1
-        found.update(matches)
-    assert len({k for k, _ in found}) > 5 and {flip for _, flip in found} == {0, 1}
-    assert torch.equal(torch.as_tensor(test_set[3][0]), original)
 
 
 def test_fewer_images_than_a_batch_are_refused(images, tmp_path):

@@ -13,11 +13,9 @@ from torch.testing import assert_close
 import overhead
 import overhead_report
 import tables
-from bireal import BIREAL
-from bodies import resnet
 from cmim_plugin import CMIM, info_nce
-from irnet import IRNET
 from naive import Naive, naive_info_nce
+from networks import BIREAL, IRNET, resnet
 from overhead import Network
 
 RECIPES = {"irnet": IRNET, "bireal": BIREAL}

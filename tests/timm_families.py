@@ -11,8 +11,7 @@ from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 
 from binarize import IRLinear
-from bireal import ApproxSign, MagnitudeAwareConv2d, magnitude_aware
-from irnet import IRConv2d
+from bodies import ApproxSign, IRConv2d, MagnitudeAwareConv2d, magnitude_aware
 
 
 def _small(name: str, size: int, **smaller) -> tuple[str, int, dict]:

@@ -1,39 +1,23 @@
-"""TEMPORARY shim until the rebuilt discovery is merged."""
+"""Find the binary activations of a model by a dry run.
 
-from dataclasses import dataclass
-from typing import Any
+``trace.py`` runs the model and writes down every tensor, ``codes.py`` tells which tensors are two-valued, ``find.py``
+tells what was binarized where, and ``layout.py`` how the found activations are read.
+"""
 
-import torch
-
-from .find import BinaryActivation, codes
-from .find import find_binary_activations as _find
+from .codes import is_two_valued, sign_pattern
+from .find import BinaryActivation, Discovery, discover, find_binary_activations
+from .inputs import BatchSource
 from .layout import Layout
-from .trace import Sample, Site, as_inputs, tensors_in
-from .trace import generators_kept as preserve_generators
-from .trace import uncompiled as force_eager
+from .trace import Site
 
-
-@dataclass(frozen=True)
-class BatchSource:
-    def of(self, args, kwargs):
-        return next((t.shape[0] for _, t in tensors_in((args, kwargs)) if t.ndim), None)
-
-
-@dataclass(frozen=True)
-class Discovery:
-    found: tuple
-    batch: Any
-
-
-def discover(model, example_input, batch_size=None):
-    return Discovery(tuple(_find(model, example_input)), BatchSource())
-
-
-def find_binary_activations(model, example_input, *, batch_size=None):
-    return list(discover(model, example_input, batch_size).found)
-
-
-def is_two_valued(activation, layout):
-    some = activation[:8]
-    index = torch.arange(some.numel())
-    return codes(Sample(some.shape, some.dtype, some.flatten(), index)) is not None
+__all__ = [
+    "BatchSource",
+    "BinaryActivation",
+    "Discovery",
+    "Layout",
+    "Site",
+    "discover",
+    "find_binary_activations",
+    "is_two_valued",
+    "sign_pattern",
+]

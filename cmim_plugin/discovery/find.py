@@ -1,27 +1,30 @@
 """Find every binary activation of a model, the latent that it was made from, and where to pick both up in training.
 
-From two traces of the model (:mod:`cmim_plugin.probe`), in the order of the code below:
+From some traces of the model (:mod:`cmim_plugin.discovery.trace`), in the order of the code below:
 
-1. *Operands*: convolutions and matrix products that receive a tensor of two values (:func:`codes`).
+1. *Operands*: convolutions and matrix products that receive a two-valued tensor, or a sum of such tensors.
 2. *Source*: follow an operand back through padding, reshaping, dropout and scaling to the first tensor in the
-   autograd graph that holds its codes. That is a_B: its gradient is the user's own straight-through estimator.
-3. *Birth*: the function call that made these codes out of something continuous (``sign``, a comparison, ``round``).
-   What it was given is a_F; the module whose forward it is in names the tap.
+   autograd graph that holds its two values. That is a_B: its gradient is the user's own straight-through estimator.
+3. *The call that binarizes*: the function call that made these values out of something continuous (``sign``, a
+   comparison, ``round``). What it was given is a_F; the module whose forward it is in names the tap. One threshold
+   must split a_F into a_B.
 4. *Sites*: the cheapest place where each of the two passes in training: a module's input or output if there is one.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .codes import SMALLEST_GROUP, is_split_by_threshold
+from .inputs import BatchSource
 from .layout import Layout
-from .trace import Event, Sample, Sighting, Site, Trace, same, watch
+from .trace import FEW_LEVELS, RANDOM, Event, Sighting, Site, Snapshot, Trace, dry_run
 
 # What consumes an activation, by the name of the torch function, and how many of its leading arguments are activations.
 _CONVOLUTIONS = {f"conv{t}{d}d": d for t in ("", "_transpose") for d in (1, 2, 3)}
@@ -35,19 +38,60 @@ _PRODUCTS |= {
     "multi_head_attention_forward",
 }
 _LOOKUPS = frozenset({"embedding", "embedding_bag"})
-# Sums rebuild codes in the detach trick (`sign(x).detach() - f(x).detach() + f(x)`); they do not make them.
-_SUMS = frozenset(f"{op}{end}" for op in ("add", "sub", "rsub") for end in ("", "_")) | frozenset(
-    ("__add__", "__radd__", "__iadd__", "__sub__", "__rsub__", "__isub__")
-)
+_SUMS = frozenset(f"{op}{end}" for op in ("add", "sub", "rsub") for end in ("", "_")) | {
+    f"__{side}{op}__" for op in ("add", "sub") for side in ("", "r", "i")
+}
+_REDUCTIONS = frozenset({"sum", "mean"})
+_SCALINGS = frozenset(
+    {"mul", "mul_", "multiply", "div", "div_", "divide", "true_divide", "__mul__", "__rmul__", "__imul__"}
+) | {"__truediv__", "__itruediv__", "__div__"}
 _JOINS = frozenset({"cat", "concat", "concatenate", "stack", "hstack", "vstack"})
-
-# Float noise of a detach trick stays under 2e-7 of the codes' size.
-_TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
-_DEFAULT_TOLERANCE = 1e-5
-# Fewer elements than this in a group that shares its scale can hold two values by chance.
-_SMALLEST_GROUP = 6
-# An operand of at most so many values among so many elements is listed as quantized to more than one bit.
-_FEW, _FEW_AMONG = 16, 256
+# The values of the first argument, in another order, type or shape, repeated or with zeros among them.
+_MOVES = (
+    frozenset(
+        {
+            "view",
+            "view_as",
+            "reshape",
+            "reshape_as",
+            "flatten",
+            "unflatten",
+            "squeeze",
+            "unsqueeze",
+            "permute",
+            "transpose",
+        }
+    )
+    | frozenset(
+        {
+            "contiguous",
+            "clone",
+            "to",
+            "type_as",
+            "type",
+            "float",
+            "half",
+            "bfloat16",
+            "double",
+            "dropout",
+            "pad",
+            "unfold",
+        }
+    )
+    | {"__getitem__", "chunk", "split", "unbind", "t", "T", "mT", "swapaxes", "movedim", "expand", "expand_as", "roll"}
+)
+_DETACHES = frozenset({"detach", "data"})
+# Calls that make few values of many, whatever they are given.
+_STEPS = frozenset({"sign", "sign_", "sgn", "heaviside", "round", "round_", "floor", "ceil", "trunc", "where"}) | {
+    name for op in ("gt", "ge", "lt", "le") for name in (op, f"__{op}__", f"{op}_")
+}
+_STEPS |= {"greater", "greater_equal", "less", "less_equal", "signbit", "bernoulli", "bool"}
+# Smooth functions of all values of a group: with two values in a group, their result is two-valued, too.
+_NORMS = frozenset({"batch_norm", "instance_norm", "layer_norm", "group_norm", "normalize", "softmax"})
+# An operand of at most a few values among so many elements is listed as quantized to more than one bit.
+_FEW_AMONG = 256
+# Calls that are followed back at most.
+_DEPTH = 12
 
 
 @dataclass(frozen=True)
@@ -56,8 +100,8 @@ class BinaryActivation:
 
     Attributes:
         name: qualified name of the innermost module in whose forward the binarization happens ("(model)" for the
-            model itself); "#2", "#3", ... for further ones of the same module that can be tapped, by a second call or
-            by a second sign in one forward.
+            model itself). Where several happen in one module, ": child" is appended, for the child module whose output
+            is binarized. "#2", "#3", ... tell apart what this does not: further calls of a shared module.
         channels: channels of the binary tensor (0 where unknown).
         reason: why it cannot be tapped, None where it can.
         module: qualified name of that module ("" for the model itself).
@@ -83,139 +127,185 @@ class BinaryActivation:
         return self.reason is None
 
 
-def find_binary_activations(model: nn.Module, example_input: Any) -> list[BinaryActivation]:
-    """Every binary activation of ``model``, in forward order, tappable or not, without attaching anything.
+@dataclass(frozen=True)
+class Discovery:
+    """What a dry run found.
+
+    Attributes:
+        found: the binary activations, in forward order.
+        batch: where the number of samples is read off the model's inputs in training; None where the user stated it
+            and no input has that size.
+    """
+
+    found: tuple[BinaryActivation, ...]
+    batch: BatchSource | None
+
+
+def discover(model: nn.Module, example_input: Any, batch_size: int | None = None) -> Discovery:
+    """Every binary activation of ``model``, and where the number of samples is read, without attaching anything.
 
     Args:
-        model: any module. It is run three times in training mode on random inputs like the example and left exactly
-            as it was: parameters, buffers, modes, gradients and the random generators.
-        example_input: a tensor, a tuple of positional inputs or a dict of keyword inputs. Only shapes, dtypes and the
-            range of the values matter.
+        model: any module. It is run a few times in training mode, first on the example, then on inputs like it, and
+            left exactly as it was (see :func:`~cmim_plugin.discovery.trace.preserve_state` for what that covers).
+        example_input: a tensor, a tuple of positional inputs or a dict of keyword inputs. Dense floating-point tensors
+            of it are varied; all else is given to the model as it is.
+        batch_size: the number of samples in the example, where its inputs do not tell.
 
     Raises:
-        CMIMError: the example is of another type, or the forward fails on it.
+        CMIMError: the example is of another type, the forward fails on it, the number of samples is not clear, or no
+            parameter of the model requires a gradient.
     """
-    return _Analysis(*watch(model, example_input)).run()
+    traces, source = dry_run(model, example_input, batch_size)
+    found: list[_Found] = []
+    for trace in traces[:1] + [t for t in traces[1:] if t.calls != traces[0].calls]:
+        _merge(found, _Analysis(trace, [other for other in traces if other is not trace]).run())
+    return Discovery(tuple(_named(found)), source)
 
 
-def codes(value: Sample) -> Tensor | None:
-    """The pattern of a two-valued tensor: -1 and +1, 0 for zeros between symmetric codes; None if it has more values.
+def find_binary_activations(
+    model: nn.Module, example_input: Any, *, batch_size: int | None = None
+) -> list[BinaryActivation]:
+    """Every binary activation of ``model``, in forward order, tappable or not: see :func:`discover`."""
+    return list(discover(model, example_input, batch_size).found)
 
-    The two values may differ by sample, by channel (dimension 1 or the last) or by (sample, channel). Zeros between
-    ``-a`` and ``a`` come from dropout, padding or ``sign(0)``.
 
-    Returns:
-        int8, ``(n,)`` for the ``n`` values of the sample; groups of one value count as its sign.
+@dataclass
+class _Found:
+    """A binary activation before it gets its final name.
+
+    Attributes:
+        activation: named after its module alone.
+        place: what tells it from the others in all traces.
+        hint: the child module whose output is binarized, "" where there is none.
     """
-    if value.dtype == torch.bool:
-        both = bool(value.values.any()) and not bool(value.values.all())
-        return value.values.to(torch.int8) * 2 - 1 if both else None
-    last = len(value.shape) - 1
-    for shared in ((), (0,), (1,), (last,), (0, 1)):
-        if len(value.values) >= _SMALLEST_GROUP and all(0 <= d <= last for d in shared) and len(shared) <= last:
-            pattern = _codes_by_group(value, shared)
-            if pattern is not None:
-                return pattern
-    return None
+
+    activation: BinaryActivation
+    place: tuple[Any, ...]
+    hint: str = ""
 
 
-def _codes_by_group(value: Sample, shared: tuple[int, ...]) -> Tensor | None:
-    """:func:`codes` where elements with the same index in the dimensions ``shared`` have the same two values."""
-    x = value.values if value.dtype == torch.float64 else value.values.float()
-    tolerance = _TOLERANCE.get(value.dtype, _DEFAULT_TOLERANCE)
-    group = torch.zeros_like(value.index)
-    groups = 1
-    for d in shared:
-        group = group * value.shape[d] + value.index // value.shape[d + 1 :].numel() % value.shape[d]
-        groups *= value.shape[d]
-    # Most tensors are told by one group, without the work for all of them.
-    one = x[group == group[0]] if shared else x
-    low, high = one.aminmax()
-    noise = tolerance * torch.maximum(low.abs(), high.abs())
-    if bool((((one - low).abs() > noise) & ((one - high).abs() > noise) & (one.abs() > noise)).any()):
-        return None
-    counts = torch.bincount(group, minlength=groups)
-    if counts[counts > 0].min() < _SMALLEST_GROUP:
-        return None
-    low = x.new_full((groups,), float("inf")).scatter_reduce(0, group, x, "amin")
-    high = x.new_full((groups,), -float("inf")).scatter_reduce(0, group, x, "amax")
-    noise = tolerance * torch.maximum(low.abs(), high.abs())
-    two = (high - low > 10 * noise)[counts > 0].float().mean()
-    low, high, noise = low[group], high[group], noise[group]
-    is_low, is_high = (x - low).abs() <= noise, (x - high).abs() <= noise
-    is_zero = ((low + high).abs() <= 2 * noise) & (x.abs() <= noise)
-    # NaN compares false, and so is never a code.
-    if two < 0.125 or not bool((is_low | is_high | is_zero).all()):
-        return None
-    pattern = torch.where(is_high, 1, -1).masked_fill(is_zero, 0)
-    return torch.where(high - low > 10 * noise, pattern, x.sign()).to(torch.int8)
+def _merge(found: list[_Found], more: list[_Found]) -> None:
+    """Insert what another pass showed behind what came before it there."""
+    places = [f.place for f in found]
+    at = 0
+    for f in more:
+        if f.place in places:
+            at = places.index(f.place) + 1
+            if f.activation.tapped and not found[at - 1].activation.tapped:
+                found[at - 1] = f
+        else:
+            found.insert(at, f)
+            places.insert(at, f.place)
+            at += 1
 
 
-def _quickly_many_valued(value: Sample) -> bool:
-    """More than a few distinct values among the first ones: true of almost every tensor, and cheap."""
-    return value.values[:64].unique().numel() > 6
+def _named(found: list[_Found]) -> list[BinaryActivation]:
+    tapped = [f for f in found if f.activation.tapped]
+    modules = {f.activation.module for f in tapped}
+    # Without a gradient in one call of a module, with one in another: nothing is missed.
+    rest = [f for f in found if not f.activation.tapped]
+    rest = [f for f in rest if not (f.activation.module in modules and f.activation.reason == _NO_GRADIENT)]
+    used: dict[str, int] = defaultdict(int)
+    names = {}
+    for f in [*tapped, *rest]:
+        several = sum(g.activation.module == f.activation.module for g in tapped) > 1
+        name = f.activation.module or "(model)"
+        if several and f.hint:
+            name = f"{name}: {f.hint}"
+        used[name] += 1
+        names[id(f)] = name if used[name] == 1 else f"{name}#{used[name]}"
+    return [replace(f.activation, name=names[id(f)]) for f in found if id(f) in names]
 
 
-def _key(value: Sample, pattern: Tensor) -> tuple[int, int]:
-    """Equal for equal patterns of any shape, also where the two codes changed places."""
-    nonzero = pattern[pattern != 0]
-    if len(nonzero) and nonzero[0] < 0:
-        pattern = -pattern
-    return value.numel, int((pattern.cpu() * _weights(len(pattern))).sum())
-
-
-@lru_cache(maxsize=64)
-def _weights(count: int) -> Tensor:
-    return torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(0), device="cpu")
+_NO_GRADIENT = "it is made without a gradient (under no_grad or detached)"
+_FROZEN = "everything before it is frozen: no gradient reaches it"
+_NO_LATENT = "no tensor in the graph was found that it is the sign of"
+_ONE_VALUE = "it held one value only in the dry run, and the call that binarizes is not known: a dead sign"
 
 
 class _Analysis:
-    def __init__(self, first: Trace, second: Trace) -> None:
-        self.first = first
-        self.second = second
-        self.again = {s.site: s for s in second.sightings}
+    """What one trace shows, checked against the others."""
+
+    def __init__(self, trace: Trace, others: list[Trace]) -> None:
+        self.trace = trace
+        self.again: dict[Site, list[Sighting]] = defaultdict(list)
+        for other in others:
+            for s in other.sightings:
+                self.again[s.site].append(s)
         self.by_tensor: dict[int, list[Sighting]] = defaultdict(list)
         self.by_value: dict[tuple[int, tuple[float, ...]], list[Sighting]] = defaultdict(list)
-        self._codes: dict[int, Tensor | None] = {}
-        for sighting in first.sightings:
+        self.by_size: dict[int, list[Sighting]] = defaultdict(list)
+        self._fingerprints: dict[int, tuple[int, tuple[float, ...]]] = {}
+        # Codes that came down through a scale of their own for each token or pixel, by the snapshot's identity.
+        self._patterns: dict[int, Tensor] = {}
+        self.binarizing: dict[tuple[int, int], list[tuple[Event, Sighting]]] = defaultdict(list)
+        self.outputs: dict[int, list[Sighting]] = defaultdict(list)
+        self.entered: dict[tuple[str, int], int] = {}
+        for sighting in trace.sightings:
             self.by_tensor[sighting.tensor].append(sighting)
             self.by_value[self._fingerprint(sighting.value)].append(sighting)
-        self.births: dict[tuple[int, int], list[tuple[Event, Sighting]]] = defaultdict(list)
-        for event in first.events:
+            if sighting.in_graph and sighting.value.dtype.is_floating_point:
+                self.by_size[sighting.value.numel].append(sighting)
+            if sighting.site.kind == "output":
+                self.outputs[sighting.tensor].append(sighting)
+            self.entered.setdefault((sighting.site.module, sighting.site.call), sighting.seq)
+        for event in trace.events:
+            self._inherit(event)
             for result in event.results:
-                self._note_birth(event, result)
+                self._note_binarizing(event, result)
+        self.inner = self._first_product()
 
     # -- 1. operands ---------------------------------------------------------------------------------------------
 
-    def run(self) -> list[BinaryActivation]:
-        found: dict[int, tuple[Sighting, list[Sighting], Event, Sighting]] = {}
-        for event in self.first.events:
+    def run(self) -> list[_Found]:
+        found: dict[int, tuple[int, _Found]] = {}
+        taken: list[tuple[Sighting, tuple[int, int]]] = []
+        for event in self.trace.events:
             for operand in self._operands(event):
-                if self._is_code(operand):
-                    for source in self._sources(operand):
-                        if id(source.value) in found:
-                            continue
-                        latents = self._latent(source, self._birth(source))
-                        # The latent decides: codes may be the same on both inputs by chance, and a dropped or
-                        # stochastically binarized constant is another one each time.
-                        if any(self._varies(s) for s in latents or [operand]):
-                            found[id(source.value)] = source, latents, event, operand
-        inner = self._first_product()
-        ordered = sorted(found.values(), key=lambda entry: entry[0].seq)
-        used: dict[str, int] = defaultdict(int)
-        return [self._describe(*entry, inner, used) for entry in ordered] + self._nearly()
+                for source, call, latents in self._binarizations(operand):
+                    if id(source.value) in found:
+                        continue
+                    if not any(s.from_input for s in latents or [operand]):
+                        continue  # a weight, a mask or a learned token
+                    described = self._describe(source, call, latents, event, operand)
+                    pattern = self._pattern(source)
+                    if described.activation.tapped and pattern is not None:
+                        key = _key(source.value, pattern)
+                        if any(key == other and latents[0].value.same(s.value) for s, other in taken):
+                            continue  # query, key and value binarize one latent to the same codes
+                        taken.append((latents[0], key))
+                    found[id(source.value)] = source.seq, described
+        ordered = [f for _, f in sorted(found.values(), key=lambda entry: entry[0])]
+        return ordered + self._quantized({f.activation.module for f in ordered})
 
-    def _nearly(self) -> list[BinaryActivation]:
+    def _binarizations(self, operand: Sighting) -> list[tuple[Sighting, Event | None, list[Sighting]]]:
+        """The binary tensors that an operand is made of: each with the call that binarizes and its latents."""
+        found = []
+        for part in self._terms(operand):
+            for source in self._sources(part):
+                call, producer = self._call(source), self._producer(source)
+                if call is None and producer is not None and producer.name in _NORMS:
+                    continue  # two samples normalized: exactly -1 and 1
+                found.append((source, call, self._latents(source, call)))
+        if not found and operand.value.constant and operand.from_input and operand.requires_grad:
+            call, given = self._step(operand)
+            source = self._earliest(operand, lambda s: s.value.constant)
+            latents = [s for g in given for a in self._ancestors(g) for s in self._in_graph(a, source)]
+            found.append((source, call, latents))
+        return found
+
+    def _quantized(self, known: set[str]) -> list[_Found]:
         """Operands of a few values, more than two: what a quantizer of more bits, or a mean of codes, leaves."""
-        nearly = {}
-        for event in self.first.events:
+        found: dict[int, _Found] = {}
+        for event in self.trace.events:
             for operand in self._operands(event):
-                values = operand.value.values[:_FEW_AMONG].unique().numel()
-                few = 2 < values <= _FEW and len(operand.value.values) >= _FEW_AMONG
-                if few and operand.in_graph and self._pattern(operand) is None and self._varies(operand):
-                    reason = f"a {event.name} receives {values} values, not two"
-                    nearly[id(operand.value)] = BinaryActivation(event.module or "(model)", 0, reason, event.module)
-        return list(nearly.values())
+                levels = operand.value.levels
+                few = 2 < levels <= FEW_LEVELS and operand.value.numel >= _FEW_AMONG
+                if few and operand.requires_grad and operand.from_input and not self._terms(operand):
+                    reason = f"a {event.name} receives {levels} values, not two"
+                    activation = BinaryActivation("", 0, reason, event.module)
+                    found[id(operand.value)] = _Found(activation, ("quantized", operand.site))
+        return list(found.values())
 
     def _operands(self, event: Event) -> list[Sighting]:
         if event.name in _CONVOLUTIONS or event.name == "linear":
@@ -224,104 +314,158 @@ class _Analysis:
         return event.arguments if event.name in _PRODUCTS else []
 
     def _is_code(self, sighting: Sighting) -> bool:
-        """Two-valued on both random inputs: not a coincidence."""
-        again = self.again.get(sighting.site)
-        return again is not None and self._pattern(sighting) is not None and codes(again.value) is not None
+        """Two-valued in all passes: not a coincidence. A sign may be constant in some of them."""
+        again = self.again.get(sighting.site, ())
+        return self._pattern(sighting) is not None and all(
+            s.value.pattern is not None or s.value.constant or id(sighting.value) in self._patterns for s in again
+        )
 
-    def _varies(self, sighting: Sighting) -> bool:
-        """Different on the two random inputs: not a weight, a mask or a learned token."""
-        again = self.again.get(sighting.site)
-        if again is None or again.value.shape[1:] != sighting.value.shape[1:]:
-            return True
-        # The two batches may differ in size: the samples that both have.
-        one, other = sighting.value, again.value
-        shared = torch.isin(one.index, other.index), torch.isin(other.index, one.index)
-        return not same(one.values[shared[0]], other.values[shared[1]])
+    def _terms(self, operand: Sighting, depth: int = 0) -> list[Sighting]:
+        """The binary tensors that an operand is the sum of; itself if it is binary; none otherwise."""
+        if self._is_code(operand):
+            return [operand]
+        event = self._producer(operand)
+        if event is None or depth > _DEPTH or operand.value.constant:
+            return []
+        arguments = [a for a in event.arguments if a.seq < operand.seq and a.value is not operand.value]
+        if event.name in _MOVES | _REDUCTIONS:
+            return self._terms(arguments[0], depth + 1) if arguments else []
+        if event.name in _SCALINGS:
+            large = [a for a in arguments if a.distinct == operand.value.numel]
+            small = all(8 * a.distinct <= operand.value.numel for a in arguments if a not in large)
+            return self._terms(large[0], depth + 1) if len(large) == 1 and small else []
+        if event.name not in _SUMS | _JOINS:
+            return []
+        terms = []
+        for a in arguments:
+            inner = self._terms(a, depth + 1)
+            if not inner and a.requires_grad and a.distinct * 8 > operand.value.numel:
+                return []  # a sum with something continuous
+            terms += inner
+        return terms
 
     def _first_product(self) -> int:
         """When the first trained product or lookup happened: what is binarized before is the network's input."""
-        for event in self.first.events:
-            mixes = event.name in _CONVOLUTIONS or event.name in _PRODUCTS | _LOOKUPS | {"linear"}
-            if mixes and any(result.in_graph for result in event.results):
+        for event in self.trace.events:
+            if event.weighted and (event.name in _CONVOLUTIONS or event.name in _PRODUCTS | _LOOKUPS | {"linear"}):
                 return event.seq
-        return len(self.first.sightings)
+        return len(self.trace.sightings)
 
     # -- 2. source -----------------------------------------------------------------------------------------------
 
     def _sources(self, operand: Sighting) -> list[Sighting]:
-        """The source of the operand, or those of its parts where it joins what several modules binarized."""
-        source = self._source(operand)
-        parts = self._parts(source)
-        births = [self._birth(part) for part in parts]
-        if len({(b.module, b.call) for b in births if b}) > 1:
-            return [s for part in parts for s in self._sources(part)]
-        return [source]
-
-    def _parts(self, source: Sighting) -> list[Sighting]:
-        """The binary tensors that a join put together, none for any other tensor."""
-        event = self._producer(source)
-        if event is None or event.name not in _JOINS:
-            return []
-        return [self._source(a) for a in event.arguments if self._pattern(a) is not None]
-
-    def _source(self, operand: Sighting) -> Sighting:
-        """The earliest tensor with the operand's codes that is in the graph on the way to the operand."""
+        """The source of a binary operand, or those of the parts where it joins or multiplies several."""
         current = operand
-        while True:
+        for _ in range(8 * _DEPTH):
             event = self._producer(current)
-            if event is None or (event.name in _JOINS and len(event.arguments) > 1):
-                break
-            before = [a for a in event.arguments if a.in_graph or not current.in_graph]
-            before = [a for a in before if self._pattern(a) is not None]
-            # An in-place function's argument is the tensor that it returns: the codes before it are another value.
-            before = [a for a in before if a.seq < current.seq and a.value is not current.value]
+            before = self._before(current)
+            if event is not None and event.name in _JOINS and len(event.arguments) > 1:
+                return [s for part in before if self._is_code(part) for s in self._sources(part)] or [current]
+            if len({id(b.value) for b in before}) > 1 and event is not None and event.name in _SCALINGS:
+                return [s for part in before for s in self._sources(part)]
             if not before:
                 break
             current = before[0]
-        sightings = [s for s in self.by_tensor[current.tensor] if s.value is current.value]
-        return sightings[0]
+        return [self._same_value(current)[0]]
+
+    def _before(self, current: Sighting) -> list[Sighting]:
+        """The binary tensors in the graph that the call which returned this one was given."""
+        event = self._producer(current)
+        if event is None:
+            return []
+        return [a for a in self._given(event, current) if self._pattern(a) is not None]
+
+    def _earliest(self, current: Sighting, like: Any) -> Sighting:
+        """The earliest tensor in the graph on the way to this one of which ``like`` is true."""
+        for _ in range(8 * _DEPTH):
+            event = self._producer(current)
+            given = self._given(event, current) if event else []
+            before = [a for a in given if like(a) and a.value.numel > 1]
+            if not before:
+                break
+            current = before[0]
+        return self._same_value(current)[0]
+
+    def _given(self, event: Event, result: Sighting) -> list[Sighting]:
+        """The arguments of the call, those in the graph alone where its result is in the graph."""
+        graph = self._is_in_graph(result)
+        given = [a for a in event.arguments if not graph or self._is_in_graph(a)]
+        # An in-place function's argument is the tensor that it returns: the codes before it are another value.
+        return [a for a in given if a.seq < result.seq and a.value is not result.value]
+
+    def _is_in_graph(self, sighting: Sighting) -> bool:
+        """Also of a tensor seen within the forward of a custom autograd function, where gradients are disabled."""
+        return any(s.in_graph for s in self._same_value(sighting))
+
+    def _same_value(self, sighting: Sighting) -> list[Sighting]:
+        return [s for s in self.by_tensor[sighting.tensor] if s.value is sighting.value]
 
     def _producer(self, sighting: Sighting) -> Event | None:
         """The function call that returned this tensor with this value."""
-        results = [
-            s
-            for s in self.by_tensor[sighting.tensor]
-            if s.site.kind == "result" and s.value is sighting.value and s.seq <= sighting.seq
-        ]
-        return self.first.events[results[0].event] if results and results[0].event is not None else None
+        for s in self.by_tensor[sighting.tensor]:
+            if s.event is not None and s.value is sighting.value and s.seq <= sighting.seq:
+                return self.trace.events[s.event]
+        return None
 
-    # -- 3. birth and latent -------------------------------------------------------------------------------------
+    # -- 3. the call that binarizes, and the latent --------------------------------------------------------------
 
-    def _note_birth(self, event: Event, result: Sighting) -> None:
-        if _quickly_many_valued(result.value) or result.value.numel < _SMALLEST_GROUP:
+    def _inherit(self, event: Event) -> None:
+        """Codes times a scale that many of them share are codes, however the scale is distributed over them."""
+        if event.name not in _SCALINGS or len(event.arguments) != 2 or len(event.results) != 1:
+            return
+        (result,) = event.results
+        for codes, scale in (event.arguments, event.arguments[::-1]):
+            pattern = self._pattern(codes)
+            if pattern is not None and self._pattern(result) is None and codes.value.shape == result.value.shape:
+                if 4 * scale.distinct <= codes.distinct == result.value.numel:
+                    self._patterns[id(result.value)] = pattern
+
+    def _note_binarizing(self, event: Event, result: Sighting) -> None:
+        pattern = self._pattern(result)
+        if pattern is None or result.value.numel < SMALLEST_GROUP or event.name in _NORMS:
             return
         size = result.value.numel
         candidates = [a for a in event.arguments if a.value.numel == size and a.value is not result.value]
-        if not candidates or any(self._pattern(a) is not None for a in candidates):
-            return
-        pattern = self._pattern(result)
-        if pattern is not None:
-            self.births[_key(result.value, pattern)].append((event, result))
+        if candidates and not any(self._pattern(a) is not None for a in candidates):
+            self.binarizing[_key(result.value, pattern)].append((event, result))
 
-    def _birth(self, source: Sighting) -> Event | None:
+    def _call(self, source: Sighting) -> Event | None:
         """The call that made the source's codes: the first one in the scope of the last one before the source."""
         pattern = self._pattern(source)
-        assert pattern is not None
-        events = [
-            event for event, result in self.births.get(_key(source.value, pattern), ()) if result.seq <= source.seq
-        ]
+        if pattern is None:
+            return None
+        known = self.binarizing.get(_key(source.value, pattern), ())
+        events = [event for event, result in known if result.seq <= source.seq]
+        # Sums rebuild codes in the detach trick (`sign(x).detach() - f(x).detach() + f(x)`); they do not make them.
         events = [e for e in events if e.name not in _SUMS] or events
         if not events:
-            parts = self._parts(source)
-            return self._birth(parts[0]) if parts else None
+            return None
         last = events[-1]
         return next(e for e in events if (e.module, e.call) == (last.module, last.call))
 
-    def _latent(self, source: Sighting, birth: Event | None) -> list[Sighting]:
+    def _step(self, operand: Sighting) -> tuple[Event | None, list[Sighting]]:
+        """The call that made a constant operand out of something that is not constant, and what it was given."""
+        line = [operand]
+        for at in range(4 * _DEPTH):
+            if at == len(line):
+                break
+            sighting = line[at]
+            event = self._producer(sighting)
+            if event is None:
+                continue
+            size = sighting.value.numel
+            inputs = [a for a in event.arguments if a.value.numel == size and a.value is not sighting.value]
+            given = [a for a in inputs if a.value.dtype.is_floating_point and not a.value.constant]
+            if event.name in _STEPS and given:
+                return event, given
+            line += [a for a in inputs if a.value.constant or event.name in _SUMS | _DETACHES]
+        return None, []
+
+    def _latents(self, source: Sighting, call: Event | None) -> list[Sighting]:
         """Sightings of a_F in the graph, empty where there is none."""
-        if birth is not None:
-            size = birth.results[0].value.numel
-            given = [a for a in birth.arguments if a.value.numel == size and a.value.dtype.is_floating_point]
+        if call is not None:
+            size = call.results[0].value.numel
+            given = [a for a in call.arguments if a.value.numel == size and a.value.dtype.is_floating_point]
             for sighting in sorted(given, key=lambda s: not self._in_graph(s, source)):
                 for ancestor in self._ancestors(sighting):
                     if found := self._in_graph(ancestor, source):
@@ -330,7 +474,7 @@ class _Analysis:
 
     def _in_graph(self, sighting: Sighting, source: Sighting) -> list[Sighting]:
         """Where the same values pass in the graph, the same tensor first."""
-        found = [s for s in self.by_tensor[sighting.tensor] if s.value is sighting.value and s.in_graph]
+        found = [s for s in self._same_value(sighting) if s.in_graph]
         if not found:
             twins = self.by_value[self._fingerprint(sighting.value)]
             found = [s for s in twins if s.in_graph and s.value.same(sighting.value)]
@@ -353,59 +497,74 @@ class _Analysis:
     def _separable(self, source: Sighting) -> list[Sighting]:
         """The last tensor before the source that one threshold splits into its codes."""
         pattern = self._pattern(source)
-        assert pattern is not None
+        if pattern is None:
+            return []
         positive = pattern > 0
-        for s in reversed(self.first.sightings[: source.seq]):
-            if not s.in_graph or s.value.numel != source.value.numel or not s.value.dtype.is_floating_point:
+        for s in reversed(self.by_size[source.value.numel]):
+            if s.seq >= source.seq or self._pattern(s) is not None:
                 continue
             above, below = s.value.values[positive], s.value.values[~positive]
-            if not len(above) or not len(below) or self._pattern(s) is not None:
-                continue
-            if above.min() > below.max() or below.min() > above.max():
+            if len(above) and len(below) and (above.min() > below.max() or below.min() > above.max()):
                 return self._in_graph(s, source)
         return []
+
+    def _is_sign_of(self, source: Sighting, call: Event | None, latent: Sighting) -> bool:
+        """Whether the codes tell where the latent is large, by one threshold; by chance, for a stochastic sign."""
+        made = call.results[0] if call is not None else source
+        for codes in (made, source):
+            pattern = self._pattern(codes)
+            if pattern is not None and codes.value.numel == latent.value.numel:
+                if is_split_by_threshold(latent.value.values, pattern, latent.value.index, latent.value.shape):
+                    return True
+                drawn = any(
+                    e.name in RANDOM and e.results and e.results[0].value.numel == latent.value.numel
+                    for e in self.trace.events
+                    if latent.seq <= e.seq <= source.seq
+                )
+                values = latent.value.values.float()
+                high, low = values[pattern > 0], values[pattern < 0]
+                if drawn and len(high) and len(low):
+                    return bool((high.mean() - low.mean()).abs() > 0.1 * values.std())
+        return False
 
     # -- 4. sites ------------------------------------------------------------------------------------------------
 
     def _describe(
-        self,
-        source: Sighting,
-        latents: list[Sighting],
-        consumer: Event,
-        operand: Sighting,
-        inner: int,
-        used: dict[str, int],
-    ) -> BinaryActivation:
-        birth = self._birth(source)
-        module = birth.module if birth else source.site.module
-        label = module or "(model)"
+        self, source: Sighting, call: Event | None, latents: list[Sighting], consumer: Event, operand: Sighting
+    ) -> _Found:
+        module, number = (call.module, call.call) if call else self._scope(source)
+        place: tuple[Any, ...] = (module, source.site)
 
-        def untapped(reason: str) -> BinaryActivation:
-            return BinaryActivation(label, 0, reason, module)
+        def untapped(reason: str) -> _Found:
+            return _Found(BinaryActivation("", 0, reason, module), place)
 
-        if source.seq < inner:
+        if source.seq < self.inner:
             return untapped("it is the network's input that is binarized, not an activation")
-        sites = [s for s in self.by_tensor[source.tensor] if s.value is source.value and s.in_graph]
+        sites = [s for s in self._same_value(source) if s.in_graph]
         if not sites:
-            return untapped("it is made without a gradient (under no_grad or detached)")
-        pattern = self._pattern(source)
-        assert pattern is not None
-        if _one_hot(source.value):
+            given = [s for a in (call.arguments if call else ()) for s in self.by_tensor[a.tensor]]
+            frozen = given and not any(s.requires_grad for s in given) and not self._has_trained_history(given[0])
+            return untapped(_FROZEN if frozen else _NO_GRADIENT)
+        if source.value.one_hot:
             return untapped("it is one-hot: a choice, not a code")
         if not latents:
-            return untapped("no tensor in the graph was found that it is the sign of")
-        zero = pattern == 0
-        if latents[0].value.numel == source.value.numel and bool(latents[0].value.values[zero].any()):
-            return untapped("it has three values: its zeros are not only signs of zero")
+            return untapped(_ONE_VALUE if source.value.constant else _NO_LATENT)
+        pattern = self._pattern(source)
+        if pattern is not None:
+            zero = pattern == 0
+            same_size = latents[0].value.numel == source.value.numel
+            if same_size and bool(latents[0].value.values[zero].any()):
+                return untapped("it has three values: its zeros are not only signs of zero")
+            if not self._is_sign_of(source, call, latents[0]):
+                return untapped("no threshold splits its latent into its two values")
         binary = min(sites, key=lambda s: self._cost(s, module))
         latent = min(latents, key=lambda s: self._cost(s, module))
         layouts = self._layouts(binary, latent, consumer, operand)
         if isinstance(layouts, str):
             return untapped(layouts)
         b, f = layouts
-        used[module] += 1
-        return BinaryActivation(
-            label if used[module] == 1 else f"{label}#{used[module]}",
+        activation = BinaryActivation(
+            "",
             b.channels(binary.value.shape),
             None,
             module,
@@ -416,6 +575,50 @@ class _Analysis:
             f.channels(latent.value.shape),
             b.positions(binary.value.shape) == f.positions(latent.value.shape),
         )
+        return _Found(activation, place, self._child(latents[0], module, number))
+
+    def _scope(self, source: Sighting) -> tuple[str, int]:
+        """The module in whose forward a tensor was made, and which call of it, where no function call tells."""
+        name = source.site.module
+        if source.site.kind != "input" or not name:
+            return name, source.site.call
+        # What comes in was made by the module around.
+        while True:
+            name = name.rpartition(".")[0]
+            calls = [call for (n, call), seq in self.entered.items() if n == name and seq < source.seq]
+            if calls or not name:
+                return name, max(calls, default=0)
+
+    def _has_trained_history(self, sighting: Sighting) -> bool:
+        """Whether anything that this was computed from required a gradient."""
+        line, seen = [sighting], {sighting.tensor}
+        for s in line:
+            event = self._producer(s)
+            for a in event.arguments if event else ():
+                if a.requires_grad:
+                    return True
+                if a.tensor not in seen and len(seen) < 1000:
+                    seen.add(a.tensor)
+                    line.append(a)
+        return False
+
+    def _child(self, latent: Sighting, module: str, call: int) -> str:
+        """The child of the module whose output in this call the latent is, up to elementwise functions and views."""
+        since = self.entered[module, call]
+        prefix = f"{module}." if module else ""
+        current: Sighting | None = latent
+        for _ in range(_DEPTH):
+            if current is None:
+                break
+            outputs = [s.site.module for s in self.outputs[current.tensor] if s.seq > since]
+            names = [name for name in outputs if name.startswith(prefix) and name != module]
+            if names:
+                return min(names, key=len).removeprefix(prefix)
+            event = self._producer(current)
+            size = current.value.numel
+            given = [a for a in (event.arguments if event else ()) if a.value.numel >= size and a.requires_grad]
+            current = given[0] if given and event and event.name not in _PRODUCTS else None
+        return ""
 
     @staticmethod
     def _cost(sighting: Sighting, module: str) -> tuple[bool, bool, int]:
@@ -426,21 +629,28 @@ class _Analysis:
     def _layouts(
         self, binary: Sighting, latent: Sighting, consumer: Event, operand: Sighting
     ) -> tuple[Layout, Layout] | str:
-        folds = []
-        for side in (binary, latent):
-            again = self.again.get(side.site)
-            if again is None:
-                return "its forward took another way on a second random input"
-            rows, rows_again = side.value.shape[0], again.value.shape[0]
-            fold, rest = divmod(rows, self.first.batch)
-            if rest or fold * self.second.batch != rows_again:
-                shapes = f"{tuple(side.value.shape)} at batch {self.first.batch}"
+        windowed = []
+        for side in (latent, binary):
+            rows, batch = side.value.shape[0] if side.value.shape else 0, self.trace.batch
+            shapes = f"{tuple(side.value.shape)} for {batch} samples"
+            if not rows or rows % batch:
                 return f"the batch is not its first dimension, or is mixed with another: {shapes}"
-            folds.append(fold)
+            seen = {s.value.by_sample for s in (side, *self.again.get(side.site, ()))}
+            by_sample = True if True in seen else False if False in seen else None
+            # Codes drawn at random differ between equal samples: the latent tells.
+            if side is binary and side.value.shape == latent.value.shape:
+                by_sample = True
+            if by_sample is False:
+                return f"the rows of one sample do not follow each other in its first dimension: {shapes}"
+            if by_sample is None and rows != batch:
+                return f"which rows belong to one sample could not be seen: {shapes}; try an example of random values"
+            windowed.append(rows != batch)
+        if consumer.name in _CONVOLUTIONS and len(operand.value.shape) == 1 + _CONVOLUTIONS[consumer.name]:
+            return "the convolution receives a single sample, without a batch dimension"
         spatial = _spatial_dims(binary.value.shape, consumer, operand)
-        b = Layout(spatial, folds[0] > 1)
+        b = Layout(spatial, windowed[1])
         same_rank = len(binary.value.shape) == len(latent.value.shape)
-        f = Layout(spatial if same_rank or spatial is not None else None, folds[1] > 1)
+        f = Layout(spatial if same_rank or spatial is not None else None, windowed[0])
         if f.spatial is not None and f.spatial >= len(latent.value.shape):
             return f"its latent has another rank: {tuple(latent.value.shape)} for {tuple(binary.value.shape)}"
         return b, f
@@ -448,15 +658,27 @@ class _Analysis:
     # -- values --------------------------------------------------------------------------------------------------
 
     def _pattern(self, sighting: Sighting) -> Tensor | None:
-        key = id(sighting.value)
-        if key not in self._codes:
-            self._codes[key] = codes(sighting.value)
-        return self._codes[key]
+        return self._patterns.get(id(sighting.value), sighting.value.pattern)
 
-    @staticmethod
-    def _fingerprint(value: Sample) -> tuple[int, tuple[float, ...]]:
-        values = value.values
-        return value.numel, tuple(values[:: max(1, len(values) // 32)][:32].tolist())
+    def _fingerprint(self, value: Snapshot) -> tuple[int, tuple[float, ...]]:
+        key = id(value)
+        if key not in self._fingerprints:
+            step = max(1, len(value.values) // 32)
+            self._fingerprints[key] = value.numel, tuple(value.values[::step][:32].tolist())
+        return self._fingerprints[key]
+
+
+def _key(value: Snapshot, pattern: Tensor) -> tuple[int, int]:
+    """Equal for equal patterns of any shape, also where the two codes changed places."""
+    nonzero = pattern[pattern != 0]
+    if len(nonzero) and nonzero[0] < 0:
+        pattern = -pattern
+    return value.numel, int((pattern.cpu() * _weights(len(pattern))).sum())
+
+
+@lru_cache(maxsize=64)
+def _weights(count: int) -> Tensor:
+    return torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 def _spatial_dims(shape: torch.Size, consumer: Event, operand: Sighting) -> int | None:
@@ -485,13 +707,3 @@ def _spatial_dims(shape: torch.Size, consumer: Event, operand: Sighting) -> int 
     # The channels themselves, with the kernel's places (unfold), or with all positions (flatten).
     first = shape[1] in contracted or any(n % shape[1] == 0 for n in contracted)
     return len(shape) - 2 if first else None
-
-
-def _one_hot(value: Sample) -> bool:
-    """Zero but for a single one along some dimension (not looked for in tensors too large to be gates)."""
-    if len(value.values) < value.numel:
-        return False
-    x = value.values.view(value.shape)
-    if not bool(((x.abs() < 1e-4) | ((x - 1).abs() < 1e-4)).all()):
-        return False
-    return any(x.shape[d] > 1 and bool((x.sum(d) - 1).abs().lt(1e-3).all()) for d in range(1, x.ndim))

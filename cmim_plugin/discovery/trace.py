@@ -1,9 +1,8 @@
-"""The dry run: watch a few forward passes of a model on random inputs, and leave the model as it was.
+"""The dry run: watch a few forward passes of a model, and leave the model as it was.
 
-The result is a :class:`Trace`: every tensor that passed a module boundary or a torch function, with a :class:`Sample`
-of its values at that moment and the :class:`Site` where a hook can pick it up again in training. What the tensors mean
-is decided in :mod:`cmim_plugin.discovery`. No tensor of the model is kept: a dry run takes about the memory of a
-training step with a small batch.
+The result is some :class:`Trace`: every tensor that passed a module boundary or a torch function, with a
+:class:`Snapshot` of its values at that moment and the :class:`Site` where a hook can pick it up again in training. What
+the tensors mean is decided in :mod:`cmim_plugin.discovery.find`. No tensor of the model is kept.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import itertools
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,15 +21,60 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .. import _compat
 from ..errors import CMIMError
+from .codes import is_constant, sign_pattern
+from .inputs import (
+    BatchSource,
+    Inputs,
+    Path,
+    as_inputs,
+    batch_sources,
+    resampled,
+    stated_source,
+    tensors_in,
+    varied,
+)
+from .state import force_eager, preserve_generators, preserve_state, same, storage, writes
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+__all__ = [
+    "BatchSource",
+    "Event",
+    "Sighting",
+    "Site",
+    "Snapshot",
+    "Trace",
+    "as_inputs",
+    "dry_run",
+    "force_eager",
+    "preserve_generators",
+    "preserve_state",
+    "same",
+    "tensors_in",
+]
 
-# Large enough that batch statistics of 1 x 1 maps are not two-valued by themselves; two sizes, so that the dimension
-# that grows with the batch shows itself.
-_PROBE_BATCHES = (8, 7)
-# Values looked at in each sample of the batch.
+# Values kept of each tensor.
 _VALUES = 2048
+# Values compared between two samples that got the same input.
+_TWIN_VALUES = 512
+# Passes at most where layers are skipped at random.
+_PASSES = 10
+# A tensor of at most so many values is quantized.
+FEW_LEVELS = 16
+# Results of these functions have the shape of an input, not its values.
+_SHAPE_ONLY = frozenset(f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn", "randint")) | {
+    f"new_{kind}" for kind in ("zeros", "ones", "full", "empty", "tensor")
+}
+RANDOM = frozenset({"rand", "randn", "randint", "rand_like", "randn_like", "bernoulli", "bernoulli_", "uniform_"}) | {
+    "normal",
+    "normal_",
+    "multinomial",
+    "randint_like",
+    "random_",
+    "randperm",
+    "rsample",
+    "sample",
+}
 
 
 @dataclass(frozen=True)
@@ -48,32 +92,42 @@ class Site:
     module: str
     call: int
     kind: str
-    path: tuple[Any, ...]
+    path: Path
     function: Callable[..., Any] | None = None
     nth: int = 0
 
 
 @dataclass(eq=False)
-class Sample:
-    """Some values of a tensor: the same ones for any view of it, and the same ones of each sample of the batch.
+class Snapshot:
+    """What a tensor held at one moment.
 
     Attributes:
         shape, dtype: of the tensor.
-        values: ``(n,)``, all of them where the tensor is small.
-        index: ``(n,)`` where they stand in the flattened tensor.
+        values: ``(n,)`` at random positions, the same ones for all tensors of as many elements.
+        index: ``(n,)`` these positions in the flattened tensor.
+        pattern: ``(n,)`` its sign pattern there (:func:`sign_pattern`), None if it is not two-valued.
+        constant: whether all its elements are equal.
+        levels: how many values it has in all, 0 for more than a few.
+        one_hot: whether along some dimension it is zero but for a single element.
+        by_sample: whether the elements of a sample follow each other; None where that could not be seen.
     """
 
     shape: torch.Size
     dtype: torch.dtype
     values: Tensor
     index: Tensor
+    pattern: Tensor | None = None
+    constant: bool = False
+    levels: int = 0
+    one_hot: bool = False
+    by_sample: bool | None = None
 
     @property
     def numel(self) -> int:
         """Elements of the tensor."""
         return self.shape.numel()
 
-    def same(self, other: Sample) -> bool:
+    def same(self, other: Snapshot) -> bool:
         """Equal values, up to a view."""
         return self.numel == other.numel and self.dtype == other.dtype and same(self.values, other.values)
 
@@ -87,15 +141,21 @@ class Sighting:
         site: where it was seen.
         tensor: a number that stands for the tensor object.
         value: what it held.
+        requires_grad: whether it required a gradient.
         in_graph: whether it required a gradient, with gradients enabled.
+        from_input: whether it depends on the model's input.
+        distinct: elements that are not repeated by expansion.
         event: for the result of a function call, its place among the trace's events.
     """
 
     seq: int
     site: Site
     tensor: int
-    value: Sample
+    value: Snapshot
+    requires_grad: bool
     in_graph: bool
+    from_input: bool
+    distinct: int
     event: int | None = None
 
 
@@ -103,7 +163,8 @@ class Sighting:
 class Event:
     """One torch function call: its tensor arguments before the call, its tensor results after.
 
-    ``shapes`` are those of all tensor arguments; parameters are not among the sightings.
+    ``shapes`` are those of all tensor arguments; parameters are not among the sightings. ``weighted``: a parameter, or
+    what requires a gradient, is among the arguments.
     """
 
     seq: int
@@ -111,151 +172,207 @@ class Event:
     module: str
     call: int
     shapes: list[torch.Size]
+    weighted: bool
     arguments: list[Sighting] = field(default_factory=list)
     results: list[Sighting] = field(default_factory=list)
 
 
 @dataclass
 class Trace:
-    """Everything seen in one forward pass, in order."""
+    """Everything seen in one forward pass, in order.
+
+    ``calls`` counts the calls of each module. ``decides``: it drew single random numbers, as random structure does.
+    """
 
     batch: int
     sightings: list[Sighting] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+    calls: Counter[str] = field(default_factory=Counter)
+    decides: bool = False
 
 
-def tensors_in(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
-    """Every tensor in nested tuples, lists and mappings, with the keys that lead to it."""
-    if isinstance(tree, Tensor):
-        yield path, tree
-    elif isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from tensors_in(value, (*path, key))
-    elif isinstance(tree, (tuple, list)):
-        for index, value in enumerate(tree):
-            yield from tensors_in(value, (*path, index))
+def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:
+    """Traces of the model in training mode, after one pass of the example as it is.
 
-
-def as_inputs(example: Any) -> Inputs:
-    """A tensor, a tuple of positional inputs or a dict of keyword inputs, as (args, kwargs)."""
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    if isinstance(example, (tuple, list)):
-        return tuple(example), {}
-    if isinstance(example, Tensor):
-        return (example,), {}
-    raise CMIMError(
-        "example_input must be a tensor, a tuple of positional inputs or a dict of keyword inputs of the model; "
-        f"found {type(example).__name__}."
-    )
-
-
-def watch(model: nn.Module, example: Any) -> tuple[Trace, Trace]:
-    """Two traces of the model in training mode on random inputs like the example, after one warm-up pass.
-
-    The first pass is for models that initialise scales lazily. Parameters, buffers, attributes, modes, gradients and
-    random generators are put back afterwards.
+    Two traces are made on inputs that are varied; where the model does not take these, on the example. In the second
+    trace the last two samples are equal. Where the passes differ in the modules that they call, more passes follow
+    until nothing new appears.
 
     Raises:
-        CMIMError: the model's forward fails on the example input.
+        CMIMError: the model is frozen or not initialised, its forward fails on the example, or the number of samples
+            is not clear.
     """
-    example = as_inputs(example)
-    with _left_as_found(model):
-        if not model.training:
-            model.train()
+    inputs = as_inputs(example)
+    _check(model)
+    with preserve_state(model), torch.enable_grad(), force_eager(model):
+        # The result is to depend on the model alone.
+        _seed(0)
+        model.train()
         _awaken(model)
+        sources = batch_sources(model, inputs)
+        first = None
+        try:
+            if batch_size is None and len(sources) > 1:
+                first = _trace(model, inputs, 1, twins=False)
+            else:
+                model(*inputs[0], **inputs[1])
+        except Exception as error:
+            # Batch normalization of single values needs two samples.
+            if not (len(sources) == 1 and set(sources) == {1}):
+                raise CMIMError(
+                    f"The dry run failed: the model's forward raised {type(error).__name__}: {error}. Pass an "
+                    "example_input that model(*example_input) accepts in training mode, on the model's device."
+                ) from error
+        batch, source = _number_of_samples(model, inputs, sources, first, batch_size)
+        del first
+        attempts = _attempts(inputs, batch, source)
         failure: Exception | None = None
-        for sizes in (_PROBE_BATCHES, None):
-            probes = _probes(example, sizes)
+        for make, size, twins in attempts:
             try:
-                with torch.enable_grad(), uncompiled(model):
-                    model(*probes[0][1][0], **probes[0][1][1])
-                    first, second = (_trace(model, batch, inputs) for batch, inputs in probes)
-                return first, second
+                traces = [_trace(model, make(0), size)]
+                while len(traces) < 2 or (_more(model, traces) and len(traces) < _PASSES):
+                    traces.append(_trace(model, make(len(traces)), twins or size, twins=twins > 0))
+                return traces, source
             except Exception as error:
-                # Some models take one batch size only: the second attempt keeps the example's.
                 failure = error
         raise CMIMError(
-            "The dry run failed: the model's forward raised "
-            f"{type(failure).__name__}: {failure}. Pass an example_input that model(example_input) accepts in "
-            "training mode, on the model's device."
+            f"The dry run failed: the model's forward raised {type(failure).__name__}: {failure} in its second pass on "
+            "the example_input. Pass an example_input that the model accepts again and again in training mode."
         ) from failure
+
+
+def _check(model: nn.Module) -> None:
+    parameters = list(model.parameters())
+    if any(nn.parameter.is_lazy(p) for p in parameters):
+        raise CMIMError("The model has lazy parameters without a shape yet. Run it once: model(example_input).")
+    if parameters and not any(p.requires_grad for p in parameters):
+        raise CMIMError(
+            "The model is frozen: none of its parameters requires a gradient. Attach to a model in training, after "
+            "model.requires_grad_(True) for the parts that are trained."
+        )
+
+
+def _seed(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed)
 
 
 @torch.no_grad()
 def _awaken(model: nn.Module) -> None:
-    """Noise for weights that are all zero: a branch that starts as zero hides the signs behind it."""
+    """Noise for weights of products and norms that are all zero: a branch that starts as zero hides its signs.
+
+    Not for thresholds and shifts, which are no matrices and belong to no norm.
+    """
     generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        plain = not nn.parameter.is_lazy(parameter) and type(parameter.data) is Tensor
-        if plain and parameter.is_floating_point() and not name.endswith("bias") and not parameter.any():
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator, device="cpu"))
-
-
-def uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """What is compiled runs as plain Python, where every function call can be seen."""
     for module in model.modules():
-        if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
-            return torch.compiler.set_stance("force_eager")
-    return contextlib.nullcontext()
+        for name, p in module.named_parameters(recurse=False):
+            matrix = sum(n > 1 for n in p.shape) > 1
+            if (matrix or hasattr(module, "eps")) and name.endswith("weight") and p.is_floating_point():
+                if type(p.data) is Tensor and not p.any():
+                    p.data.copy_(torch.randn(p.shape, generator=generator, device="cpu"))
 
 
-def _probes(example: Inputs, sizes: tuple[int, int] | None) -> list[tuple[int, Inputs]]:
-    tensors = [t for _, t in tensors_in(example) if t.ndim > 0]
-    if not tensors or not all(t.numel() for t in tensors):
-        found = [tuple(t.shape) for t in tensors] or "no tensor with a batch dimension"
-        raise CMIMError(f"example_input must be an input that the model accepts, a batch of it; found {found}.")
-    batch = tensors[0].shape[0]
-    generator = torch.Generator().manual_seed(0)
-    return [(size, _like(example, batch, size, generator)) for size in sizes or (batch, batch)]
+def _number_of_samples(
+    model: nn.Module, inputs: Inputs, sources: dict[int, BatchSource], first: Trace | None, stated: int | None
+) -> tuple[int, BatchSource | None]:
+    """The number of samples in the example, and where it is read."""
+    if stated is not None:
+        return stated, stated_source(model, inputs, stated)
+    if len(sources) == 1:
+        return next(iter(sources.items()))
+    # What convolutions and matrix products receive tells which of the sizes is the number of samples.
+    rows = Counter(
+        e.arguments[0].value.shape[0]
+        for e in (first.events if first else ())
+        if e.weighted and e.arguments and len(e.arguments[0].value.shape) > 1 and e.arguments[0].from_input
+    )
+    likely = [size for size in sources if rows[size] and 2 * rows[size] > sum(rows[other] for other in sources)]
+    if len(likely) != 1:
+        sizes = f"{sorted(sources)} are lengths of its inputs" if sources else "no input has a length"
+        raise CMIMError(
+            f"The number of samples in example_input is not clear: {sizes}. Say how many samples it has: batch_size=..."
+        )
+    return likely[0], sources[likely[0]]
 
 
-def _like(tree: Any, batch: int, size: int, generator: torch.Generator) -> Any:
-    """The same structure with ``size`` samples: the example's values in random order, noise where it is constant."""
-    if isinstance(tree, Tensor):
-        return _random_like(tree.detach(), batch, size, generator)
-    if isinstance(tree, Mapping):
-        return {key: _like(value, batch, size, generator) for key, value in tree.items()}
-    if isinstance(tree, (tuple, list)):
-        items = [_like(value, batch, size, generator) for value in tree]
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-    return tree
+def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[tuple[Callable[[int], Inputs], int, int]]:
+    """What to run, the best first.
+
+    Each is a function from the number of a pass to its inputs, the samples in the first pass, and those in the others
+    if the last two of them are equal, 0 if not.
+    """
+    as_it_is: tuple[Callable[[int], Inputs], int, int] = (lambda n: inputs, batch, 0)
+    as_many: tuple[Callable[[int], Inputs], int, int] = (lambda n: varied(inputs, n), batch, 0)
+    if source is None:
+        return [as_many, as_it_is]
+    # One sample is two for the sake of batch normalization; two are three, that two of them can be equal.
+    filled = inputs if batch > 1 else resampled(inputs, source, [0, 0])
+    size = max(batch, 2)
+    twin = [*range(size), size - 1] if size == 2 else [*range(size - 1), size - 2]
+
+    def make(n: int) -> Inputs:
+        other = varied(filled, n)
+        return other if n == 0 else resampled(other, source, twin)
+
+    return [(make, size, len(twin)), as_many, as_it_is]
 
 
-def _random_like(x: Tensor, batch: int, size: int, generator: torch.Generator) -> Tensor:
-    if x.ndim > 0 and x.shape[0] == batch and batch > 0:
-        x = x[torch.arange(size, device=x.device) % batch]
-    distinct = x[..., :64].unique().numel() if x.ndim else 1
-    if x.is_floating_point() and (distinct <= 2 or not bool(x.isfinite().all())):
-        return torch.randn(x.shape, generator=generator, device="cpu").to(x)
-    if distinct <= 2:
-        # A mask, or an example of one repeated token: random order could make it invalid.
-        return x.clone()
-    order = torch.randperm(x.numel(), generator=generator, device="cpu").to(x.device)
-    return x.flatten()[order].view(x.shape)
+def _more(model: nn.Module, traces: list[Trace]) -> bool:
+    """Whether another pass may show modules that these did not call. Drops a last trace that shows nothing new."""
+    called = [set(t.calls) for t in traces]
+    missing = {
+        name for name, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))
+    } - set().union(*called)
+    if all(t.calls == traces[0].calls for t in traces):
+        return bool(missing) and any(t.decides for t in traces)
+    recent = called[-1] | called[-2] if len(traces) > 3 else set().union(*called)
+    return bool(missing) or not recent <= set().union(*called[:-2])
 
 
-def _trace(model: nn.Module, batch: int, inputs: Inputs) -> Trace:
-    recorder = _Recorder(model, batch)
+def _trace(model: nn.Module, inputs: Inputs, batch: int, twins: bool = False) -> Trace:
+    recorder = _Recorder(model, batch, twins)
+    states = random.getstate(), _numpy_position()
     with recorder.attached(), recorder:
         model(*inputs[0], **inputs[1])
+    if states != (random.getstate(), _numpy_position()):
+        recorder.trace.decides = True
     return recorder.trace
 
 
+def _numpy_position() -> Any:
+    numpy = sys.modules.get("numpy")
+    return None if numpy is None else numpy.random.get_state()[2]
+
+
 class _Recorder(TorchFunctionMode):
-    def __init__(self, model: nn.Module, batch: int) -> None:
+    """Writes down one pass.
+
+    Args:
+        model: the model.
+        batch: samples in this pass.
+        twins: whether the last two samples are equal.
+    """
+
+    def __init__(self, model: nn.Module, batch: int, twins: bool) -> None:
         super().__init__()
         self.trace = Trace(batch)
+        self._twins = twins
         self._names = {module: name for name, module in model.named_modules()}
-        self._calls: Counter[str] = Counter()
         self._functions: Counter[Any] = Counter()
         # Modules being run: name, call, and how often each function had been called when the module was entered.
         self._scopes: list[tuple[str, int, Counter[Any]]] = []
         self._parameters = {id(p) for p in model.parameters()}
         self._numbers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._fresh = itertools.count()
-        self._last: dict[int, Sample] = {}
+        # By a tensor's number: its last snapshot, and whether it depends on the model's input.
+        self._last: dict[int, Snapshot] = {}
+        self._from_input: dict[int, bool] = {}
+        # By a view's number: what it is a view of, where that does not depend on the input.
+        self._viewed: dict[int, int] = {}
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
+        self._muted = False
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -271,129 +388,139 @@ class _Recorder(TorchFunctionMode):
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         name = self._names[module]
-        self._scopes.append((name, self._calls[name], self._functions.copy()))
-        self._calls[name] += 1
-        with torch._C.DisableTorchFunction():
-            self._see((args, kwargs), "input")
+        self._scopes.append((name, self.trace.calls[name], self._functions.copy()))
+        self.trace.calls[name] += 1
+        self._see((args, kwargs), "input", True if len(self._scopes) == 1 else None)
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        with torch._C.DisableTorchFunction():
-            self._see(output, "output")
+        self._see(output, "output")
         self._scopes.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not self._scopes:
+        if self._muted or not self._scopes:
             return func(*args, **kwargs)
         name, call, before = self._scopes[-1]
         nth = self._functions[func] - before[func]
         self._functions[func] += 1
-        shapes = [tensor.shape for _, tensor in tensors_in((args, kwargs))]
-        event = Event(len(self.trace.sightings), getattr(func, "__name__", str(func)), name, call, shapes)
-        event.arguments = self._see((args, kwargs), "argument", func, nth)
+        tensors = [tensor for _, tensor in tensors_in((args, kwargs))]
+        weighted = any(t.requires_grad or id(t) in self._parameters for t in tensors)
+        function = getattr(func, "__name__", str(func))
+        if function == "__get__" or function == "__set__":
+            function = getattr(getattr(func, "__self__", None), "__name__", function)
+        event = Event(len(self.trace.sightings), function, name, call, [t.shape for t in tensors], weighted)
+        event.arguments = self._see((args, kwargs), "argument", None, func, nth)
+        from_input = any(s.from_input for s in event.arguments) and function not in _SHAPE_ONLY
         result = func(*args, **kwargs)
-        event.results = self._see(result, "result", func, nth)
+        if from_input and writes(func, kwargs) and tensors:
+            # Written into a view: what it is a view of holds the values, too.
+            number: int | None = self._number(tensors[0])
+            while number is not None:
+                self._from_input[number] = True
+                number = self._viewed.get(number)
+        event.results = self._see(result, "result", from_input, func, nth)
         for sighting in event.results:
             sighting.event = len(self.trace.events)
+        if tensors and event.results and not from_input:
+            for _, tensor in tensors_in(result):
+                if tensor is not tensors[0] and storage(tensor) == storage(tensors[0]):
+                    self._viewed[self._number(tensor)] = self._number(tensors[0])
+        if function in RANDOM and all(t.numel() == 1 for _, t in tensors_in(result)):
+            self.trace.decides = True
         self.trace.events.append(event)
         return result
 
-    def _see(self, tree: Any, kind: str, function: Any = None, nth: int = 0) -> list[Sighting]:
+    def _see(
+        self, tree: Any, kind: str, from_input: bool | None = None, function: Any = None, nth: int = 0
+    ) -> list[Sighting]:
+        """Note the tensors of a tree. ``from_input``: of new ones, None where it has to be told by themselves."""
         name, call, _ = self._scopes[-1]
         seen = []
-        for path, tensor in tensors_in(tree):
-            if id(tensor) in self._parameters or tensor.layout != torch.strided or tensor.is_complex():
-                continue
-            site = Site(name, call, kind, path, function, nth)
-            in_graph = tensor.requires_grad and torch.is_grad_enabled()
-            number = self._numbers.setdefault(tensor, next(self._fresh))
-            value = self._sample(number, tensor.detach())
-            seen.append(Sighting(len(self.trace.sightings), site, number, value, in_graph))
-            self.trace.sightings.append(seen[-1])
+        self._muted = True
+        with _compat.unseen():
+            for path, tensor in tensors_in(tree):
+                if id(tensor) in self._parameters or tensor.layout != torch.strided or tensor.is_complex():
+                    continue
+                if tensor.is_nested or tensor.is_meta or tensor.numel() == 0:
+                    continue
+                number = self._number(tensor)
+                if number not in self._from_input or (from_input and kind != "argument"):
+                    # What comes out of code that torch functions do not show has a history all the same.
+                    self._from_input[number] = tensor.grad_fn is not None if from_input is None else from_input
+                seen.append(
+                    Sighting(
+                        len(self.trace.sightings),
+                        Site(name, call, kind, path, function, nth),
+                        number,
+                        self._snapshot(number, tensor.detach()),
+                        tensor.requires_grad,
+                        tensor.requires_grad and torch.is_grad_enabled(),
+                        self._from_input[number],
+                        torch.Size(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step).numel(),
+                    )
+                )
+                self.trace.sightings.append(seen[-1])
+        self._muted = False
         return seen
 
-    def _sample(self, number: int, tensor: Tensor) -> Sample:
-        """A sample of what the tensor holds now; the very same as last time while that has not changed."""
+    def _number(self, tensor: Tensor) -> int:
+        number: int = self._numbers.setdefault(tensor, next(self._fresh))
+        return number
+
+    def _snapshot(self, number: int, tensor: Tensor) -> Snapshot:
+        """What the tensor holds now; the very same object as last time while that has not changed."""
         index = self._index(tensor.numel(), tensor.device)
-        sample = Sample(tensor.shape, tensor.dtype, tensor.take(index), index)
+        values = tensor.take(index)
         last = self._last.get(number)
         # The version counter does not move for `x.data = ...`: only the values tell.
-        if last is None or last.shape != sample.shape or not last.same(sample):
-            self._last[number] = last = sample
-        return last
+        if last is not None and last.shape == tensor.shape and same(last.values, values):
+            return last
+        snapshot = Snapshot(tensor.shape, tensor.dtype, values, index)
+        self._last[number] = snapshot
+        some = set(values[:64].tolist())
+        if len(some) == 1 and is_constant(tensor):
+            snapshot.constant, snapshot.levels = True, 1
+        elif (pattern := sign_pattern(tensor, index)) is not None:
+            snapshot.pattern, snapshot.one_hot = pattern, _is_one_hot(tensor)
+        elif len(some) <= FEW_LEVELS and values.unique().numel() <= FEW_LEVELS:
+            snapshot.levels = tensor.unique().numel()
+        if self._twins and tensor.is_floating_point():
+            snapshot.by_sample = self._is_by_sample(tensor)
+        return snapshot
+
+    def _is_by_sample(self, tensor: Tensor) -> bool | None:
+        """Whether the last two samples of the batch, which got the same input, hold about the same values.
+
+        Not exactly: dropout and stochastic binarization come in between.
+        """
+        size, rest = divmod(tensor.numel(), self.trace.batch)
+        if rest:
+            return None
+        within = self._index(size, tensor.device)
+        within = within[:: max(1, len(within) // _TWIN_VALUES)]
+        last = self.trace.batch - 1
+        one, twin, other = (tensor.take(within + size * i).double() for i in (last, last - 1, 0))
+        apart, otherwise = (one - twin).abs().mean(), (one - other).abs().mean()
+        if not bool(otherwise > 1e-6 * one.abs().mean()):
+            return None
+        return bool(apart < 0.85 * otherwise)
 
     def _index(self, numel: int, device: torch.device) -> Tensor:
         key = (numel, device)
         if key not in self._indices:
-            samples = self.trace.batch if numel % self.trace.batch == 0 else 1
-            size = numel // samples
-            within = torch.arange(size, device="cpu")
-            if size > _VALUES:
+            if numel <= _VALUES:
+                index = torch.arange(numel, device="cpu")
+            else:
                 # Not evenly spaced: that would see the same column of every image.
                 generator = torch.Generator().manual_seed(0)
-                order = torch.rand(size, generator=generator, device="cpu").topk(_VALUES).indices
-                within = order.sort().values
-            index = (torch.arange(samples, device="cpu")[:, None] * size + within).flatten()
+                index = torch.randint(numel, (_VALUES,), generator=generator, device="cpu").sort().values
             self._indices[key] = index.to(device)
         return self._indices[key]
 
 
-def same(a: Tensor, b: Tensor) -> bool:
-    """Equal element by element, NaN equal to NaN."""
-    return torch.equal(a, b) or (a.is_floating_point() and torch.equal(a.nan_to_num(), b.nan_to_num()))
-
-
-@contextlib.contextmanager
-def _left_as_found(model: nn.Module) -> Iterator[None]:
-    """Everything that a forward pass can change in a model and around it is put back."""
-    tensors = {
-        id(t): (t, t.data, t.detach().clone())
-        for module in model.modules()
-        for t in _own_tensors(vars(module))
-        if not nn.parameter.is_lazy(t)
-    }
-    # Tensors too: BinaryNet keeps the real weight in an attribute of the parameter.
-    owners = [*model.modules(), *(t for t, _, _ in tensors.values())]
-    attributes = [(owner, dict(vars(owner))) for owner in owners]
-    # Containers are put back in place, not replaced: handles of the user's hooks point at the very dictionaries.
-    containers = [(c, c.copy()) for _, a in attributes for c in a.values() if isinstance(c, (dict, list, set))]
-    try:
-        with generators_kept(t for t, _, _ in tensors.values()):
-            yield
-    finally:
-        for owner, before in attributes:
-            vars(owner).clear()
-            vars(owner).update(before)
-        for container, contents in containers:
-            container.clear()
-            (container.extend if isinstance(container, list) else container.update)(contents)
-        with torch.no_grad():
-            for t, storage, value in tensors.values():
-                if t.data_ptr() != storage.data_ptr() or t.shape != storage.shape:
-                    t.data = storage
-                if not same(t.detach(), value):
-                    t.data.copy_(value)
-
-
-@contextlib.contextmanager
-def generators_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """The random generators of Python, numpy and torch are put back, on the devices of the tensors too."""
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy is not None else None  # type: ignore[attr-defined]
-    python_state = random.getstate()
-    devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python_state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)  # type: ignore[attr-defined]
-
-
-def _own_tensors(attributes: dict[str, Any]) -> Iterator[Tensor]:
-    for value in attributes.values():
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (dict, list)):
-            yield from (v for v in (value.values() if isinstance(value, dict) else value) if isinstance(v, Tensor))
+def _is_one_hot(x: Tensor) -> bool:
+    """Zero but for a single element along some dimension (not looked for in tensors too large to be gates)."""
+    if x.numel() > 1 << 16 or x.ndim < 2:
+        return False
+    nonzero = (x.abs() >= 1e-4) if x.dtype != torch.bool else x
+    return any(x.shape[d] > 1 and bool((nonzero.sum(d) == 1).all()) for d in range(1, x.ndim))

@@ -174,7 +174,7 @@ def bibert(model, x):
     q, k = (block.split_heads(getattr(model.attention, n)(a), 2) for n in ("query", "key"))
     mask = (1.0 - x["attention_mask"][:, None, None, :]) * -100.0
     scores = q.sign() @ k.sign().transpose(-1, -2) / 8**0.5 + mask
-    return {"attention": (q, q.sign()), "attention#4": (scores, (scores > 0).float())}
+    return {"attention: query": (q, q.sign()), "attention": (scores, (scores > 0).float())}
 
 
 def pointnet(model, x):
@@ -242,7 +242,7 @@ ZOO = [
     Entry("binarynet_stoch", partial(layer.two, layer.BinarizeConv2d, mode="stoch"), PAIR),
     Entry("irnet", partial(layer.two, layer.IRConv2d), PAIR, oracle=signed(name="body.0")),
     Entry("irnet_shortcut_signs_again", lambda: Net(layer.IRBlock(), width_out=16),
-          ["body.0.conv1", "body.0.conv2", "body.0.shortcut.0"], oracle=signed(name="body.0.conv1")),
+          ["body.0.conv1", "body.0.conv2"], oracle=signed(name="body.0.conv1")),
     Entry("rbnn", partial(layer.two, layer.RBNNConv2d), PAIR, oracle=signed(rbnn, "body.0")),
     Entry("recu", partial(layer.two, layer.ReCUConv2d), PAIR, oracle=signed(recu, "body.0")),
     Entry("siman", partial(layer.two, layer.SiMaNConv2d), PAIR, oracle=signed(standardised, "body.0")),
@@ -265,21 +265,19 @@ ZOO = [
     Entry("xnornet", lambda: Net(block.XNORBlock(), block.XNORBlock()), ["body.0", "body.1"]),
     Entry("xnornet_dropout", lambda: Net(block.XNORBlock(dropout=0.5), block.XNORBlock(dropout=0.5)),
           ["body.0", "body.1"]),
-    Entry("sign_in_root", block.SignInRoot, [ROOT, f"{ROOT}#2"], inputs=lambda n: images(n, 4),
-          oracle=lambda m, x: {ROOT: ((a := m.stem(x.flatten(1))), a.sign())}),
-    Entry("unused_branch", block.UnusedBranch, ["side_act", "act"], oracle=signed(name="side_act")),
+    Entry("sign_in_root", block.SignInRoot, [f"{ROOT}: stem", f"{ROOT}: bn2"], inputs=lambda n: images(n, 4),
+          oracle=lambda m, x: {f"{ROOT}: stem": ((a := m.stem(x.flatten(1))), a.sign())}),
+    Entry("unused_branch", block.UnusedBranch, ["side_act"], oracle=signed(name="side_act")),
     Entry("recurrent", block.RecurrentCell, ["cell", "cell#2", "cell#3"]),
     Entry("bibert", block.BiBERT,
-          ["attention.query", "attention.key", "attention.value",
-           "attention", "attention#2", "attention#3", "attention#4", "attention.dense",
-           "intermediate", "output"],
+          ["attention.query", "attention: query", "attention: key", "attention: value", "attention",
+           "attention.dense", "intermediate", "output"],
           inputs=tokens, first="embeddings.weight", oracle=bibert),
     Entry("bit", block.BiT,
-          ["attention.qkv", "attention", "attention#2", "attention#3", "attention#4", "up", "down"]),
+          ["attention.qkv", "attention: qkv", "attention: qkv#2", "attention: qkv#3", "attention", "up", "down"]),
     Entry("binaryvit", block.BinaryViT,
-          ["attention.query", "attention", "attention.key", "attention#2", "attention.value", "attention#3",
-           "attention#4", "mlp"]),
-    Entry("fused_attention", block.FusedAttention, ["attend", "attend#2", ROOT, f"{ROOT}#2"]),
+          ["attention.query", "attention: query", "attention: key", "attention: value", "attention", "mlp"]),
+    Entry("fused_attention", block.FusedAttention, ["attend", "attend#2", f"{ROOT}: a", f"{ROOT}: b"]),
     Entry("windows", block.WindowNet, ["qkv", "proj"], oracle=window),
     Entry("bipointnet", block.BiPointNet, ["transform", "conv2.lin", "conv3", "fc1"],
           inputs=lambda n: torch.randn(n, 3, 12), oracle=pointnet),

@@ -1,8 +1,8 @@
 """Dense prediction, a binary encoder-decoder without and with CMIM: semantic segmentation, and depth from one image.
 
-    python examples/dense.py camvid --root DIR
-    python examples/dense.py nyu --task depth --root DIR --size 240 320
-    python examples/dense.py nyu --root DIR --mapping classMapping40.mat --methods irnet bireal reactnet
+    python examples/tools/dense.py camvid --root DIR
+    python examples/tools/dense.py nyu --task depth --root DIR --size 240 320
+    python examples/tools/dense.py nyu --root DIR --mapping classMapping40.mat --methods irnet bireal reactnet
 
 CamVid (Brostow et al. 2008; 11 classes, and label 11 for void), SPLIT being train, val or test:
     DIR/camvid/SPLIT.npz                  labels (N, H, W), and JPEG files in `jpeg`, one after the other, whose bounds
@@ -17,27 +17,29 @@ NYU Depth v2 (Silberman et al. 2012): the official files, 795 training and 654 t
                                           classes: classMapping40.mat; 13: classMapping40.mat class13Mapping.mat
 
 Images and ground truth are resized to --size, and the metrics are of that size. Every run appends a line to --results;
-the same command again does what is missing there. The arms are those of benchmarks/accuracy.py that need neither a
-teacher nor labels of images: `none`, `position`, `position_labels`, `image`, `position+weight=1`, ... The CMIM lines
-are in `train`.
+the same command again does what is missing there. Arms: `none` trains without CMIM, `position` with its defaults,
+`position_labels` tells it the class of each pixel, `image` contrasts whole images; `+NAME=VALUE` sets an argument of
+CMIM, as in `position+weight=1`. The CMIM lines are in `train`.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import io
 import json
 import math
 import platform
+import subprocess
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -49,16 +51,17 @@ from torchmetrics import MeanAbsolutePercentageError, MeanMetric, MeanSquaredErr
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
+import cmim_plugin
+from bodies import BIREAL, IRNET, REACTNET, Recipe, Unit, anneal
+from cmim_plugin import CMIM
 
-import accuracy  # noqa: E402  first: it makes the other modules importable
-import cmim_plugin  # noqa: E402
-import tables  # noqa: E402
-from bodies import Recipe, Unit, full_precision  # noqa: E402
-from cmim_plugin import CMIM  # noqa: E402
-from training import device  # noqa: E402
-
+METHODS = {"irnet": (IRNET, anneal), "bireal": (BIREAL, None), "reactnet": (REACTNET, None)}
+ARMS: dict[str, dict[str, Any]] = {
+    "none": {"weight": 0.0},
+    "position": {},
+    "position_labels": {"labels": True},
+    "image": {"instances": "image"},
+}
 VOID = 255  # a label that is neither trained nor tested on; a depth of 0 likewise
 
 # --- network ---------------------------------------------------------------------------------------------------------
@@ -95,6 +98,10 @@ class EncoderDecoder(nn.Module):
         for narrow, merge, skip in zip(self.narrow, self.merge, scales[-2::-1], strict=True):
             x = merge(resize(narrow(x), skip.shape[-2:]) + skip)
         return resize(self.head(x), size)
+
+
+def device() -> torch.device:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
 def resize(x: Tensor, size: tuple[int, int], **options: Any) -> Tensor:
@@ -160,6 +167,7 @@ class Depth:
 
 
 Task = Segmentation | Depth
+TASKS = {"segmentation": Segmentation, "depth": Depth}
 
 # --- data ------------------------------------------------------------------------------------------------------------
 
@@ -279,29 +287,21 @@ class Config:
 
 
 def train(
-    model: nn.Module,
-    data: Data,
-    config: Config,
-    *,
-    seed: int,
-    on_epoch: Any,
-    cmim_weight: float,
-    cmim_options: Any,
-    cmim_labels: bool,
+    model: nn.Module, data: Data, config: Config, *, seed: int, on_epoch: Any, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Train in place with Adam and a cosine schedule; images are mirrored at random. Returns curves over epochs.
 
-    cmim_labels: tell CMIM the class of each pixel, so that positions of the same class are no negatives
+    options: arguments of CMIM, and `labels`: tell it the class of each pixel; positions of one class are no negatives
     """
     generator = torch.Generator().manual_seed(seed)  # runs of one seed see the same batches
     (images, truths), batch_size = data.train, config.batch_size
     optimizer = torch.optim.Adam(model.parameters(), config.lr)
-    cmim = None
-    if cmim_weight:
-        cmim = CMIM(model, data.normalise(images[:batch_size]), weight=cmim_weight, **cmim_options)
-        optimizer.add_param_group({"params": cmim.parameters()})
     steps = math.ceil(len(images) / batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs * steps)
+    labels, settings = options.get("labels"), {key: value for key, value in options.items() if key != "labels"}
+    cmim = None
+    if settings.get("weight") != 0:
+        cmim = CMIM(model, torch.zeros_like(images[:2], dtype=torch.float32), **settings)
 
     losses, bounds = [], defaultdict(list)
     for epoch in tqdm(range(config.epochs), disable=None):
@@ -317,10 +317,9 @@ def train(
             loss = data.task.loss(model(x), y)
             sums["loss"] += loss.detach()
             if cmim:
-                loss = loss + cmim(model, labels=data.task.classes(y) if cmim_labels else None)
+                loss = loss + cmim(model, labels=data.task.classes(y) if labels else None)
                 for name, metrics in cmim.metrics.items():
-                    if "bound" in metrics:
-                        sums[name] += metrics["bound"]
+                    sums[name] += metrics["bound"]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -330,8 +329,8 @@ def train(
             bounds[name].append(float(total) / steps)
     if cmim:
         cmim.remove()
-    rounded = {tap: accuracy.rounded(values) for tap, values in bounds.items()}  # nats
-    return {"train_loss": accuracy.rounded(losses), "bounds": rounded}
+    rounded = {tap: [round(value, 4) for value in values] for tap, values in bounds.items()}  # nats
+    return {"train_loss": [round(value, 4) for value in losses], "bounds": rounded}
 
 
 @torch.no_grad()
@@ -365,76 +364,110 @@ def draw(model: nn.Module, data: Data, path: Path, count: int = 4) -> None:
     figure.savefig(path, dpi=100)
 
 
-def execute(run: accuracy.Run, config: Config, data: Data, pictures: Path) -> dict[str, Any]:
+def execute(run: Run, config: Config, data: Data, pictures: Path) -> dict[str, Any]:
     """Train and test, and return the record of the run."""
     start = time.perf_counter()
-    options = accuracy.arm_options(run.arm)
-    recipe, on_epoch = accuracy.METHODS[run.method]
-    if options.get("full_precision"):
-        recipe, on_epoch = full_precision(recipe), None
+    recipe, on_epoch = METHODS[run.method]
     torch.manual_seed(run.seed)
     model = EncoderDecoder(recipe, data.task.outputs, config.width).to(device(), memory_format=torch.channels_last)
-    images = data.train[0]
-    arguments = accuracy.arm_arguments(options, model, data.normalise(images[: config.batch_size]), None, len(images))
-    curves = train(model, data, config, seed=run.seed, on_epoch=on_epoch, **arguments)
+    curves = train(model, data, config, seed=run.seed, on_epoch=on_epoch, options=arm_options(run.arm))
     seconds = round(time.perf_counter() - start, 1)  # of training
     draw(model, data, pictures / f"{run.method}-{run.arm}-{run.seed}.png")
     versions = {"cmim_plugin": cmim_plugin.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    name = torch.cuda.get_device_name() if device().type == "cuda" else f"{device().type}, {platform.machine()}"
     return {
-        **asdict(run),
+        **run._asdict(),
         "metrics": evaluate(model, data, data.test),  # after the last epoch
         "train_metrics": evaluate(model, data, data.train),
-        "options": options,
+        "options": arm_options(run.arm),
         "config": asdict(config),
         "curves": curves,
         "seconds": seconds,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": accuracy.device_name(),
+        "device": name,
         "versions": versions,
-        "commit": accuracy.commit(),
+        "commit": commit(),
     }
 
 
-# --- report ----------------------------------------------------------------------------------------------------------
+# --- results ---------------------------------------------------------------------------------------------------------
 
 
-def table(records: list[dict[str, Any]], arms: list[str] | None = None) -> str:
-    """Markdown: mean ± standard deviation over seeds, and the mean difference to `none` with its 95 % interval."""
-    shown = [r for r in records if not arms or r["arm"] in arms]
-    if not shown:
-        return "No results yet."
-    config = shown[0]["config"]
-    task = Depth if config["task"] == "depth" else Segmentation
+class Run(NamedTuple):
+    method: str
+    arm: str
+    seed: int
+
+
+def arm_options(arm: str) -> dict[str, Any]:
+    """Arguments of CMIM, and `labels`, that an arm's name stands for."""
+    base, *changes = arm.split("+")
+    if base not in ARMS or not all("=" in change for change in changes):
+        sys.exit(f"There is no arm {arm}: {', '.join(ARMS)}, and +NAME=VALUE for an argument of CMIM.")
+    return ARMS[base] | {name: literal(value) for name, _, value in (change.partition("=") for change in changes)}
+
+
+def literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except ValueError:  # a word
+        return text
+
+
+def commit() -> str:
+    """What is checked out; `-dirty` where tracked files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def read_results(path: Path, config: Config) -> dict[Run, dict[str, Any]]:
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    for record in records:
+        if record["config"] != asdict(config):
+            sys.exit(
+                f"{path} has results with\n  {record['config']}\nnot\n  {asdict(config)}\nChoose another --results."
+            )
+    return {Run(r["method"], r["arm"], r["seed"]): r for r in records}
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Markdown: mean over the seeds, and the mean difference to `none` with its 95 % interval (Student's t)."""
+    columns = TASKS[records[0]["config"]["task"]].columns
     values: dict[tuple[str, str, str], dict[int, float]] = defaultdict(dict)
     for r in records:
-        for name in task.columns:
+        for name in columns:
             values[r["method"], r["arm"], name][r["seed"]] = 100 * r["metrics"][name]
-    columns = ["method", "arm", "seeds", *(c for column in task.columns.values() for c in (column, "minus `none`"))]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for method, arm in dict.fromkeys((r["method"], r["arm"]) for r in shown):
-        cells = [method, f"`{arm}`", str(len(values[method, arm, name]))]
-        for name in task.columns:
-            seeds, none = values[method, arm, name], values[method, "none", name]
-            spread = f" ± {np.std(list(seeds.values()), ddof=1):.2f}" if len(seeds) > 1 else ""
-            difference = tables.difference(seeds, none) if arm != "none" else ""
-            cells += [f"{np.mean(list(seeds.values())):.2f}{spread}", difference]
+    heads = ["method", "arm", "seeds", *(c for column in columns.values() for c in (column, "minus `none`"))]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for method, arm in dict.fromkeys((r["method"], r["arm"]) for r in records):
+        cells = [method, f"`{arm}`", str(len(values[method, arm, next(iter(columns))]))]
+        for name in columns:
+            own, none = values[method, arm, name], values[method, "none", name]
+            cells += [f"{np.mean(list(own.values())):.2f}", difference(own, none) if arm != "none" else ""]
         lines.append(f"| {' | '.join(cells)} |")
-    caption = (
-        f"{config['data']}, images of {' x '.join(map(str, config['size']))} pixels, an encoder-decoder of width "
-        f"{config['width']}, {config['epochs']} epochs, batches of {config['batch_size']}; {config['split']} images, "
-        f"after the last epoch, mean ± standard deviation. {tables.PAIRED} {tables.origin(shown)}"
-    )
-    return "\n".join(lines) + "\n\n" + caption
+    return "\n".join(lines)
+
+
+def difference(own: dict[int, float], none: dict[int, float]) -> str:
+    """Over the seeds that both have."""
+    from scipy import stats
+
+    differences = [own[seed] - none[seed] for seed in sorted(own.keys() & none.keys())]
+    if len(differences) < 2:
+        return f"{differences[0]:+.2f} (one seed)" if differences else ""
+    mean = np.mean(differences)
+    half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
+    return f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", choices=("camvid", "nyu"))
     parser.add_argument("--root", type=Path, default=Path("data"), help="where the files named above are")
-    parser.add_argument("--task", choices=("segmentation", "depth"), default="segmentation")
+    parser.add_argument("--task", choices=TASKS, default="segmentation")
     parser.add_argument("--mapping", type=Path, nargs="+", default=[], help="class mappings for NYU, see above")
-    parser.add_argument("--methods", nargs="+", choices=accuracy.METHODS, default=["bireal"])
-    parser.add_argument("--arms", nargs="+", default=["none", "position"], help="none, position, image, ...; see above")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["bireal"])
+    parser.add_argument("--arms", nargs="+", default=["none", "position"], help="see above")
     parser.add_argument("--seed", "--seeds", type=int, nargs="+", default=[0], dest="seeds")
     parser.add_argument("--split", choices=("test", "val"), default="test", help="val: to choose hyper-parameters")
     parser.add_argument("--size", type=int, nargs=2, default=[180, 240], metavar=("HEIGHT", "WIDTH"))
@@ -443,21 +476,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--results", type=Path, help="file of JSON lines; runs/dense/DATA-TASK.jsonl")
-    parser.add_argument("--pictures", type=Path, default=ROOT / "runs" / "dense", help="folder of the pictures")
+    parser.add_argument("--pictures", type=Path, default=Path("runs", "dense"), help="folder of the pictures")
     args = parser.parse_args(arguments)
     for arm in args.arms:
-        options = accuracy.arm_options(arm)
-        if accuracy.needs_teacher(options):
-            parser.error(f"{arm} needs a teacher, which there is none of here")
-        if options.get("labels") and (args.task == "depth" or options["instances"] == "image"):
-            parser.error(f"{arm} needs classes: of images, which have none here, or of positions, which depth has not")
+        if arm_options(arm).get("labels") and args.task == "depth":
+            parser.error(f"{arm} needs the class of each pixel, which depth does not have")
 
     options = {key: value for key, value in vars(args).items() if key in Config.__dataclass_fields__}
     config = Config(**{**options, "mapping": [path.name for path in args.mapping]})
-    path = args.results or ROOT / "runs" / "dense" / f"{config.data}-{config.task}.jsonl"
-    done = accuracy.read_results(path)
-    accuracy.check_same(done, config, path)
-    queue = [run for run in accuracy.make_queue(args.methods, args.arms, args.seeds) if run not in done]
+    path = args.results or Path("runs", "dense", f"{config.data}-{config.task}.jsonl")
+    done = read_results(path, config)
+    # All arms of one seed before the next seed: what has run when time is up is paired.
+    runs = [Run(*run) for seed in args.seeds for run in product(args.methods, args.arms, [seed])]
+    queue = [run for run in runs if run not in done]
     print(f"{path}: {len(done)} runs are there, {len(queue)} to do", flush=True)
     if queue:
         data = load(config, args.root, args.mapping)

@@ -1,7 +1,7 @@
-"""Network bodies that do not know how they are binarized: a method is a `Recipe`, a body is built from it.
+"""Binary networks for the tools: three methods (IR-Net, Bi-Real Net, ReActNet) and the bodies they are put into.
 
-The same body built from `full_precision(recipe)` has the same module names, so that it can serve as a teacher
-matched by name. The stem, the shape-changing shortcuts and the classifier stay in full precision.
+A method is a `Recipe`, a body is built from it. The same body built from `full_precision(recipe)` has the same module
+names, so it can serve as a teacher. The stem, the shape-changing shortcuts and the classifier stay in full precision.
 """
 
 from __future__ import annotations
@@ -55,6 +55,120 @@ def full_precision(recipe: Recipe) -> Recipe:
     """The recipe without its binarizations: plain convolutions, ReLU where an activation was binarized."""
     binary = identity if recipe.binary is identity else lambda channels: nn.ReLU()
     return replace(recipe, conv=partial(nn.Conv2d, bias=False), binary=binary)
+
+
+# --- IR-Net (Qin et al., arXiv 1909.10788) ----------------------------------------------------------------------------
+
+
+def libra(weight: Tensor, slope: Callable[[Tensor], Tensor]) -> Tensor:
+    """Libra parameter binarization (section 3.2): the weight of each output channel as a power of two times +-1."""
+    within = tuple(range(1, weight.ndim))
+    w = weight - weight.mean(within, keepdim=True)  # balanced: as many +1 as -1, the most entropy
+    w = w / w.std(within, keepdim=True)
+    with torch.no_grad():  # a power of two: a bit shift at inference
+        scale = 2 ** w.abs().mean(within, keepdim=True).log2().round()
+    return Sign.apply(w, slope) * scale
+
+
+class EDE:
+    """The error decay estimator (section 3.3), which a layer has for both of its signs."""
+
+    t, k = 0.1, 10.0  # where `anneal` starts
+
+    def slope(self, x: Tensor) -> Tensor:
+        """Derivative of g(x) = k tanh(t x), which stands in for sign in the backward pass."""
+        return self.k * self.t * (1 - torch.tanh(self.t * x) ** 2)
+
+
+class IRConv2d(EDE, nn.Conv2d):
+    """Weight by `libra`, both signs with the error decay estimator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        binary_w = libra(self.weight, self.slope)
+        binary_x = Sign.apply(x, self.slope)
+        return self._conv_forward(binary_x, binary_w, self.bias)  # with this layer's stride, padding, groups, ...
+
+
+def anneal(model: nn.Module, epoch: int, epochs: int) -> None:
+    """EDE's schedule: from nearly the identity, which updates all, to nearly sign."""
+    t = 0.1 * 10 ** (epoch / epochs * 2)  # t_min = 0.1, t_max = 10
+    for module in model.modules():
+        if isinstance(module, EDE):
+            module.t, module.k = t, max(1 / t, 1.0)
+
+
+IRNET = Recipe(conv=partial(IRConv2d, bias=False), nonlinearity=lambda channels: nn.Hardtanh())
+
+# --- Bi-Real Net (Liu et al., arXiv 1808.00278) -----------------------------------------------------------------------
+
+
+def polynomial_slope(x: Tensor) -> Tensor:
+    """Derivative of the piecewise polynomial 2x - x|x| on [-1, 1], close to sign there; 0 outside."""
+    return (2 - 2 * x.abs()).clamp(min=0)
+
+
+def clipped_slope(w: Tensor) -> Tensor:
+    """Derivative of clip(w, -1, 1): the common straight-through estimator."""
+    return (w.abs() < 1).to(w.dtype)
+
+
+class ApproxSign(nn.Module):
+    """Sign with the gradient of a piecewise polynomial."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Sign.apply(x, polynomial_slope)
+
+
+def magnitude_aware(weight: Tensor) -> Tensor:
+    """mean|w| sign(w), mean over an output channel, so that the gradient knows the size of w."""
+    scale = weight.detach().abs().mean(tuple(range(1, weight.ndim)), keepdim=True)
+    return Sign.apply(weight, clipped_slope) * scale
+
+
+class MagnitudeAwareConv2d(nn.Conv2d):
+    """Binary weights; the module before it binarizes the activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, magnitude_aware(self.weight), self.bias)
+
+
+BIREAL = Recipe(conv=partial(MagnitudeAwareConv2d, bias=False), binary=lambda channels: ApproxSign())
+
+# --- ReActNet (Liu et al., arXiv 2003.03488) --------------------------------------------------------------------------
+
+
+class Shift(nn.Module):
+    """x + b, b learned for each channel."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias
+
+
+class RSign(ApproxSign):
+    """Sign with a learned threshold for each channel."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.shift = Shift(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.shift(x))
+
+
+class RPReLU(nn.Sequential):
+    """PReLU with a learned shift of its input and of its output for each channel."""
+
+    def __init__(self, channels: int):
+        super().__init__(Shift(channels), nn.PReLU(channels), Shift(channels))
+
+
+REACTNET = Recipe(conv=BIREAL.conv, binary=RSign, nonlinearity=RPReLU)
+
+# --- bodies -----------------------------------------------------------------------------------------------------------
 
 
 class Unit(nn.Module):

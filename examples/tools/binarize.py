@@ -9,10 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bireal import BIREAL, MagnitudeAwareConv2d, magnitude_aware, polynomial_slope
-from bodies import Recipe, Sign
-from irnet import EDE, IRNET, IRConv2d, anneal, libra
-from reactnet import REACTNET
+from bodies import (
+    BIREAL,
+    EDE,
+    IRNET,
+    REACTNET,
+    IRConv2d,
+    MagnitudeAwareConv2d,
+    Recipe,
+    Sign,
+    anneal,
+    libra,
+    magnitude_aware,
+    polynomial_slope,
+)
 
 
 class BinaryConv2d(MagnitudeAwareConv2d):

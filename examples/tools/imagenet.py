@@ -1,13 +1,13 @@
 """Train a binary network on ImageNet or CIFAR-100 with CMIM, for days: a run that was killed goes on where it was.
 
-    python examples/imagenet.py ROOT --config examples/configs/imagenet_resnet18.yaml
-    python examples/imagenet.py data --config examples/configs/cifar100_resnet18.yaml --download
-    torchrun --nproc_per_node=8 examples/imagenet.py ROOT --model resnet50 --method bireal --amp bf16
+    python examples/tools/imagenet.py ROOT --config examples/tools/configs/imagenet_resnet18.yaml
+    python examples/tools/imagenet.py data --config examples/tools/configs/cifar100_resnet18.yaml --download
+    torchrun --nproc_per_node=8 examples/tools/imagenet.py ROOT --model resnet50 --method bireal --amp bf16
 
 The variant of the code published with the paper, with a full-precision network that is trained first as its teacher:
 
-    python examples/imagenet.py data --config CONFIG --full-precision --output runs/full
-    python examples/imagenet.py data --config CONFIG --published --teacher runs/full/last.pt
+    python examples/tools/imagenet.py data --config CONFIG --full-precision --output runs/full
+    python examples/tools/imagenet.py data --config CONFIG --published --teacher runs/full/last.pt
 
 The network is one of timm's or, as bodies.NAME, one of bodies.py; --method says how it is binarized (binarize.py). A
 config file has options as keys; the command line overrides it. OUTPUT/log.csv has a line an epoch; with the package
@@ -50,7 +50,6 @@ from tqdm import tqdm
 from binarize import METHODS, binarize
 from bodies import BODIES, full_precision
 from cmim_plugin import CMIM, PublishedCMIM, Report
-from timm_train import options
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # With these changed a run is still the same.
@@ -60,7 +59,25 @@ FREE = ("root", "output", "config", "workers", "device", "download", "checkpoint
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = options(__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("root", help="folder with train/CLASS/* and val/CLASS/*")
+    parser.add_argument("--model", default="resnet18", help="any name that timm.create_model knows")
+    parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="such as img_size=64 depth=4")
+    parser.add_argument("--pretrained", action=switch, default=False, help="start from the full-precision weights")
+    parser.add_argument("--img-size", type=int, help="side of the images, where not the model's usual")
+    parser.add_argument("--batch-size", type=int, default=128, help="of one process")
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--warmup-epochs", type=int, default=5)
+    parser.add_argument("--opt", default="adamw")
+    parser.add_argument("--sched", default="cosine")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--weight-decay", type=float, default=1e-2)
+    parser.add_argument("--ema-decay", type=float, default=0.9998)
+    parser.add_argument("--cmim-weight", type=float, default=0.1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     switch = argparse.BooleanOptionalAction
     parser.add_argument("--config", type=Path, help="YAML file of options; the command line overrides it")
     parser.add_argument("--method", choices=METHODS, default="irnet")
@@ -224,7 +241,7 @@ def build(args: argparse.Namespace, classes: int, binary: bool = True) -> nn.Mod
 
 def attach(args: argparse.Namespace, model: nn.Module, train_set: Any, classes: int, size: list[int]) -> CMIM:
     device = next(model.parameters()).device
-    example = torch.randn(8, *size, device=device)
+    example = torch.zeros(2, *size, device=device)
     settings = {"weight": args.cmim_weight, **args.cmim_kwargs}
     if args.teacher:
         teacher = build(args, classes, binary=False).to(device).eval().requires_grad_(False)
@@ -264,9 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     cmim = None
     if args.cmim_weight:
         cmim = attach(args, model, train_set, classes, config["input_size"])
-        optimizer.add_param_group({"params": cmim.parameters()})
 
-    # After CMIM: the schedule counts the optimizer's groups. A copy of the model has no hooks, DDP passes through them.
     timing = {"warmup_epochs": args.warmup_epochs, "updates_per_epoch": steps, "step_on_epochs": False}
     scheduler, epochs = create_scheduler_v2(optimizer, args.sched, args.epochs, **timing)
     trained = DistributedDataParallel(model) if args.distributed else model
@@ -300,8 +315,11 @@ def main(argv: list[str] | None = None) -> None:
             with autocast():
                 loss = F.cross_entropy(trained(x.contiguous(memory_format=layout)), y)
                 seen = {"loss": loss.detach().clone()}
+                if args.published:
+                    loss += cmim(trained, indices=indices)
+                elif cmim:
+                    loss += cmim(trained, labels=y if args.cmim_labels else None)
                 if cmim:
-                    loss += cmim(trained, indices if args.published else y if args.cmim_labels else None)
                     seen |= {f"bound/{tap}": m["bound"] for tap, m in cmim.metrics.items() if "bound" in m}
             optimizer.zero_grad()
             scaler.scale(loss).backward()

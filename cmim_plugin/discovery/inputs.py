@@ -1,0 +1,192 @@
+"""Inputs of a model: where their number of samples is read, and how they are varied for the dry run."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CMIMError
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+Path = tuple[Any, ...]
+
+
+def tensors_in(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    """Every tensor in nested tuples, lists and mappings, with the keys that lead to it."""
+    if isinstance(tree, Tensor):
+        yield path, tree
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from tensors_in(value, (*path, key))
+    elif isinstance(tree, (tuple, list)):
+        for index, value in enumerate(tree):
+            yield from tensors_in(value, (*path, index))
+
+
+def as_inputs(example: Any) -> Inputs:
+    """A tensor, a tuple of positional inputs or a dict of keyword inputs, as (args, kwargs)."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, (tuple, list)):
+        return tuple(example), {}
+    if isinstance(example, Tensor):
+        return (example,), {}
+    raise CMIMError(
+        "example_input must be a tensor, a tuple of positional inputs or a dict of keyword inputs of the model; "
+        f"found {type(example).__name__}."
+    )
+
+
+@dataclass(frozen=True)
+class BatchSource:
+    """Where the number of samples is read off the model's inputs.
+
+    Attributes:
+        places: keys that lead to a tensor or a list within (args, kwargs), and the tensor's dimension, None for the
+            length of a list of images. The first one that fits is read.
+        names: the positional parameters of the model's forward: an input may come by position or by keyword.
+    """
+
+    places: tuple[tuple[Path, int | None], ...]
+    names: tuple[str, ...] = ()
+
+    def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+        """The number of samples in these inputs, None where it cannot be read."""
+        for path, dim in self.places:
+            for way in (path, self._other(path)):
+                with contextlib.suppress(Exception):
+                    found: Any = (args, kwargs)
+                    for key in way:
+                        found = found[key]
+                    if isinstance(found, Tensor) != (dim is None):
+                        return len(found) if dim is None else int(found.shape[dim])
+        return None
+
+    def _other(self, path: Path) -> Path:
+        """By keyword where the example came by position, and the reverse."""
+        side, key, *rest = path
+        if side == 0:
+            return (1, self.names[key], *rest)
+        return (0, self.names.index(key), *rest)
+
+
+def batch_sources(model: nn.Module, inputs: Inputs) -> dict[int, BatchSource]:
+    """The numbers of samples that the inputs may have, most likely first, each with where it is read."""
+    places: dict[int, list[tuple[Path, int | None]]] = {}
+    for path, value in _lists_in(inputs):
+        places.setdefault(len(value), []).append((path, None))
+    for path, tensor in tensors_in(inputs):
+        if tensor.ndim:
+            places.setdefault(tensor.size(0), []).append((path, 0))
+    names = _parameter_names(model)
+    return {size: BatchSource(tuple(found), names) for size, found in places.items() if size}
+
+
+def stated_source(model: nn.Module, inputs: Inputs, batch_size: int) -> BatchSource | None:
+    """Where ``batch_size``, given by the user, is read off the inputs; None if nothing has that size."""
+    known = batch_sources(model, inputs).get(batch_size)
+    if known is not None:
+        return known
+    found = [
+        (path, tensor.shape.index(batch_size))
+        for path, tensor in tensors_in(inputs)
+        if not tensor.is_nested and batch_size in tensor.shape
+    ]
+    return BatchSource(tuple(found), _parameter_names(model)) if found else None
+
+
+def resampled(inputs: Inputs, source: BatchSource, samples: Sequence[int]) -> Inputs:
+    """The inputs with these samples of the batch: all that has one entry a sample is indexed."""
+    places = dict(source.places)
+
+    def pick(path: Path, value: Any) -> Any:
+        if path not in places:
+            return value
+        dim = places[path]
+        if isinstance(value, Tensor):
+            assert dim is not None
+            return value.detach().index_select(dim, torch.tensor(samples, device=value.device))
+        return type(value)(value[i] for i in samples)
+
+    result: Inputs = _mapped(inputs, pick)
+    return result
+
+
+def varied(inputs: Inputs, seed: int) -> Inputs:
+    """The inputs with other values in the dense floating-point ones, everything else as it is.
+
+    The values of a tensor change places. Noise comes in place of a constant: an example of zeros is a stand-in.
+    Masks, token ids, lengths, sparse, nested and complex tensors stay.
+    """
+    tensors = [t for _, t in tensors_in(inputs)]
+    dense = [t for t in tensors if _is_dense(t)]
+    dense = [t for t in dense if t.ndim > 1] or dense
+    kinds = {id(t): _distinct(t) for t in dense}
+    chosen = {key for key, distinct in kinds.items() if distinct > 2}
+    if not chosen and not any(t.ndim > 1 and not t.is_floating_point() for t in tensors):
+        chosen = {id(t) for t in dense if kinds[id(t)] == 0 or not t.any()} or set(kinds)
+    generator = torch.Generator().manual_seed(seed)
+
+    def vary(path: Path, value: Any) -> Any:
+        if not isinstance(value, Tensor) or id(value) not in chosen:
+            return value
+        if kinds[id(value)] < 2:
+            return torch.randn(value.shape, generator=generator, device="cpu").to(value)
+        order = torch.randperm(value.numel(), generator=generator, device="cpu").to(value.device)
+        return value.detach().flatten()[order].view(value.shape)
+
+    result: Inputs = _mapped(inputs, vary)
+    return result
+
+
+def _mapped(tree: Any, function: Callable[[Path, Any], Any], path: Path = ()) -> Any:
+    """The tree with a function of (path, value) applied from the leaves up; parts without a change are kept."""
+    new = tree
+    if isinstance(tree, Mapping):
+        items = {key: _mapped(value, function, (*path, key)) for key, value in tree.items()}
+        if any(items[key] is not tree[key] for key in items):
+            new = items
+    elif isinstance(tree, (tuple, list)):
+        values = [_mapped(value, function, (*path, index)) for index, value in enumerate(tree)]
+        if any(a is not b for a, b in zip(values, tree)):
+            new = type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+    return function(path, new) if path else new
+
+
+def _lists_in(inputs: Inputs) -> Iterator[tuple[Path, Any]]:
+    """Lists with an entry for each sample, as detectors take: of images, or of a dict of targets for each."""
+    for side, tree in enumerate(inputs):
+        for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+            if isinstance(value, (list, tuple)) and value:
+                if all(isinstance(v, Tensor) for v in value) or all(isinstance(v, Mapping) for v in value):
+                    yield (side, key), value
+
+
+def _parameter_names(model: nn.Module) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(model.forward).parameters)
+    except (TypeError, ValueError):
+        return ()
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_nested and tensor.numel() > 1
+
+
+def _distinct(tensor: Tensor) -> int:
+    """1, 2 or 3 for more distinct values; 0 for a tensor that is nowhere finite."""
+    finite = tensor.detach().isfinite()
+    if not bool(finite.any()):
+        return 0
+    if not bool(finite.all()):
+        return 2  # an additive mask of zeros and minus infinity
+    low, high = tensor.detach().aminmax()
+    if low == high:
+        return 1
+    return 2 if bool(((tensor == low) | (tensor == high)).all()) else 3

@@ -1,0 +1,123 @@
+"""CMIM in a loop that is not yours: transformers' Trainer, here with a small binary BERT from random weights.
+
+    python examples/transformers_trainer.py
+
+The task, made up so that nothing is downloaded: does the sequence have the token 5 more often than the token 6?
+`CMIMTrainer` is what you would copy. Padding is left out of the contrast by the model's own attention_mask.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+from bireal import BinaryActivation
+from cmim_plugin import CMIM
+
+
+class CMIMTrainer(Trainer):
+    """Adds the loss of `cmim` to the model's in training, logs it, and keeps its state beside the model's."""
+
+    def __init__(self, *args: Any, cmim: CMIM, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cmim = cmim.to(self.args.device)
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training:
+            loss = loss + self.cmim(model) / self.args.gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log(logs | self.cmim.scalars() if "loss" in logs else logs, *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        torch.save(self.cmim.state_dict(), folder / "cmim.pt")
+
+    def _load_from_checkpoint(self, folder: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(folder, *args, **kwargs)
+        self.cmim.load_state_dict(torch.load(Path(folder, "cmim.pt"), weights_only=True))
+
+
+class BinaryLinear(nn.Linear):
+    """Binarizes its input and its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        binary = BinaryActivation()
+        scale = self.weight.detach().abs().mean(1, keepdim=True)
+        return F.linear(binary(x), scale * binary(self.weight), self.bias)
+
+
+def binary_bert(**sizes: int) -> BertForSequenceClassification:
+    """Every linear layer of the encoder is binary; embeddings, pooler and classifier are not."""
+    model = BertForSequenceClassification(BertConfig(vocab_size=50, num_labels=2, **sizes))
+    for module in model.bert.encoder.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = BinaryLinear
+    return model
+
+
+def sequences(count: int, length: int, seed: int) -> list[dict[str, Tensor]]:
+    """Token 0 is padding, 2 begins a sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        size = int(torch.randint(length // 2, length + 1, (), generator=generator))
+        ids = F.pad(torch.randint(5, 9, (size,), generator=generator), [0, length - size])
+        ids[0] = 2
+        more = (ids == 5).sum() > (ids == 6).sum()
+        found.append({"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": more.long()})
+    return found
+
+
+def main(argv: list[str] | None = None) -> CMIMTrainer:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--accumulation", type=int, default=1, help="backward passes a step")
+    parser.add_argument("--cmim-weight", type=float, default=0.1, help="0: the baseline")
+    parser.add_argument("--output", default="runs/transformers")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT")
+    args = parser.parse_args(argv)
+
+    torch.manual_seed(0)
+    model = binary_bert(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
+    example = {"input_ids": torch.zeros(2, 16, dtype=torch.long), "attention_mask": torch.ones(2, 16)}
+    cmim = CMIM(model, example, weight=args.cmim_weight)
+    print(cmim)
+    options = TrainingArguments(
+        output_dir=args.output,
+        max_steps=args.steps,
+        per_device_train_batch_size=32,
+        gradient_accumulation_steps=args.accumulation,
+        learning_rate=1e-3,
+        warmup_steps=20,
+        max_grad_norm=1.0,
+        logging_steps=20,
+        eval_strategy="steps",
+        eval_steps=100,
+        save_steps=100,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = CMIMTrainer(
+        model,
+        options,
+        train_dataset=sequences(2000, 16, seed=0),
+        eval_dataset=sequences(500, 16, seed=1),
+        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(1) == p.label_ids).mean())},
+        cmim=cmim,
+    )
+    trainer.train(resume_from_checkpoint=args.resume)
+    return trainer
+
+
+if __name__ == "__main__":
+    main()
