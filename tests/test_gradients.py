@@ -4,8 +4,6 @@ The oracle is a forward pass written out by hand, with autograd functions of its
 anchors and candidates for heads, unit length, critic and loss.
 """
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -154,6 +152,8 @@ def embedding(row: Tensor, weight: Tensor) -> list[Tensor]:
     square = 0.0
     for value in z:
         square = square + value * value
+    if square < 1e-12:  # no direction: divided by a constant
+        return [value / 1e-6 for value in z]
     return [value / square.sqrt() for value in z]
 
 
@@ -318,11 +318,11 @@ def test_gradients_of_the_step_after_the_first_with_a_queue_agree_with_loops(met
 @each_method
 @each_instance
 def test_gradients_with_layer_decay_agree_with_loops(method, instances):
-    model, cmim = start(method, instances=instances, layer_decay=0.25)
+    model, cmim = start(method, instances=instances, layer_decay=1 / 3)
     network, heads = parameters_of(model, cmim)
     x = batch(1)
     model(x)
-    expected, _ = oracle(activations(method, network, x), heads, [0.2, 0.8], everywhere(instances))
+    expected, _ = oracle(activations(method, network, x), heads, [0.25, 0.75], everywhere(instances))
     assert_agrees(cmim(model), model, cmim, expected, network, heads)
 
 
@@ -368,16 +368,17 @@ def test_the_gradients_of_task_and_plug_in_add_up_in_one_backward_pass_and_in_tw
             torch.testing.assert_close(f, t + c, rtol=1e-9, atol=1e-9)
 
 
-def test_gradients_of_gradients_agree_with_differences():
-    model, cmim = start("Bi-Real", num_positions=5)
-    state = copy.deepcopy(cmim.draws)
-
-    def penalty(weight: Tensor) -> Tensor:
-        cmim.draws.copy_(state)
-        logits = torch.func.functional_call(model, {"bn1.weight": weight}, batch(1))
-        loss = F.cross_entropy(logits, torch.tensor([0, 1, 0])) + cmim(model)
+@each_method
+def test_gradients_of_gradients_agree_with_loops(method):
+    model, cmim = start(method)
+    network, heads = parameters_of(model, cmim)
+    x = batch(1)
+    model(x)
+    expected, _ = oracle(activations(method, network, x), heads, [0.5, 0.5], everywhere("position"))
+    name = "conv1.weight"
+    results = []
+    for loss, weight in ((cmim(model), model.get_parameter(name)), (expected, network[name])):
         (grad,) = torch.autograd.grad(loss, weight, create_graph=True)
-        return grad.square().sum()
-
-    weight = model.bn1.weight.detach().clone().requires_grad_()
-    assert torch.autograd.gradcheck(penalty, weight, atol=1e-6)
+        results.append(torch.autograd.grad(grad.square().sum(), weight)[0])
+    assert results[1].abs().max() > 1e-4
+    torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-9)
