@@ -629,7 +629,7 @@ def attached_to(model: nn.Module) -> bool:
     Not: on another model that shares modules with this one, where the two do not meet.
     """
     for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
+        for hook in _compat.forward_pre_hooks(module):
             owner = getattr(hook, "__self__", None)
             if isinstance(owner, _Hook) and owner.capture is not None and owner.serves(module):
                 other = owner.capture.model()
