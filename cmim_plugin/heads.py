@@ -143,10 +143,9 @@ class Heads(nn.Module):
     def _become_leaf(self) -> None:
         """Make the weights a leaf, with a gradient that is always there: backward passes add to it in place."""
         for name in ("weights", "exp_avg", "exp_avg_sq", "steps"):
-            buffer = self._buffers[name]
-            assert buffer is not None
+            buffer = getattr(self, name)
             # Half a precision is too little to add small steps in.
-            self._buffers[name] = buffer.detach().to(torch.promote_types(buffer.dtype, torch.float32))
+            setattr(self, name, buffer.detach().to(torch.promote_types(buffer.dtype, torch.float32)))
         self.weights.requires_grad_()
         self.weights.grad = torch.zeros_like(self.weights)
 
