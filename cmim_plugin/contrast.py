@@ -140,15 +140,14 @@ class Contrast(nn.Module):
             check_rows(self.taps[k], binary, latent, weights.device)
             rows.append((binary, latent))
             sizes[k] = len(binary)
-        flat = weights.clone()
-        if self.synced:
-            flat = distributed.averaged(flat)
+        shared = distributed.averaged(weights) if self.synced else weights
         if reached:
-            z = self.heads(reached, rows, flat)
+            z = self.heads(reached, rows, shared)
         else:
             # No rows, but a graph: other ranks may have some, and wait for this one in the backward pass.
             tap = self.taps[0]
-            z = self.heads([0], [(flat.new_zeros(0, tap.channels), flat.new_zeros(0, tap.latent_channels))], flat)
+            none = [(weights.new_zeros(0, tap.channels), weights.new_zeros(0, tap.latent_channels))]
+            z = self.heads([0], none, shared)
         pairs = [(self.taps[k].name, captured.pairs[k]) for k in reached]
         row_labels = None if labels is None else _of_all(pairs, lambda n, p: labels_of(p, labels, n), labels)
         row_mask = None if mask is None else _of_all(pairs, lambda n, p: mask_of(p, mask, n), mask)
