@@ -550,7 +550,9 @@ def test_the_heads_get_the_rows_at_the_drawn_positions_and_no_others():
     cmim = CMIM(model, X, num_positions=7, taps=["layer1.0.binary"])
     (index,) = stratified_indices(cmim.draws, 6 * 16).tolist()
     seen = []
-    model.layer1[0].binary.register_forward_hook(lambda module, args, output: seen.append(output) or output.retain_grad())
+    model.layer1[0].binary.register_forward_hook(
+        lambda module, args, output: seen.append(output) or output.retain_grad()
+    )
     logits = model(X)
     (cmim(model) + 0 * F.cross_entropy(logits, Y)).backward()
     touched = seen[0].grad.abs().sum(1).flatten().nonzero().flatten().tolist()
