@@ -290,7 +290,7 @@ ZOO = [
           ["body.0.binary_activation", "body.1.binary_activation", "up.binary_activation"]),
     Entry("segmentation", block.Segmentation, ["down.0", "up", "fuse.0"], oracle=signed(name="down.0")),
     # --- sums, joins, scales, random structure, frozen and hidden parts -------------------------------------
-    Entry("skipped_layers", lambda: Net(structure.SkippedLayers(rate=0.01)),
+    Entry("skipped_layers", lambda: Net(structure.SkippedLayers(rate=0.002)),
           [f"body.0.blocks.{i}.act" for i in range(5)]),
     Entry("residual_binarization", lambda: Net(structure.ResidualBinarization()), ["body.0", "body.0#2"]),
     Entry("sign_plus_noise", partial(blocks, structure.NoisySign), ACTS),
