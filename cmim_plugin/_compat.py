@@ -61,6 +61,11 @@ def gradient_hooks(tensor: Tensor) -> list[Any] | None:
     return list(hooks.values()) if hooks else []
 
 
+def forward_pre_hooks(module: nn.Module) -> list[Any]:
+    """The hooks that run before a module's forward. Without it: none, and a second plug-in on a model is not refused."""
+    return list(getattr(module, "_forward_pre_hooks", {}).values())
+
+
 def running_calls(module: nn.Module) -> int:
     """How many calls of a module are on this thread's Python stack. Without it: 0, and a nested call starts anew."""
     call = getattr(nn.Module, "_call_impl", None)

@@ -112,6 +112,7 @@ class Pass:
         #: Samples in the batch, where the inputs tell.
         self.batch: int | None = None
         self.training = training
+        self.compiled = torch.compiler.is_compiling()
         self.pairs = {k: Pair() for k in self.scheduled}
         #: What went wrong: tap, or None for the pass as a whole -> message.
         self.failures: dict[int | None, str] = {}
@@ -227,8 +228,8 @@ class Pass:
             return
         if x.device != self.draws.device:
             raise CMIMError(
-                f"it is on {x.device}, the heads are on {self.draws.device}: call cmim.to({str(x.device)!r}), or attach "
-                "after moving the model"
+                f"it is on {x.device}, the heads are on {self.draws.device}: call cmim.to({str(x.device)!r}), or "
+                "attach after moving the model"
             )
         total = layout.positions(x.shape)
         if pair.rows[1 - side] is not None and pair.total != total:
@@ -402,9 +403,13 @@ class Capture:
             CMIMError: there is none.
         """
         self.unasked = 0
+        thread = _thread()
         if not torch.compiler.is_compiling():
             self.drop()  # a pass that was interrupted
-        found = self._waiting.pop(_thread(), None)
+            if thread not in self._waiting:
+                # Compiled code leaves its pass to the thread that compiled it.
+                thread = next((key for key, waiting in self._waiting.items() if waiting.compiled), thread)
+        found = self._waiting.pop(thread, None)
         if found is not None:
             return found
         if not torch.is_grad_enabled():
@@ -624,7 +629,7 @@ def attached_to(model: nn.Module) -> bool:
     Not: on another model that shares modules with this one, where the two do not meet.
     """
     for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
+        for hook in _compat.forward_pre_hooks(module):
             owner = getattr(hook, "__self__", None)
             if isinstance(owner, _Hook) and owner.capture is not None and owner.serves(module):
                 other = owner.capture.model()

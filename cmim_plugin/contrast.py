@@ -22,6 +22,8 @@ from .sampling import Schedule
 
 # Steps in which labels and mask are asked whether they leave any negative: the answer waits for the device.
 _FIRST_STEPS = 3
+# Losses after which a bound under so many nats is told.
+_LONG, _NOTHING = 1000, 0.05
 
 
 @dataclass
@@ -138,15 +140,14 @@ class Contrast(nn.Module):
             check_rows(self.taps[k], binary, latent, weights.device)
             rows.append((binary, latent))
             sizes[k] = len(binary)
-        flat = weights.clone()
-        if self.synced:
-            flat = distributed.averaged(flat)
+        shared = distributed.averaged(weights) if self.synced else weights
         if reached:
-            z = self.heads(reached, rows, flat)
+            z = self.heads(reached, rows, shared)
         else:
             # No rows, but a graph: other ranks may have some, and wait for this one in the backward pass.
             tap = self.taps[0]
-            z = self.heads([0], [(flat.new_zeros(0, tap.channels), flat.new_zeros(0, tap.latent_channels))], flat)
+            none = [(weights.new_zeros(0, tap.channels), weights.new_zeros(0, tap.latent_channels))]
+            z = self.heads([0], none, shared)
         pairs = [(self.taps[k].name, captured.pairs[k]) for k in reached]
         row_labels = None if labels is None else _of_all(pairs, lambda n, p: labels_of(p, labels, n), labels)
         row_mask = None if mask is None else _of_all(pairs, lambda n, p: mask_of(p, mask, n), mask)
@@ -209,6 +210,34 @@ class Contrast(nn.Module):
                 values = zip(("loss", "bound"), self._loaded[k], strict=True)
                 found[tap.name] = {name: value for name, value in values if not value.isnan()}
         return found
+
+    def scalars(self, weight: float, all_taps: bool) -> dict[str, float]:
+        """See :meth:`cmim_plugin.CMIM.scalars`."""
+        metrics = self.metrics()
+        known = [(metrics[t.name], w) for t, w in zip(self.taps, self.layer_weights, strict=True) if t.name in metrics]
+        found = {}
+        if known:
+            found["cmim/loss"] = weight * sum(w * float(m["loss"]) for m, w in known) / sum(w for _, w in known)
+        bounds = {name: float(m["bound"]) for name, m in metrics.items() if "bound" in m}
+        if bounds:
+            found |= {"cmim/bound": sum(bounds.values()) / len(bounds), "cmim/worst_bound": min(bounds.values())}
+        return found | ({f"cmim/bound/{name}": bound for name, bound in bounds.items()} if all_taps else {})
+
+    def tell_of_idle_heads(self, losses: int) -> None:
+        """Warn, once, of heads that do not learn, after so many losses. Waits for the device."""
+        if self.heads.lr and not bool(self.heads.steps):
+            warn_once(
+                self,
+                f"{losses} losses were asked for, and no gradient came back to the heads. Is cmim(model) part of what "
+                "backward() is called on?",
+            )
+        bounds = [float(m["bound"]) for m in self.metrics().values() if "bound" in m]
+        if losses >= _LONG and bounds and max(bounds) < _NOTHING:
+            warn_once(
+                self,
+                f"After {losses} losses the bound of every tap is still zero ({max(bounds):.2f} nats at most): the "
+                "codes keep nothing that tells one place from another. Dead channels do that: see cmim.report().",
+            )
 
     def _save_to_state_dict(self, *args: Any) -> None:
         for k, values in enumerate(map(self.metrics().get, (tap.name for tap in self.taps))):

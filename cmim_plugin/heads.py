@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class Heads(nn.Module):
         generator: of the CPU, for the initial weights.
 
     Attributes:
-        weights: ``(P,)`` for each width, in order of first appearance, the ``(heads, width, D)`` weights.
+        weights: ``(channels of all heads, D)``, tap by tap, the head of a_B before that of a_F.
         exp_avg, exp_avg_sq, steps: Adam's two moments, not corrected for their start, and its number of steps (0-d).
     """
 
@@ -39,7 +40,7 @@ class Heads(nn.Module):
     exp_avg: Tensor
     exp_avg_sq: Tensor
     steps: Tensor
-    _order: Tensor
+    _channels: Tensor
 
     def __init__(
         self, channels: Sequence[tuple[int, int]], embed_dim: int, lr: float, generator: torch.Generator
@@ -47,74 +48,64 @@ class Heads(nn.Module):
         super().__init__()
         self.embed_dim = embed_dim
         self.lr = lr
-        count: Counter[int] = Counter()
-        # For both sides of each tap: how many channels its head reads, and which of the heads of that width it is.
-        self._slots: list[tuple[tuple[int, int], tuple[int, int]]] = []
-        for pair in channels:
-            slots = []
-            for width in pair:
-                slots.append((width, count[width]))
-                count[width] += 1
-            self._slots.append((slots[0], slots[1]))
-        self._shapes = {width: (heads, width, embed_dim) for width, heads in count.items()}
+        widths = [width for pair in channels for width in pair]
+        ends = list(accumulate(widths))
+        heads = [slice(end - width, end) for width, end in zip(widths, ends, strict=True)]
+        #: For both sides of each tap: which rows of the weights are its head.
+        self._slices = list(zip(heads[::2], heads[1::2], strict=True))
         drawn = [
-            (torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32) * 2 - 1) / math.sqrt(width)
-            for width, shape in self._shapes.items()  # as nn.Linear does
+            (torch.rand(width, embed_dim, generator=generator, device="cpu", dtype=torch.float32) * 2 - 1)
+            / math.sqrt(width)  # as nn.Linear does
+            for width in widths
         ]
-        weights = torch.cat([w.flatten() for w in drawn])
+        weights = torch.cat(drawn)
         self.register_buffer("weights", weights)
         self.register_buffer("exp_avg", torch.zeros_like(weights))
         self.register_buffer("exp_avg_sq", torch.zeros_like(weights))
         self.register_buffer("steps", torch.zeros((), dtype=torch.float32, device="cpu"))
-        self.register_buffer("_order", torch.arange(max(count.values()), device="cpu"), persistent=False)
+        self.register_buffer("_channels", torch.arange(len(weights), device="cpu"), persistent=False)
         self._become_leaf()
 
     # -- embeddings ----------------------------------------------------------------------------------------------
 
-    def of(self, tap: int, flat: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def of(self, tap: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(C, D)`` weights of both sides of a tap, views: of :attr:`weights`, or of a tensor like it."""
-        by_width = self._by_width(self.weights.detach() if flat is None else flat)
-        (binary, nth_b), (latent, nth_f) = self._slots[tap]
-        return by_width[binary][nth_b], by_width[latent][nth_f]
+        weights = self.weights.detach() if weights is None else weights
+        binary, latent = self._slices[tap]
+        return weights[binary], weights[latent]
 
-    def _by_width(self, flat: Tensor) -> dict[int, Tensor]:
-        # One split, whose gradient is one concatenation.
-        parts = flat.split([math.prod(shape) for shape in self._shapes.values()])
-        return {width: part.view(shape) for part, (width, shape) in zip(parts, self._shapes.items(), strict=True)}
-
-    def forward(self, taps: Sequence[int], rows: Sequence[tuple[Tensor, Tensor]], flat: Tensor | None = None) -> Tensor:
+    def forward(
+        self, taps: Sequence[int], rows: Sequence[tuple[Tensor, Tensor]], weights: Tensor | None = None
+    ) -> Tensor:
         """Both sides of some taps under their heads.
 
         Args:
             taps: which.
             rows: ``(n_k, C_b)`` and ``(n_k, C_f)`` of each, of any floating dtype.
-            flat: what stands in for :attr:`weights`.
+            weights: what stands in for :attr:`weights`.
 
         Returns:
             ``(2, sum of n_k, D)``, of unit length: all a_B, tap by tap, then all a_F. In float32 whatever autocast says
             (float64 where the weights are).
         """
-        # A copy: the optimizer's step must not write into what a retained graph still needs.
-        flat = self.weights.clone() if flat is None else flat
-        by_width = self._by_width(flat)
-        members = [(rows[i][side], *self._slots[tap][side]) for side in (0, 1) for i, tap in enumerate(taps)]
-        # Heads of as many channels and rows are one batched product: which of the members, under which heads.
-        groups: dict[tuple[int, int], tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
-        for position, (x, width, nth) in enumerate(members):
-            positions, heads = groups[width, len(x)]
-            positions.append(position)
-            heads.append(nth)
-        projected: list[Any] = [None] * len(members)
-        with torch.autocast(flat.device.type, enabled=False):
-            for (width, _), (positions, heads) in groups.items():
-                weights = by_width[width]
-                if heads != list(range(len(weights))):
-                    weights = weights.index_select(0, torch.cat([self._order[h : h + 1] for h in heads]))
-                x = torch.stack([members[p][0] for p in positions]).to(flat.dtype)
-                for p, z in zip(positions, (x @ weights).unbind(), strict=True):
-                    projected[p] = z
-            z = torch.cat(projected).view(2, -1, self.embed_dim)
-            return nn.functional.normalize(z, dim=2, eps=_SHORTEST)
+        weights = self.weights if weights is None else weights
+        sides = [(rows[i][side], self._slices[tap][side]) for side in (0, 1) for i, tap in enumerate(taps)]
+        # Sides with as many channels and rows are one batched product.
+        groups: dict[torch.Size, list[int]] = defaultdict(list)
+        for position, (x, _) in enumerate(sides):
+            groups[x.shape].append(position)
+        order = [position for group in groups.values() for position in group]
+        # All heads in one copy. The optimizer's step writes into the weights, and a retained graph keeps the copy.
+        chosen = weights.index_select(0, torch.cat([self._channels[sides[p][1]] for p in order]))
+        per_group = chosen.split([len(group) * width for (_, width), group in groups.items()])
+        projected = []
+        with torch.autocast(weights.device.type, enabled=False):
+            for ((_, width), group), of_group in zip(groups.items(), per_group, strict=True):
+                x = torch.stack([sides[p][0] for p in group]).to(weights.dtype)
+                projected.append((x @ of_group.view(len(group), width, -1)).flatten(0, 1))
+            z = nn.functional.normalize(torch.cat(projected), dim=1, eps=_SHORTEST)
+        found = dict(zip(order, z.split([len(sides[p][0]) for p in order]), strict=True))
+        return torch.cat([found[p] for p in range(len(sides))]).view(2, -1, self.embed_dim)
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -143,10 +134,9 @@ class Heads(nn.Module):
     def _become_leaf(self) -> None:
         """Make the weights a leaf, with a gradient that is always there: backward passes add to it in place."""
         for name in ("weights", "exp_avg", "exp_avg_sq", "steps"):
-            buffer = self._buffers[name]
-            assert buffer is not None
+            buffer = getattr(self, name)
             # Half a precision is too little to add small steps in.
-            self._buffers[name] = buffer.detach().to(torch.promote_types(buffer.dtype, torch.float32))
+            setattr(self, name, buffer.detach().to(torch.promote_types(buffer.dtype, torch.float32)))
         self.weights.requires_grad_()
         self.weights.grad = torch.zeros_like(self.weights)
 

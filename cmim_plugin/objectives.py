@@ -172,7 +172,7 @@ def count_negatives(
 
 
 def _info_nce_rows(scores: Tensor, negatives: Tensor | None) -> Tensor:
-    """The loss of each anchor, ``(..., n)``, from its scores, ``(..., n, n + Q)``.
+    """The log-likelihood of each anchor, ``(..., n)``, from its scores, ``(..., n, n + Q)``.
 
     ``negatives``: which candidates are, None for all but the positive.
     """
@@ -181,7 +181,7 @@ def _info_nce_rows(scores: Tensor, negatives: Tensor | None) -> Tensor:
         candidates.diagonal(0, -2, -1).fill_(True)
         scores = scores.masked_fill(~candidates, -math.inf)
     # A fused kernel in both passes, unlike logsumexp.
-    return -scores.log_softmax(-1).diagonal(0, -2, -1)
+    return scores.log_softmax(-1).diagonal(0, -2, -1)
 
 
 def _nce_rows(scores: Tensor, negatives: Tensor | None, num_samples: int) -> Tensor:
@@ -191,12 +191,12 @@ def _nce_rows(scores: Tensor, negatives: Tensor | None, num_samples: int) -> Ten
     count = negatives.sum(-1, keepdim=True)
     # An anchor without negatives: N = 0 makes h = 1 and its loss 0, in the limit. The logarithm is not asked for it.
     shifted = scores - (count.clamp_min(1).to(scores.dtype) / num_samples).log()
-    positive = F.softplus(-shifted.diagonal(0, -2, -1)) * (count.squeeze(-1) > 0)
-    return positive + (F.softplus(shifted) * negatives).sum(-1)
+    positive = F.logsigmoid(shifted.diagonal(0, -2, -1)) * (count.squeeze(-1) > 0)
+    return positive + (F.logsigmoid(-shifted) * negatives).sum(-1)
 
 
 def _both_directions(
-    row_losses: Callable[[Tensor, Tensor | None], Tensor],
+    row_likelihoods: Callable[[Tensor, Tensor | None], Tensor],
     z_b: Tensor,
     z_f: Tensor,
     temperature: float,
@@ -206,7 +206,7 @@ def _both_directions(
     queue_f: Tensor | None,
     queue_labels: Tensor | None,
 ) -> Tensor:
-    """The mean of ``row_losses`` over all anchors of both sides."""
+    """Minus the mean of ``row_likelihoods`` over the anchors of both sides, which are one call."""
     _check(z_b, z_f, temperature, labels, mask, queue_b, queue_f, queue_labels)
     negatives = None
     if labels is not None or mask is not None:
@@ -215,14 +215,15 @@ def _both_directions(
     with torch.autocast(z_b.device.type, enabled=False):
         z_b, z_f = (_at_least_float32(z) for z in (z_b, z_f))
         scores = z_b / temperature @ z_f.mT
-        towards_f, towards_b = scores, scores.mT
+        both = torch.stack([scores, scores.mT])
         if queue_b is not None and queue_f is not None:
-            towards_f = torch.cat([scores, z_b / temperature @ queue_f.to(z_f.dtype).mT], -1)
-            towards_b = torch.cat([scores.mT, z_f / temperature @ queue_b.to(z_b.dtype).mT], -1)
-        losses = (row_losses(towards_f, negatives) + row_losses(towards_b, negatives)) / 2
+            towards_f, towards_b = (q.to(scores.dtype).mT for q in (queue_f, queue_b))
+            queued = torch.stack([z_b / temperature @ towards_f, z_f / temperature @ towards_b])
+            both = torch.cat([both, queued], -1)
+        likelihoods = row_likelihoods(both, negatives)
         if mask is None:
-            return losses.mean(-1)
-        return losses.masked_fill(~mask, 0).sum(-1) / mask.sum(-1).clamp_min(1)
+            return likelihoods.sum((0, -1)) / (-2 * z_b.shape[-2])
+        return likelihoods.masked_fill(~mask, 0).sum((0, -1)) / (-2 * mask.sum(-1).clamp_min(1))
 
 
 def _negatives(

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from training import Data, History, compare, load_data, report
 
 from bireal import BIREAL
 from bodies import BODIES
 from irnet import IRNET, anneal
-from training import Data, History, compare, load_data, report
 
 METHODS = {"IR-Net": (IRNET, anneal), "Bi-Real Net": (BIREAL, None)}
 

@@ -157,8 +157,9 @@ def discover(model: nn.Module, example_input: Any, batch_size: int | None = None
     """
     traces, source = dry_run(model, example_input, batch_size)
     found: list[_Found] = []
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     for trace in traces[:1] + [t for t in traces[1:] if t.calls != traces[0].calls]:
-        _merge(found, _Analysis(trace, [other for other in traces if other is not trace]).run())
+        _merge(order, found, _Analysis(trace, [other for other in traces if other is not trace]).run())
     return Discovery(tuple(_named(found)), source)
 
 
@@ -184,19 +185,21 @@ class _Found:
     hint: str = ""
 
 
-def _merge(found: list[_Found], more: list[_Found]) -> None:
-    """Insert what another pass showed behind what came before it there."""
-    places = [f.place for f in found]
+def _merge(order: dict[str, int], found: list[_Found], more: list[_Found]) -> None:
+    """Insert what another pass showed between its neighbours there, in the order of the modules."""
     at = 0
-    for f in more:
+    for i, f in enumerate(more):
+        places = [g.place for g in found]
         if f.place in places:
             at = places.index(f.place) + 1
             if f.activation.tapped and not found[at - 1].activation.tapped:
                 found[at - 1] = f
-        else:
-            found.insert(at, f)
-            places.insert(at, f.place)
+            continue
+        end = next((places.index(g.place) for g in more[i:] if g.place in places[at:]), len(found))
+        while at < end and order.get(found[at].activation.module, 0) < order.get(f.activation.module, 0):
             at += 1
+        found.insert(at, f)
+        at += 1
 
 
 def _named(found: list[_Found]) -> list[BinaryActivation]:
@@ -373,7 +376,9 @@ class _Analysis:
         event = self._producer(current)
         if event is None:
             return []
-        return [a for a in self._given(event, current) if self._pattern(a) is not None]
+        before = [a for a in self._given(event, current) if self._pattern(a) is not None]
+        # A scale of each sample has two values where there are two samples.
+        return [a for a in before if a.distinct * 4 > a.value.numel] or before
 
     def _earliest(self, current: Sighting, like: Any) -> Sighting:
         """The earliest tensor in the graph on the way to this one of which ``like`` is true."""
@@ -416,9 +421,9 @@ class _Analysis:
         (result,) = event.results
         for codes, scale in (event.arguments, event.arguments[::-1]):
             pattern = self._pattern(codes)
-            if pattern is not None and self._pattern(result) is None and codes.value.shape == result.value.shape:
-                if 4 * scale.distinct <= codes.distinct == result.value.numel:
-                    self._patterns[id(result.value)] = pattern
+            shared = codes.value.shape == result.value.shape and 4 * scale.distinct <= codes.distinct
+            if shared and pattern is not None and self._pattern(result) is None:
+                self._patterns[id(result.value)] = pattern
 
     def _note_binarizing(self, event: Event, result: Sighting) -> None:
         pattern = self._pattern(result)
@@ -543,7 +548,12 @@ class _Analysis:
         sites = [s for s in self._same_value(source) if s.in_graph]
         if not sites:
             given = [s for a in (call.arguments if call else ()) for s in self.by_tensor[a.tensor]]
-            frozen = given and not any(s.requires_grad for s in given) and not self._has_trained_history(given[0])
+            frozen = (
+                given
+                and consumer.gradients
+                and not any(s.requires_grad for s in given)
+                and not self._has_trained_history(given[0])
+            )
             return untapped(_FROZEN if frozen else _NO_GRADIENT)
         if source.value.one_hot:
             return untapped("it is one-hot: a choice, not a code")
@@ -635,8 +645,7 @@ class _Analysis:
             shapes = f"{tuple(side.value.shape)} for {batch} samples"
             if not rows or rows % batch:
                 return f"the batch is not its first dimension, or is mixed with another: {shapes}"
-            seen = {s.value.by_sample for s in (side, *self.again.get(side.site, ()))}
-            by_sample = True if True in seen else False if False in seen else None
+            by_sample = self._is_by_sample(side)
             # Codes drawn at random differ between equal samples: the latent tells.
             if side is binary and side.value.shape == latent.value.shape:
                 by_sample = True
@@ -654,6 +663,13 @@ class _Analysis:
         if f.spatial is not None and f.spatial >= len(latent.value.shape):
             return f"its latent has another rank: {tuple(latent.value.shape)} for {tuple(binary.value.shape)}"
         return b, f
+
+    def _is_by_sample(self, side: Sighting) -> bool | None:
+        """Whether equal samples have equal values; None where that could not be seen."""
+        # After dropout and stochastic binarization they are only alike.
+        limit = 0.85 if self.trace.draws else 1e-2
+        seen = [s.value.apart for s in (side, *self.again.get(side.site, ())) if s.value.apart is not None]
+        return min(seen) < limit if seen else None
 
     # -- values --------------------------------------------------------------------------------------------------
 

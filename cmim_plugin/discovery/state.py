@@ -72,19 +72,19 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     finally:
         held.put_back()
         with torch.no_grad():
-            for t, data in pointers:
-                if t.data_ptr() != data.data_ptr() or t.shape != data.shape:
-                    t.data = data
+            for p, data in pointers:
+                if p.data_ptr() != data.data_ptr() or p.shape != data.shape:
+                    p.data = data
             for t, data, value in [*copies, *guard.copies]:
                 if t.data_ptr() != data.data_ptr() or t.shape != data.shape:
                     t.data = data
                 if not same(t.detach(), value):
                     t.data.copy_(value)
-            for p, requires_grad, grad, value in flags:
+            for p, requires_grad, grad, its_value in flags:
                 p.requires_grad_(requires_grad)
                 p.grad = grad
-                if grad is not None and value is not None and not same(grad, value):
-                    grad.copy_(value)
+                if grad is not None and its_value is not None and not same(grad, its_value):
+                    grad.copy_(its_value)
 
 
 @contextlib.contextmanager
@@ -218,7 +218,9 @@ def _mapping_again(mapping: dict[Any, Any]) -> Callable[[], None]:
 
     def again() -> None:
         now = list(mapping.items())
-        if len(now) != len(before) or any(a[0] is not b[0] or a[1] is not b[1] for a, b in zip(now, before)):
+        if len(now) != len(before) or any(
+            a[0] is not b[0] or a[1] is not b[1] for a, b in zip(now, before, strict=True)
+        ):
             mapping.clear()
             # Not update(): a Counter would add.
             for key, value in before:
@@ -232,7 +234,7 @@ def _collection_again(collection: Any) -> Callable[[], None]:
 
     def again() -> None:
         now = list(collection)
-        if len(now) != len(before) or any(a is not b for a, b in zip(now, before)):
+        if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
             collection.clear()
             (collection.update if isinstance(collection, set) else collection.extend)(before)
 

@@ -30,6 +30,7 @@ from .inputs import (
     Path,
     as_inputs,
     batch_sources,
+    is_offsets,
     resampled,
     stated_source,
     tensors_in,
@@ -109,7 +110,8 @@ class Snapshot:
         constant: whether all its elements are equal.
         levels: how many values it has in all, 0 for more than a few.
         one_hot: whether along some dimension it is zero but for a single element.
-        by_sample: whether the elements of a sample follow each other; None where that could not be seen.
+        apart: how far the last two samples of the batch, which got the same input, are from each other, in distances
+            between different samples; None where that could not be seen.
     """
 
     shape: torch.Size
@@ -120,7 +122,7 @@ class Snapshot:
     constant: bool = False
     levels: int = 0
     one_hot: bool = False
-    by_sample: bool | None = None
+    apart: float | None = None
 
     @property
     def numel(self) -> int:
@@ -164,7 +166,7 @@ class Event:
     """One torch function call: its tensor arguments before the call, its tensor results after.
 
     ``shapes`` are those of all tensor arguments; parameters are not among the sightings. ``weighted``: a parameter, or
-    what requires a gradient, is among the arguments.
+    what requires a gradient, is among the arguments. ``gradients``: they were enabled.
     """
 
     seq: int
@@ -173,6 +175,7 @@ class Event:
     call: int
     shapes: list[torch.Size]
     weighted: bool
+    gradients: bool
     arguments: list[Sighting] = field(default_factory=list)
     results: list[Sighting] = field(default_factory=list)
 
@@ -181,13 +184,15 @@ class Event:
 class Trace:
     """Everything seen in one forward pass, in order.
 
-    ``calls`` counts the calls of each module. ``decides``: it drew single random numbers, as random structure does.
+    ``calls`` counts the calls of each module. ``draws``: it drew random numbers; ``decides``: single ones, as random
+    structure does.
     """
 
     batch: int
     sightings: list[Sighting] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
+    draws: bool = False
     decides: bool = False
 
 
@@ -269,9 +274,9 @@ def _awaken(model: nn.Module) -> None:
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
             matrix = sum(n > 1 for n in p.shape) > 1
-            if (matrix or hasattr(module, "eps")) and name.endswith("weight") and p.is_floating_point():
-                if type(p.data) is Tensor and not p.any():
-                    p.data.copy_(torch.randn(p.shape, generator=generator, device="cpu"))
+            weight = (matrix or hasattr(module, "eps")) and name.endswith("weight") and p.is_floating_point()
+            if weight and type(p.data) is Tensor and not p.any():
+                p.data.copy_(torch.randn(p.shape, generator=generator, device="cpu"))
 
 
 def _number_of_samples(
@@ -305,7 +310,7 @@ def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[tu
     """
     as_it_is: tuple[Callable[[int], Inputs], int, int] = (lambda n: inputs, batch, 0)
     as_many: tuple[Callable[[int], Inputs], int, int] = (lambda n: varied(inputs, n), batch, 0)
-    if source is None:
+    if source is None or is_offsets(inputs, source):
         return [as_many, as_it_is]
     # One sample is two for the sake of batch normalization; two are three, that two of them can be equal.
     filled = inputs if batch > 1 else resampled(inputs, source, [0, 0])
@@ -333,11 +338,11 @@ def _more(model: nn.Module, traces: list[Trace]) -> bool:
 
 def _trace(model: nn.Module, inputs: Inputs, batch: int, twins: bool = False) -> Trace:
     recorder = _Recorder(model, batch, twins)
-    states = random.getstate(), _numpy_position()
+    states, drawn = (random.getstate(), _numpy_position()), torch.get_rng_state()
     with recorder.attached(), recorder:
         model(*inputs[0], **inputs[1])
-    if states != (random.getstate(), _numpy_position()):
-        recorder.trace.decides = True
+    recorder.trace.decides |= states != (random.getstate(), _numpy_position())
+    recorder.trace.draws |= recorder.trace.decides or not torch.equal(drawn, torch.get_rng_state())
     return recorder.trace
 
 
@@ -408,9 +413,13 @@ class _Recorder(TorchFunctionMode):
         function = getattr(func, "__name__", str(func))
         if function == "__get__" or function == "__set__":
             function = getattr(getattr(func, "__self__", None), "__name__", function)
-        event = Event(len(self.trace.sightings), function, name, call, [t.shape for t in tensors], weighted)
+        shapes = [t.shape for t in tensors if not t.is_nested]
+        gradients = torch.is_grad_enabled()
+        event = Event(len(self.trace.sightings), function, name, call, shapes, weighted, gradients)
         event.arguments = self._see((args, kwargs), "argument", None, func, nth)
-        from_input = any(s.from_input for s in event.arguments) and function not in _SHAPE_ONLY
+        from_input = function not in _SHAPE_ONLY and any(
+            self._from_input.get(self._number(t)) for t in tensors if id(t) not in self._parameters
+        )
         result = func(*args, **kwargs)
         if from_input and writes(func, kwargs) and tensors:
             # Written into a view: what it is a view of holds the values, too.
@@ -425,8 +434,9 @@ class _Recorder(TorchFunctionMode):
             for _, tensor in tensors_in(result):
                 if tensor is not tensors[0] and storage(tensor) == storage(tensors[0]):
                     self._viewed[self._number(tensor)] = self._number(tensors[0])
-        if function in RANDOM and all(t.numel() == 1 for _, t in tensors_in(result)):
-            self.trace.decides = True
+        if function in RANDOM:
+            self.trace.draws = True
+            self.trace.decides |= all(t.numel() == 1 for _, t in tensors_in(result))
         self.trace.events.append(event)
         return result
 
@@ -439,14 +449,15 @@ class _Recorder(TorchFunctionMode):
         self._muted = True
         with _compat.unseen():
             for path, tensor in tensors_in(tree):
-                if id(tensor) in self._parameters or tensor.layout != torch.strided or tensor.is_complex():
-                    continue
-                if tensor.is_nested or tensor.is_meta or tensor.numel() == 0:
+                if id(tensor) in self._parameters:
                     continue
                 number = self._number(tensor)
                 if number not in self._from_input or (from_input and kind != "argument"):
                     # What comes out of code that torch functions do not show has a history all the same.
                     self._from_input[number] = tensor.grad_fn is not None if from_input is None else from_input
+                odd = tensor.layout != torch.strided or tensor.is_complex() or tensor.is_nested or tensor.is_meta
+                if odd or tensor.numel() == 0:
+                    continue
                 seen.append(
                     Sighting(
                         len(self.trace.sightings),
@@ -485,14 +496,10 @@ class _Recorder(TorchFunctionMode):
         elif len(some) <= FEW_LEVELS and values.unique().numel() <= FEW_LEVELS:
             snapshot.levels = tensor.unique().numel()
         if self._twins and tensor.is_floating_point():
-            snapshot.by_sample = self._is_by_sample(tensor)
+            snapshot.apart = self._apart(tensor)
         return snapshot
 
-    def _is_by_sample(self, tensor: Tensor) -> bool | None:
-        """Whether the last two samples of the batch, which got the same input, hold about the same values.
-
-        Not exactly: dropout and stochastic binarization come in between.
-        """
+    def _apart(self, tensor: Tensor) -> float | None:
         size, rest = divmod(tensor.numel(), self.trace.batch)
         if rest:
             return None
@@ -500,10 +507,9 @@ class _Recorder(TorchFunctionMode):
         within = within[:: max(1, len(within) // _TWIN_VALUES)]
         last = self.trace.batch - 1
         one, twin, other = (tensor.take(within + size * i).double() for i in (last, last - 1, 0))
-        apart, otherwise = (one - twin).abs().mean(), (one - other).abs().mean()
-        if not bool(otherwise > 1e-6 * one.abs().mean()):
-            return None
-        return bool(apart < 0.85 * otherwise)
+        otherwise = (one - other).abs().mean()
+        known = bool(otherwise > 1e-6 * one.abs().mean())
+        return float((one - twin).abs().mean() / otherwise) if known else None
 
     def _index(self, numel: int, device: torch.device) -> Tensor:
         key = (numel, device)
