@@ -257,7 +257,7 @@ def measure(
     def observer(k: int, activation: Tensor, layout: Layout) -> None:
         tallies[k].look(activation.detach(), layout, code_draws)
 
-    schedule = Schedule(len(tallies), None, num_positions, for_instances).to(device)
+    schedule = Schedule(len(tallies), None, num_positions, for_instances, shared=False).to(device)
     capture = Capture(model, contrast.taps, schedule, batch_source, observer)
     if teacher is not None:
         capture.before = teacher.deliver

@@ -36,6 +36,7 @@ class Schedule(nn.Module):
         taps_per_step: of a pass, None for all.
         positions: a tap and step, of all ranks together; None to pool over all positions.
         generator: of the CPU, for the first draws.
+        shared: each rank takes its share of the positions.
 
     Attributes:
         draws: ``(count, positions)`` int64; a pass of ``m`` taps uses the first ``m`` rows.
@@ -46,12 +47,18 @@ class Schedule(nn.Module):
     _losses: Tensor
 
     def __init__(
-        self, count: int, taps_per_step: int | None, positions: int | None, generator: torch.Generator
+        self,
+        count: int,
+        taps_per_step: int | None,
+        positions: int | None,
+        generator: torch.Generator,
+        shared: bool = True,
     ) -> None:
         super().__init__()
         self.count = count
         self.taps_per_step = taps_per_step
         self.positions = positions
+        self.shared = shared
         self.losses = 0
         self.register_buffer("draws", new_draws((count, positions or 0), generator))
         self.register_buffer("_losses", torch.zeros((), dtype=torch.int64, device="cpu"))
@@ -68,7 +75,7 @@ class Schedule(nn.Module):
         """This rank's share of the random numbers of a pass that captures so many taps; None to pool."""
         if self.positions is None:
             return None
-        ranks, rank = distributed.ranks(), distributed.rank()
+        ranks, rank = (distributed.ranks(), distributed.rank()) if self.shared else (1, 0)
         return self.draws[:taps, self.positions * rank // ranks : self.positions * (rank + 1) // ranks]
 
     def advance(self) -> None:

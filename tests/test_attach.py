@@ -179,7 +179,7 @@ def test_the_example_may_be_a_tensor_a_tuple_or_a_dict():
 def test_other_examples_are_refused():
     with pytest.raises(CMIMError, match=r"tuple of positional inputs or a dict .* found"):
         CMIM(network(), "a batch")
-    with pytest.raises(CMIMError, match="no tensor with a batch dimension"):
+    with pytest.raises(CMIMError, match=r"model's forward raised TypeError.*Pass an example_input"):
         CMIM(network(), ())
     with pytest.raises(CMIMError, match=r"dry run failed.*RuntimeError") as raised:
         CMIM(network(), torch.randn(2, 5, 4, 4))
@@ -267,20 +267,20 @@ def test_printing_says_how_many_taps_a_step_has():
     "setting, said",
     [
         ({"instances": "patch"}, "found 'patch'"),
-        ({"weight": -1}, "weight must be a number, 0 or more; found -1"),
-        ({"weight": "0.3"}, "weight must be a number, 0 or more; found '0.3'"),
-        ({"heads_lr": -1}, "heads_lr must be a number, 0 or more; found -1"),
+        ({"weight": -1}, "weight must be a number, zero or more; found -1"),
+        ({"weight": "0.3"}, "weight must be a number, zero or more; found '0.3'"),
+        ({"heads_lr": -1}, "heads_lr must be a number, zero or more; found -1"),
         ({"num_positions": 0}, "num_positions must be an integer, 1 or more; found 0"),
-        ({"taps_per_step": 0}, "taps_per_step must be an integer, 1 or more; found 0"),
-        ({"embed_dim": 0}, "embed_dim must be an integer, 1 or more; found 0"),
+        ({"taps_per_step": 0}, "taps_per_step must be an integer, 1 or more, or None for all; found 0"),
+        ({"embed_dim": 0}, "embed_dim must be an integer, 1 or more, or None; found 0"),
         ({"embed_dim": 3.5}, "found 3.5"),
-        ({"batch_size": 0}, "batch_size must be an integer, 1 or more; found 0"),
+        ({"batch_size": 0}, "batch_size must be an integer, 1 or more, or None; found 0"),
         ({"queue_size": -1}, "queue_size must be an integer, 0 or more; found -1"),
-        ({"objective": "nce"}, r"objective must be a function such as InfoNCE\(\) .* found 'nce'"),
-        ({"objective": NCE}, r"NCE\(num_samples=...\)"),
+        ({"objective": "nce"}, r"objective must be a function such as InfoNCE\(\); found 'nce'"),
+        ({"objective": NCE}, r"such as InfoNCE\(\); found <class .*NCE"),
         ({"objective": InfoNCE}, r"such as InfoNCE\(\)"),
-        ({"temperature": 0.0}, "temperature must be a number, above 0; found 0.0"),
-        ({"layer_decay": 0.0}, "layer_decay must be a number, above 0, at most 1; found 0.0"),
+        ({"temperature": 0.0}, "temperature must be positive; found 0.0"),
+        ({"layer_decay": 0.0}, r"layer_decay must be in \(0, 1\]; found 0.0"),
         ({"layer_decay": 1.5}, "found 1.5"),
     ],
 )

@@ -134,14 +134,10 @@ class Reference:
 
     def __init__(self, cmim: CMIM, lr: float = 3e-3) -> None:
         self.weights = cmim.heads.weights.detach().clone()
-        self.adam = torch.optim.Adam([self.weights], lr, betas=(0.9, 0.999))
-        self.taken = 0
+        self.adam = torch.optim.Adam([self.weights], lr, eps=1e-12)
 
     def step(self, cmim: CMIM) -> None:
         self.weights.grad = cmim.heads.weights.grad.detach().clone()
-        # As in the paper's efficient form: epsilon is added before the second moment is corrected.
-        self.taken += 1
-        self.adam.param_groups[0]["eps"] = 1e-12 / math.sqrt(1 - 0.999**self.taken)
         self.adam.step()
 
     def agrees(self, cmim: CMIM) -> None:

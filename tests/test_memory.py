@@ -184,32 +184,6 @@ def test_a_function_in_place_after_the_tap_changes_neither_loss_nor_gradients(in
     torch.testing.assert_close(results[1], results[0])
 
 
-class Branches(nn.Module):
-    """Two taps of one latent."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(2, 4, 3, padding=1)
-        self.left, self.right = (nn.Sequential(Binary(), nn.Conv2d(4, 4, 3)) for _ in range(2))
-
-    def forward(self, x):
-        x = self.stem(x)
-        return (self.left(x) + self.right(x)).mean((2, 3))
-
-
-def test_taps_that_share_a_latent_both_add_their_gradient():
-    together, apart = [], []
-    for taps in (["left.0", "right.0"], ["left.0"], ["right.0"]):
-        torch.manual_seed(0)
-        model = Branches()
-        cmim = CMIM(model, X, taps=taps, num_positions=1000, embed_dim=4)
-        with torch.no_grad():
-            cmim.heads.weights.copy_(torch.linspace(-1, 1, 32).repeat(len(taps)))
-        a_loss(model, cmim).backward()
-        (together if len(taps) == 2 else apart).append(model.stem.weight.grad)
-    torch.testing.assert_close(together[0], (apart[0] + apart[1]) / 2)
-
-
 # -- hooks on gradients --------------------------------------------------------------------------------------------
 
 

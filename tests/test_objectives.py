@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from cmim_plugin import NCE, CMIMError, InfoNCE, count_negatives, info_nce, info_nce_bound, nce, nce_bound, objectives
+from cmim_plugin import NCE, CMIMError, InfoNCE, count_negatives, info_nce, info_nce_bound, nce, nce_bound
 
 SAMPLES = 50
 DTYPES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
@@ -173,34 +173,6 @@ def test_problems_side_by_side_are_each_their_own(objective, labels, mask, queue
     assert together.shape == (3,)
     for loss, arguments in zip(together, single, strict=True):
         assert loss.item() == pytest.approx(objective(**arguments).item(), abs=1e-12)
-
-
-@pytest.mark.parametrize("at_once", [1, 30, 250])
-@pytest.mark.parametrize("labels, mask", [(None, None), (LABELS, MASK)], ids=["all", "labelled and masked"])
-@with_and_without_queue
-@each_objective
-def test_slices_of_the_anchors_give_loss_and_gradient_of_the_whole(
-    monkeypatch, objective, labels, mask, queued, at_once
-):
-    single = problems(labels, queued, mask)
-    arguments = {name: torch.stack([p[name] for p in single]) for name in single[0]}
-    z = [arguments["z_b"].requires_grad_(), arguments["z_f"].requires_grad_()]
-    expected = objective(**arguments)
-    wanted = torch.autograd.grad(expected.sum(), z)
-    monkeypatch.setattr(objectives, "_AT_ONCE", at_once)
-    loss = objective(**arguments)
-    assert torch.allclose(loss, expected, rtol=0, atol=1e-12)
-    for found, gradient in zip(torch.autograd.grad(loss.sum(), z), wanted, strict=True):
-        assert torch.allclose(found, gradient, rtol=0, atol=1e-12)
-
-
-def test_slices_hold_no_more_scores_than_allowed(monkeypatch):
-    monkeypatch.setattr(objectives, "_AT_ONCE", 64 * 8)
-    saved = []
-    z_b, z_f = unit(64).requires_grad_(), unit(64).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        info_nce(z_b, z_f)
-    assert max(saved) <= 64 * 8
 
 
 @each_objective

@@ -120,7 +120,7 @@ def test_a_teacher_that_fails_is_told_by_the_loss_and_not_by_the_models_forward(
     cmim = CMIM(model, X, teacher=other)
     handle = other.register_forward_pre_hook(lambda module, args: args[0].expand(-1, 9, -1, -1))
     assert model(X).isfinite().all()
-    with pytest.raises(CMIMError, match="could not be captured: RuntimeError: The expanded size"):
+    with pytest.raises(CMIMError, match="RuntimeError: The expanded size"):
         cmim(model)
     handle.remove()
     assert a_loss(model, cmim).item() > 0
