@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmim_plugin import CMIM, CMIMWarning
+from cmim_plugin import CMIM
 from cmim_plugin.heads import Heads
 from networks import Binary, X, Y, assert_same, batch, network, told
 

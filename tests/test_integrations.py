@@ -12,14 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
 import ddp
 import timm_train
-from cmim_plugin import CMIM
+from cmim_plugin import CMIM, CMIMError
 from digits import digits
+from hazards.nets import batch, network
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"width": 4, "train_size": 64, "batch_size": 16}
@@ -63,11 +66,13 @@ def watched(monkeypatch):
 
 
 def check_trained(cmim: Watched, steps: int, gradient: float = 1.0) -> None:
-    """So many backward passes began at CMIM's loss, and each moved heads; together those of every tap."""
+    """So many backward passes began at CMIM's loss, and each moved heads; together those of every tap reached."""
     assert cmim.gradients == pytest.approx([gradient] * steps)
     assert all(np.isfinite(cmim.losses))
     assert cmim.state_dict()["contrast.heads.steps"] == steps
-    for k in range(len(cmim.taps)):
+    reached = [k for k, tap in enumerate(cmim.taps) if tap.name in cmim.metrics]
+    assert len(reached) == min(len(cmim.taps), steps * (cmim.taps_per_step or len(cmim.taps)))
+    for k in reached:
         for now, before in zip(cmim.heads.of(k), cmim.heads.of(k, cmim.built), strict=True):
             assert not torch.equal(now, before)
 
@@ -245,6 +250,209 @@ def test_timm_says_when_there_are_fewer_images_than_one_batch(images):
         timm_train.main([images, "--model", "test_resnet"])
 
 
+# -- transformers --------------------------------------------------------------------------------------------------
+
+
+def test_a_trainer_of_transformers_trains_the_heads_and_resumes(tmp_path, monkeypatch, capsys):
+    # transformers takes any module of the name "kernels" for a package of Hugging Face's.
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if not folder.endswith("benchmarks")])
+    pytest.importorskip("transformers")
+    import transformers_trainer
+
+    monkeypatch.setattr(transformers_trainer, "CMIM", Watched)
+    sequences = transformers_trainer.sequences
+    monkeypatch.setattr(transformers_trainer, "sequences", lambda count, *rest, **seed: sequences(32, *rest, **seed))
+    output = ["--output", str(tmp_path)]
+    transformers_trainer.main(["--steps", "100", *output])
+    trained = Watched.last
+    check_trained(trained, steps=100)
+    transformers_trainer.main(["--steps", "102", "--resume", *output])
+    assert torch.equal(Watched.last.first, trained.vector())
+    assert len(Watched.last.losses) == 2
+
+
+# -- a module that holds model and plug-in -------------------------------------------------------------------------
+
+X, Y = batch()
+
+
+class Task(nn.Module):
+    """What people write who do not want to pass two things around."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = network(True, norm="batch")
+        self.cmim = CMIM(self.net, X, num_positions=20, queue_size=30)
+
+    def forward(self, x, y):
+        return F.cross_entropy(self.net(x), y) + self.cmim(self.net)
+
+
+def trained(task, module=None, steps=3, **settings):
+    """The losses of some steps as they are usually written."""
+    module = task if module is None else module
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad(**settings)
+        loss = module(X, Y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1e-3)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_optimizer_clipping_and_decay_of_a_module_that_holds_both_leave_the_heads_alone(set_to_none):
+    task = Task()
+    trained(task, steps=1, set_to_none=set_to_none)
+    assert len(list(task.parameters())) == len(list(task.net.parameters()))
+    before, gradient = task.cmim.heads.weights.detach().clone(), task.cmim.heads.weights.grad
+    assert gradient.norm() > 1e-3  # not clipped
+    task.zero_grad(set_to_none=set_to_none)
+    task.requires_grad_(False)
+    assert gradient.any() and torch.equal(task.cmim.heads.weights, before)
+    assert task.cmim.heads.weights.requires_grad
+
+
+def averages():
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    ema = get_ema_multi_avg_fn(0.9)
+    found = {
+        f"AveragedModel {buffers} {fn and 'ema'}": partial(AveragedModel, use_buffers=buffers, multi_avg_fn=fn)
+        for buffers in (False, True)
+        for fn in (None, ema)
+    }
+    utils = pytest.importorskip("timm.utils")
+    return found | {name: getattr(utils, name) for name in ("ModelEma", "ModelEmaV2", "ModelEmaV3")}
+
+
+@pytest.mark.parametrize("of", [lambda task: task, lambda task: task.net], ids=["both", "model"])
+@pytest.mark.parametrize("average", averages().values(), ids=averages())
+def test_an_average_is_a_plain_model_and_the_original_trains_on(average, of):
+    task, reference = Task(), Task()
+    averaged = average(of(task))
+    update = getattr(averaged, "update_parameters", None) or averaged.update
+    losses, expected = [], []
+    for _ in range(3):
+        losses += trained(task, steps=1)
+        expected += trained(reference, steps=1)
+        update(of(task))
+    assert losses == expected
+    inner = getattr(averaged, "ema", None) or averaged.module
+    net = getattr(inner, "net", inner)
+    task.net(X)
+    assert net(X).isfinite().all()
+    # The pass of the average has not taken the place of the original's.
+    assert task.cmim(task.net) > 0
+    with pytest.raises(CMIMError, match="attached to another model"):
+        task.cmim(net)
+
+
+def test_safetensors_hold_model_and_heads(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    task, other = Task(), Task()
+    expected = trained(task)
+    assert expected != trained(other, steps=1)
+    trained(task)
+    safetensors.save_model(task, tmp_path / "task.safetensors")
+    assert safetensors.load_model(other, tmp_path / "task.safetensors") == (set(), [])
+    check_equal(other.state_dict(), task.state_dict())
+    assert trained(other) == trained(task)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_makes_a_round_trip_and_one_of_a_baseline_loads_without_the_heads(assign):
+    task, other = Task(), Task()
+    trained(task)
+    trained(other, steps=1)
+    state = {name: value.clone() for name, value in task.state_dict().items()}
+    other.load_state_dict(state, assign=assign)
+    baseline = {name: value for name, value in state.items() if name.startswith("net.")}
+    missing, unexpected = Task().load_state_dict(baseline, strict=False)
+    assert not unexpected and all(name.startswith("cmim.") for name in missing)
+    assert trained(other) == trained(task)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A group of one process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{}, {"broadcast_buffers": False}, {"find_unused_parameters": True}], ids=str)
+def test_ddp_around_a_module_that_holds_both_trains_as_without(one_process, options):
+    task = Task()
+    expected = trained(Task())
+    assert trained(task, nn.parallel.DistributedDataParallel(task, **options)) == pytest.approx(expected)
+
+
+def test_two_backward_passes_under_ddp_are_refused_in_the_second(one_process):
+    task = Task()
+    model = nn.parallel.DistributedDataParallel(task.net)
+    loss = F.cross_entropy(model(X), Y)
+    contrast = task.cmim(model)
+    loss.backward(retain_graph=True)
+    with pytest.raises(CMIMError, match=r"Add the losses: \(loss \+ cmim\(model\)\).backward\(\)"):
+        contrast.backward()
+    with model.no_sync():
+        loss = F.cross_entropy(model(X), Y)
+        contrast = task.cmim(model)
+        loss.backward(retain_graph=True)
+        contrast.backward()
+    (F.cross_entropy(model(X), Y) + task.cmim(model)).backward()
+
+
+class GradSampleModule(nn.Module):
+    """Holds its module as that of opacus does."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._module = module
+
+    def forward(self, *args):
+        return self._module(*args)
+
+
+def fabric(model):
+    fabric = pytest.importorskip("lightning.fabric")
+    return fabric.Fabric(accelerator="cpu", devices=1).setup(model)
+
+
+def accelerated(model):
+    accelerate = pytest.importorskip("accelerate")
+    return accelerate.Accelerator(cpu=True).prepare(model)
+
+
+WRAPPERS = {
+    "compiled": partial(torch.compile, backend="eager"),
+    "DataParallel": lambda model: nn.DataParallel(model, device_ids=[]),
+    "DDP": nn.parallel.DistributedDataParallel,
+    "DDP, compiled": lambda model: nn.parallel.DistributedDataParallel(torch.compile(model, backend="eager")),
+    "opacus": GradSampleModule,
+    "Fabric": fabric,
+    "Accelerate": accelerated,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_the_loss_of_a_wrapped_model_is_that_of_the_model(one_process, wrap):
+    task, reference = Task(), Task()
+    wrapped = wrap(task.net)
+    for _ in range(2):
+        loss = F.cross_entropy(wrapped(X), Y) + task.cmim(wrapped)
+        expected = reference(X, Y)
+        torch.testing.assert_close(loss, expected)
+        loss.backward()
+        expected.backward()
+    torch.testing.assert_close(task.net[0].weight.grad, reference.net[0].weight.grad)
+
+
 # -- processes -----------------------------------------------------------------------------------------------------
 
 
@@ -297,7 +505,7 @@ def launch(processes: int, example: str, folder: Path, images: str) -> list[dict
     # Accelerate starts no group of processes without a GPU unless told to: `accelerate launch --cpu` says it so.
     environment = {
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples"), str(ROOT / "tests")]),
         "ACCELERATE_USE_CPU": "true",
         "CUDA_VISIBLE_DEVICES": "",  # two processes on one GPU are not what NCCL is for
     }

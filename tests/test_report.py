@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from reactnet import REACTNET
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
@@ -20,7 +21,6 @@ from bodies import BODIES, full_precision
 from cmim_plugin import CMIM, CMIMError, CMIMWarning, Report, distributed, nce
 from cmim_plugin import report as inside
 from irnet import IRNET
-from reactnet import REACTNET
 
 each_method = pytest.mark.parametrize("recipe", [IRNET, BIREAL, REACTNET], ids=["IR-Net", "Bi-Real", "ReActNet"])
 each_instance = pytest.mark.parametrize("instances", ["image", "position"])
