@@ -191,9 +191,10 @@ class Contrast(nn.Module):
 
     def sync(self, schedule: Schedule) -> None:
         """Start from the state of rank 0 on all ranks."""
-        own = {**self.state_dict(prefix="contrast."), **schedule.state_dict(prefix="schedule.")}
-        distributed.broadcast(own.values(), self.heads.weights.device)
-        self.load_state_dict(own)
+        for part in (self, schedule):
+            own = part.state_dict()
+            distributed.broadcast(own.values(), self.heads.weights.device)
+            part.load_state_dict(own)
         self.synced = True
 
     def metrics(self) -> dict[str, dict[str, Tensor]]:
