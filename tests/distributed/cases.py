@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cmim_plugin import CMIM, nce
-from hazards.nets import Binary, BinaryConv
+from cmim_plugin import CMIM, NCE, CMIMError
+from networks import Binary, BinaryConv
 
 BATCH = 8
 STEPS = 3
@@ -73,7 +72,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "labelled images": ({"instances": "image"}, {"labels": True}),
     "queue": ({"instances": "image", "queue_size": 20}, {"labels": True}),
     "queue of positions": ({"num_positions": 16, "queue_size": 40}, {}),
-    "nce": ({"num_positions": 16, "objective": partial(nce, num_samples=100), "layer_decay": 0.5}, {"labels": True}),
+    "nce": ({"num_positions": 16, "objective": NCE(num_samples=100), "layer_decay": 0.5}, {"labels": True}),
+    "masked": ({"num_positions": 48}, {"masked": True}),
     "accumulation": ({"num_positions": 48}, {"accumulate": 2}),
     "some taps": ({"num_positions": 48, "taps_per_step": 1, "layer_decay": 0.5}, {}),
     "some taps, labelled, with a queue": (
@@ -125,33 +125,38 @@ def train(
     elif world > 1:
         wrapped = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
-    optimizer.add_param_group({"params": cmim.parameters()})
-    losses = []
+    losses, bounds, scheduled = [], [], []
     for step in range(STEPS):
         optimizer.zero_grad()
         for part in range(accumulate):
             x, y = (share(t, rank, world, uneven) for t in batch(10 * step + part))
             skip = world > 1 and not shard and part < accumulate - 1
+            scheduled.append(cmim.scheduled)
             with wrapped.no_sync() if skip else contextlib.nullcontext():
                 logits = wrapped(x)
-                contrast = cmim(wrapped, labels=y if how.get("labels") else None)
+                # By the first pixels: some of each sample's.
+                mask = (x[:, 0, 0] > 0) if how.get("masked") else None
+                contrast = cmim(wrapped, labels=y if how.get("labels") else None, mask=mask)
                 # The mean over ranks is not the mean over samples where they have different numbers of them.
                 task = F.cross_entropy(logits, y) if not uneven else 0 * logits.sum()
                 (task + contrast).backward()
             losses.append(contrast.item())
+            bounds += [m["bound"].item() for m in cmim.metrics.values()]
         optimizer.step()
 
     return {
         "losses": losses,
-        "gradients": [whole(p.grad) for p in [*model.parameters(), *cmim.parameters()]],
-        "weights": [whole(p.detach()) for p in [*model.parameters(), *cmim.parameters()]],
-        "buffers": [b.clone() for b in cmim.buffers()],
-        "bounds": [m["bound"].item() for m in cmim.metrics.values()],
+        "scheduled": scheduled,
+        "gradients": [whole(p.grad) for p in model.parameters()],
+        "weights": [whole(p.detach()) for p in model.parameters()],
+        "state": {name: value for name, value in cmim.state_dict().items() if value.is_floating_point()},
+        "draws": cmim.draws.clone(),
+        "bounds": bounds,
     }
 
 
 class Whole(nn.Module):
-    """Network and heads in one module, as Lightning wraps them."""
+    """Network and plug-in in one module, as Lightning wraps them."""
 
     def __init__(self, model: nn.Module, cmim: CMIM) -> None:
         super().__init__()
@@ -161,8 +166,8 @@ class Whole(nn.Module):
         return F.cross_entropy(self.model(x), y) + self.cmim(self.model)
 
 
-def train_wrapped_heads(rank: int = 0, world: int = 1) -> list[Tensor]:
-    """The weights after some steps."""
+def train_wrapped_together(rank: int = 0, world: int = 1) -> list[Tensor]:
+    """The weights of network and heads after some steps."""
     whole = Whole(*attached("some taps", rank))
     wrapped = DistributedDataParallel(whole) if world > 1 else whole
     optimizer = torch.optim.SGD(whole.parameters(), lr=0.5, momentum=0.9)
@@ -170,45 +175,72 @@ def train_wrapped_heads(rank: int = 0, world: int = 1) -> list[Tensor]:
         optimizer.zero_grad()
         wrapped(*(share(t, rank, world, uneven=False) for t in batch(step))).backward()
         optimizer.step()
-    return [p.detach() for p in whole.parameters()]
+    whole.cmim.heads.step()
+    return [*(p.detach() for p in whole.parameters()), whole.cmim.heads.weights.detach()]
 
 
-def train_with_other_ways(rank: int, world: int, taps_per_step: int | None, steps: int) -> dict[str, Any]:
-    """A tap that only some ranks reach, in the second step; with one tap a step, in some later steps, at last none."""
+def two_backward_passes(rank: int, world: int) -> dict[str, str]:
+    """What a backward pass of the network's loss, and then one of the contrast, say, in either order."""
+    said = {}
+    for name in ("synchronized", "the other way round", "within no_sync"):
+        model, cmim = attached("positions", rank)
+        ddp = DistributedDataParallel(model)
+        x, y = (share(t, rank, world, uneven=False) for t in batch(0))
+        with ddp.no_sync() if name == "within no_sync" else contextlib.nullcontext():
+            logits = ddp(x)
+            losses = [F.cross_entropy(logits, y), cmim(ddp)]
+            if name == "the other way round":
+                losses.reverse()
+            losses[0].backward(retain_graph=True)
+            try:
+                losses[1].backward()
+            except CMIMError as error:
+                said[name] = str(error)
+            else:
+                said[name] = ""
+    return said
+
+
+def train_with_other_ways(rank: int, world: int, taps_per_step: int | None) -> dict[str, Any]:
+    """The first rank reaches both taps in each step, the others the second one only in the first two steps, at last
+    none does."""
     torch.manual_seed(0)
     model = Sometimes()
     cmim = CMIM(model, torch.rand(4, 2, 6, 6), taps_per_step=taps_per_step)
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
     losses = []
-    for step, positive in enumerate([True, *[rank == 0] * (steps - 2), rank == 0 and taps_per_step is None]):
-        if step == steps - 1 and taps_per_step is not None:
-            cmim._hooks.chosen = frozenset([1])
+    for step in range(8):
+        positive = step < 2 or (rank == 0 and step < 6)
         x = torch.rand(4, 2, 6, 6) + 0.1
+        only_second = cmim.scheduled == ("second",)
         logits = ddp(x if positive else -x)
         loss = cmim(ddp)
         (logits.sum() + loss).backward()
-        losses.append(loss.item())
-    gradients = [whole(p.grad) for p in cmim.parameters()]
-    return {"losses": losses, "gradients": gradients, "taps": len(cmim.metrics)}
+        losses.append((only_second and step >= 6, loss.item()))
+    cmim.heads.step()
+    return {"losses": losses, "heads": cmim.heads.weights.detach(), "taps": len(cmim.metrics)}
 
 
 def main(out: Path) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     model, cmim = attached("images", rank)
-    chosen_alone = attached("some taps", rank)
-    train("some taps", *chosen_alone)
-    chosen_alone[1]._hooks.chosen = frozenset([rank % 3])
+    alone = attached("some taps", rank)
+    for _ in range(rank):  # as many steps alone as no other rank, so that it is the turn of other taps
+        alone[0](batch(0)[0])
+        alone[1](alone[0]).backward()
+    alone[0].zero_grad()
     dist.init_process_group("gloo")
-    results = {"attached before the group": train("images", model, cmim, rank, world)}
-    results["taps chosen before the group"] = train("some taps", *chosen_alone, rank, world)
+    results: dict[str, Any] = {"attached before the group": train("images", model, cmim, rank, world)}
+    results["trained before the group"] = train("some taps", *alone, rank, world)
     for name in CASES:
         results[name] = train(name, *attached(name, rank), rank, world)
     for name in SHARDED:
         results[f"sharded {name}"] = train(name, *attached(name, rank), rank, world, shard=True)
-    results["wrapped heads"] = train_wrapped_heads(rank, world)
-    results["other ways"] = train_with_other_ways(rank, world, None, steps=2)
-    results["other ways, one tap a step"] = train_with_other_ways(rank, world, 1, steps=8)
+    results["wrapped together"] = train_wrapped_together(rank, world)
+    results["two backward passes"] = two_backward_passes(rank, world)
+    results["other ways"] = train_with_other_ways(rank, world, None)
+    results["other ways, one tap a step"] = train_with_other_ways(rank, world, 1)
     torch.save(results, out / f"{world}-{rank}.pt")
     dist.destroy_process_group()
 
