@@ -62,7 +62,7 @@ def gradient_hooks(tensor: Tensor) -> list[Any] | None:
 
 
 def forward_pre_hooks(module: nn.Module) -> list[Any]:
-    """The hooks that run before a module's forward. Without it: none, and a second plug-in on a model is not refused."""
+    """The hooks that run before a module's forward. Without it: none, and a second plug-in on it is not refused."""
     return list(getattr(module, "_forward_pre_hooks", {}).values())
 
 
