@@ -41,7 +41,7 @@ import loop  # noqa: E402
 from auxiliaries import OBJECTIVES, Balance, Contrast, distillation, smoothed  # noqa: E402
 from data import DATASETS, Data, device, load_data  # noqa: E402
 from inside import look  # noqa: E402
-from networks import BODIES, METHODS, binarize_weights, full_precision  # noqa: E402
+from nets import BODIES, METHODS, binarize_weights, full_precision  # noqa: E402
 
 # What differs from plain training. Keys that are neither in TRAINING nor in OWN are arguments of CMIM; `default` has
 # none, so that it follows the plug-in's defaults (each record has the resolved settings).
@@ -231,7 +231,7 @@ def load(config: Config, root: str | None) -> Data:
 
 def execute(run: Run, config: Config, root: str | None, weights: Path | None, about: dict[str, Any]) -> dict[str, Any]:
     """Train, and return the record of the run. `weights`: where the teacher's are, or go to."""
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     options = arm_options(run.arm)
     data = load(config, root)
     method = METHODS[run.method]
@@ -307,6 +307,7 @@ def execute(run: Run, config: Config, root: str | None, weights: Path | None, ab
             for part, found in look(model, data).items()
         },
         "seconds": round(time.perf_counter() - start, 1),
+        "cpu_seconds": round(time.process_time() - cpu_start, 1),  # what a shared machine cannot distort
         "epoch_seconds": round(sorted(seconds)[len(seconds) // 2], 3),  # median: the first epoch compiles
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(),
@@ -342,7 +343,7 @@ def commit(*scripts: str) -> str:
     def git(*command: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--", "cmim_plugin", "benchmarks/networks.py", *scripts)
+    changed = git("status", "--porcelain", "--", "cmim_plugin", "benchmarks/nets.py", *scripts)
     return (git("rev-parse", "--short=10", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 

@@ -42,7 +42,7 @@ from tqdm import tqdm
 from accuracy import RESULTS, commit
 from cmim_plugin import CMIM, __version__, find_binary_activations, info_nce
 from naive import Naive, naive_info_nce
-from networks import (
+from nets import (
     BIREAL,
     BODIES,
     IRNET,

@@ -62,11 +62,11 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, fl
     return float(differences.mean()), float(half)
 
 
-def interval(mean: float, half: float) -> str:
+def interval(mean: float, half: float, digits: int = 2) -> str:
     """Bold where it excludes zero."""
     if np.isnan(half):
-        return f"{mean:+.2f} (one seed)"
-    text = f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
+        return f"{mean:+.{digits}f} (one seed)"
+    text = f"{mean:+.{digits}f} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f})"
     return f"**{text}**" if abs(mean) > half else text
 
 

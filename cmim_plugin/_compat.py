@@ -61,6 +61,11 @@ def gradient_hooks(tensor: Tensor) -> list[Any] | None:
     return list(hooks.values()) if hooks else []
 
 
+def forward_pre_hooks(module: nn.Module) -> list[Any]:
+    """The hooks that run before a module's forward. Without it: none, and a second plug-in on a model is not refused."""
+    return list(getattr(module, "_forward_pre_hooks", {}).values())
+
+
 def running_calls(module: nn.Module) -> int:
     """How many calls of a module are on this thread's Python stack. Without it: 0, and a nested call starts anew."""
     call = getattr(nn.Module, "_call_impl", None)
@@ -110,3 +115,14 @@ def eager_stance() -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
     stance: contextlib.AbstractContextManager[Any] = set_stance("force_eager")
     return stance
+
+
+def unseen() -> contextlib.AbstractContextManager[Any]:
+    """Torch functions called within are seen by no torch-function mode.
+
+    ``torch._C.DisableTorchFunction`` is in all releases that are supported. Without it, they are seen, which costs
+    time in the dry run.
+    """
+    disable = getattr(torch._C, "DisableTorchFunction", contextlib.nullcontext)
+    nothing: contextlib.AbstractContextManager[Any] = disable()
+    return nothing

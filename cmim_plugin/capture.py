@@ -6,8 +6,8 @@ What these hooks promise:
   pass, and told when the loss is asked for.
 - They learn nothing. Where each activation is picked up was decided in the dry run; what belongs to one pass is one
   :class:`Pass` object, one a thread.
-- They keep nothing of an activation but the sampled or pooled rows, taken within the hook: the network may overwrite the
-  activation right after it.
+- They keep nothing of an activation but the sampled or pooled rows, taken within the hook: the network may overwrite
+  the activation right after it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,8 +35,8 @@ BINARY, LATENT = 0, 1
 # Passes in a row without a loss (an adversarial attack takes dozens) before that is told.
 _FORGOTTEN = 100
 _FORGOTTEN_WARNING = (
-    f"CMIM captured {_FORGOTTEN} forward passes and was asked for no loss. Add cmim(model) to the loss of each training "
-    "step, or call cmim.remove()."
+    f"CMIM captured {_FORGOTTEN} forward passes and was asked for no loss. Add cmim(model) to the loss of each "
+    "training step, or call cmim.remove()."
 )
 
 
@@ -101,18 +102,17 @@ class Pass:
         taps: all of them.
         scheduled: which are captured.
         draws: ``(len(scheduled), n)`` int64 random numbers to choose positions by; None to pool over all positions.
-        batch: samples in the batch, where the inputs tell.
         training: whether the model is in training mode.
     """
 
-    def __init__(
-        self, taps: Sequence[Tap], scheduled: Sequence[int], draws: Tensor | None, batch: int | None, training: bool
-    ) -> None:
+    def __init__(self, taps: Sequence[Tap], scheduled: Sequence[int], draws: Tensor | None, training: bool) -> None:
         self.taps = taps
         self.scheduled = tuple(scheduled)
         self.draws = draws
-        self.batch = batch
+        #: Samples in the batch, where the inputs tell.
+        self.batch: int | None = None
         self.training = training
+        self.compiled = torch.compiler.is_compiling()
         self.pairs = {k: Pair() for k in self.scheduled}
         #: What went wrong: tap, or None for the pass as a whole -> message.
         self.failures: dict[int | None, str] = {}
@@ -140,7 +140,10 @@ class Pass:
         """Take the rows of those activations that are picked up at sites of this kind."""
         for p in pickups:
             if p.site.kind == kind:
-                self.attempt(p.tap, lambda p=p: self.take(p.tap, p.side, _at(tree, p.site.path)))
+                self.attempt(p.tap, partial(self._take_at, p, tree))
+
+    def _take_at(self, p: _Pickup, tree: Any) -> None:
+        self.take(p.tap, p.side, _at(tree, p.site.path))
 
     def attempt(self, tap: int | None, action: Callable[[], None]) -> None:
         """Do something for a tap (None: for the pass). What goes wrong is kept, and the model goes on."""
@@ -187,8 +190,8 @@ class Pass:
         if not self.entered:
             raise CMIMError(
                 "The forward pass reached none of the taps. A model that was compiled and run before CMIM was attached "
-                "does that (attach first, or call torch._dynamo.reset()), inputs that take another way through it, modules "
-                "that were replaced, and hooks that other code cleared (attach again)."
+                "does that (attach first, or call torch._dynamo.reset()), inputs that take another way through it, "
+                "modules that were replaced, and hooks that other code cleared (attach again)."
             )
         missing = [k for k in self.pairs if k not in reached and k not in failures]
         lines += [f"The forward pass did not reach tap {self.taps[k].name}." for k in missing]
@@ -201,7 +204,7 @@ class Pass:
         layout = tap.layouts[side]
         if side == BINARY and self.observer is not None:
             self.observer(k, x, layout)
-        if side == BINARY and torch.is_grad_enabled() and not x.requires_grad:
+        if side == BINARY and self.observer is None and not x.requires_grad:
             self.without_gradient.add(k)
             raise CMIMError(
                 "its binary activation came without a gradient. Layers that were frozen do that (nothing is left to "
@@ -217,17 +220,22 @@ class Pass:
         pair.batch = rows
         if layout.windowed:
             pair.windows = True
-            if not self.batch or rows % self.batch:
+            if rows and (not self.batch or rows % self.batch):
                 raise CMIMError(f"its {rows} rows are not a whole number of windows for each of {self.batch} samples")
-            pair.batch = self.batch
+            pair.batch = self.batch or 0
         if self.draws is None:
             pair.rows[side] = layout.pooled(x, pair.batch)
             return
+        if x.device != self.draws.device:
+            raise CMIMError(
+                f"it is on {x.device}, the heads are on {self.draws.device}: call cmim.to({str(x.device)!r}), or "
+                "attach after moving the model"
+            )
         total = layout.positions(x.shape)
         if pair.rows[1 - side] is not None and pair.total != total:
             raise CMIMError(
-                f"its two sides have {pair.total} and {total} positions in this batch, and cannot be paired position by "
-                'position. Leave it out with taps=, or use instances="image"'
+                f"its two sides have {pair.total} and {total} positions in this batch, and cannot be paired position "
+                'by position. Leave it out with taps=, or use instances="image"'
             )
         index, elements = self._positions(k, layout, x)
         pair.total, pair.index, pair.spatial = total, index, layout.spatial_shape(x.shape)
@@ -272,8 +280,8 @@ class Capture:
         taps: what to capture.
         schedule: which of them the next pass captures, and at which positions.
         batch: where the number of samples is read off the model's inputs.
-        observer: called with tap, a_B as a whole and its layout. With it every pass is captured, in eval mode and without
-            gradients too.
+        observer: called with tap, a_B as a whole and its layout. With it every pass is captured, in eval mode and
+            without gradients too.
 
     Attributes:
         before: called with the pass and the inputs of the model, before the model runs.
@@ -350,16 +358,19 @@ class Capture:
         every = torch.compiler.is_compiling() or _recording_a_graph()
         scheduled = tuple(range(len(self.taps))) if every else self.schedule.taps
         draws = self.schedule.draws_of(len(scheduled))
-        batch = None if self.batch is None else self.batch.of(args, kwargs)
-        found = Pass(self.taps, scheduled, draws, batch, model.training)
+        found = Pass(self.taps, scheduled, draws, model.training)
+        source = self.batch
+        if source is not None:
+            found.attempt(None, lambda: setattr(found, "batch", source.of(args, kwargs)))
         found.observer = self.observer
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2:
             found.mask = mask
         self.running[_thread()] = found
+        self._forget_dead_threads()
         before = self.before
         if before is not None:
-            found.attempt(None, lambda: before(found, args, kwargs))
+            found.attempt(None, partial(before, found, args, kwargs))
 
     def end(self) -> None:
         """The pass of this thread has come to its end, and waits for its loss to be asked for."""
@@ -368,6 +379,7 @@ class Capture:
         if torch.compiler.is_compiling():
             self._waiting[thread] = found
             return
+        found.abandon()  # what is open still: others cleared the hooks that would have closed it
         waiting = self._waiting.get(thread)
         # A pass in eval mode does not take the place of one in training mode that waits.
         if found.training or waiting is None or not waiting.training:
@@ -391,26 +403,41 @@ class Capture:
             CMIMError: there is none.
         """
         self.unasked = 0
-        found = self._waiting.pop(_thread(), None)
+        thread = _thread()
+        if not torch.compiler.is_compiling():
+            self.drop()  # a pass that was interrupted
+            if thread not in self._waiting:
+                # Compiled code leaves its pass to the thread that compiled it.
+                thread = next((key for key, waiting in self._waiting.items() if waiting.compiled), thread)
+        found = self._waiting.pop(thread, None)
         if found is not None:
             return found
         if not torch.is_grad_enabled():
             raise CMIMError(
-                "No forward pass to take the loss of: under torch.no_grad() nothing is captured, and there is nothing to "
-                "train. In a function that both trains and validates, write: if model.training: loss = loss + cmim(model)"
+                "No forward pass to take the loss of: under torch.no_grad() nothing is captured, and there is nothing "
+                "to train. In a function that both trains and validates, write: "
+                "if model.training: loss = loss + cmim(model)"
             )
         if self._waiting:
             raise CMIMError(
-                "No forward pass of this thread to take the loss of: the model ran in another one. Call cmim(model) in the "
-                "thread that runs the model."
+                "No forward pass of this thread to take the loss of: the model ran in another one. Call cmim(model) in "
+                "the thread that runs the model."
             )
         raise CMIMError(
-            "No forward pass to take the loss of. Call model(x) with gradients enabled before each cmim(model); one forward "
-            "pass gives one loss. (Not captured: a pass under torch.no_grad(), one that raised, one through "
-            "model.forward(x) or a replica of nn.DataParallel, one of a model that was compiled and run before CMIM was "
-            "attached (attach first, or call torch._dynamo.reset()), one of a model whose hooks other code cleared (attach "
-            "again).)"
+            "No forward pass to take the loss of. Call model(x) with gradients enabled before each cmim(model); one "
+            "forward pass gives one loss. (Not captured: a pass under torch.no_grad(), one that raised, one through "
+            "model.forward(x) or a replica of nn.DataParallel, one of a model that was compiled and run before CMIM "
+            "was attached (attach first, or call torch._dynamo.reset()), one of a model whose hooks other code cleared "
+            "(attach again).)"
         )
+
+    def _forget_dead_threads(self) -> None:
+        """Drop what threads left that have ended: nobody can ask for the loss of it."""
+        if torch.compiler.is_compiling() or not self._waiting.keys() - {_thread()}:
+            return
+        alive = sys._current_frames()
+        for thread in [thread for thread in self._waiting if thread not in alive]:
+            del self._waiting[thread]
 
 
 # -- hooks -----------------------------------------------------------------------------------------------------------
@@ -419,8 +446,8 @@ class Capture:
 class _Hook:
     """Its bound methods are what a model holds.
 
-    Copied or pickled with the model it turns into a hook without effect: the copy is a plain model, and never writes into
-    the original's plug-in.
+    Copied or pickled with the model it turns into a hook without effect: the copy is a plain model, and never writes
+    into the original's plug-in.
     """
 
     def __init__(self, capture: Capture | None = None, module: nn.Module | None = None) -> None:
@@ -457,7 +484,7 @@ class _RootHook(_Hook):
             return
         running = self.running(module)
         if running is not None:
-            # A forward that calls itself; or the pass before was interrupted (at KeyboardInterrupt torch calls no hook).
+            # A forward that calls itself; or the pass before was interrupted (torch calls no hook then).
             if _compat.running_calls(module) > 1 + sum(call.hook is self for call in running.open):
                 running.open.append(_Call(self, ()))
                 return
@@ -471,7 +498,7 @@ class _RootHook(_Hook):
             return
         assert self.capture is not None
         if running.close(self) is None:
-            if _raised(output, running.error):
+            if _current_error() != running.error:
                 self.capture.drop()
             else:
                 self.capture.end()
@@ -510,7 +537,7 @@ class _ModuleHook(_Hook):
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         running = self.running(module)
         call = None if running is None else running.close(self)
-        if running is not None and call is not None and not _raised(output, running.error):
+        if running is not None and call is not None and _current_error() == call.error:
             running.pick_up(call.pickups, "output", output)
 
 
@@ -521,6 +548,8 @@ class _Call:
         self.hook = hook
         self.pickups = pickups
         self.listener: _Listener | None = None
+        #: The exception that was being handled when the call started: a call that raised ends with another one.
+        self.error = _current_error()
 
 
 class _Listener(TorchFunctionMode):
@@ -559,13 +588,8 @@ def _thread() -> int:
 
 
 def _current_error() -> int:
-    """Which exception is being handled; torch calls hooks that are always called while it handles that of the forward."""
+    """Which exception is being handled: while it is that of a forward, torch calls the hooks that are always called."""
     return 0 if torch.compiler.is_compiling() else id(sys.exc_info()[1])
-
-
-def _raised(output: Any, error_before: int) -> bool:
-    """Whether the forward raised. A forward that returned None looks the same but for the exception."""
-    return output is None and _current_error() != error_before
 
 
 def _recording_a_graph() -> bool:
@@ -605,7 +629,7 @@ def attached_to(model: nn.Module) -> bool:
     Not: on another model that shares modules with this one, where the two do not meet.
     """
     for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
+        for hook in _compat.forward_pre_hooks(module):
             owner = getattr(hook, "__self__", None)
             if isinstance(owner, _Hook) and owner.capture is not None and owner.serves(module):
                 other = owner.capture.model()

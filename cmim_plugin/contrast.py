@@ -22,6 +22,8 @@ from .sampling import Schedule
 
 # Steps in which labels and mask are asked whether they leave any negative: the answer waits for the device.
 _FIRST_STEPS = 3
+# Losses after which a bound under so many nats is told.
+_LONG, _NOTHING = 1000, 0.05
 
 
 @dataclass
@@ -112,22 +114,21 @@ class Contrast(nn.Module):
         for k, size in sizes.items():
             if size:
                 groups[size, self._queued(k)].append(k)
+        # Those that were scheduled stand for all.
+        weights = self._layer_weights * (len(self.taps) / len(scheduled))
         parts = []
         for taps in groups.values():
             of_taps = [None if side is None else _side_by_side(side, taps, sizes) for side in (row_labels, row_mask)]
-            z_b, z_f = (_side_by_side(side, taps, sizes) for side in z)
+            z_b, z_f = _side_by_side(z, taps, sizes, 1)
             losses = self._losses(taps, z_b, z_f, *of_taps)
-            weights = torch.cat([self._layer_weights[k : k + 1] for k in taps]).to(losses.dtype)
-            parts.append(losses.dot(weights))
+            parts.append(losses.dot(torch.cat([weights[k : k + 1] for k in taps]).to(losses.dtype)))
         self._steps = min(self._steps + 1, _FIRST_STEPS)
-        # Those that were scheduled stand for all.
-        scale = len(self.taps) / len(scheduled)
-        return scale * sum(parts[1:], parts[0]) if parts else z.sum()  # a zero with a graph, where no rank has rows
+        return sum(parts[1:], parts[0]) if parts else z.sum()  # a zero with a graph, where no rank has rows
 
     def embeddings(
         self, captured: Pass, labels: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None, dict[int, int]]:
-        """Both sides' embeddings of all ranks ``(2, rows, D)``, tap by tap; their labels and mask; the rows of each tap."""
+        """Both sides' embeddings of all ranks ``(2, rows, D)``, tap by tap; labels and mask; the rows of each tap."""
         weights = self.heads.weights
         rows: list[tuple[Tensor, Tensor]] = []
         reached = [k for k in captured.scheduled if captured.pairs[k].complete]
@@ -138,15 +139,14 @@ class Contrast(nn.Module):
             check_rows(self.taps[k], binary, latent, weights.device)
             rows.append((binary, latent))
             sizes[k] = len(binary)
-        flat = weights.clone()
-        if self.synced:
-            flat = distributed.averaged(flat)
+        shared = distributed.averaged(weights) if self.synced else weights
         if reached:
-            z = self.heads(reached, rows, flat)
+            z = self.heads(reached, rows, shared)
         else:
             # No rows, but a graph: other ranks may have some, and wait for this one in the backward pass.
             tap = self.taps[0]
-            z = self.heads([0], [(flat.new_zeros(0, tap.channels), flat.new_zeros(0, tap.latent_channels))], flat)
+            none = [(weights.new_zeros(0, tap.channels), weights.new_zeros(0, tap.latent_channels))]
+            z = self.heads([0], none, shared)
         pairs = [(self.taps[k].name, captured.pairs[k]) for k in reached]
         row_labels = None if labels is None else _of_all(pairs, lambda n, p: labels_of(p, labels, n), labels)
         row_mask = None if mask is None else _of_all(pairs, lambda n, p: mask_of(p, mask, n), mask)
@@ -190,9 +190,10 @@ class Contrast(nn.Module):
 
     def sync(self, schedule: Schedule) -> None:
         """Start from the state of rank 0 on all ranks."""
-        own = {**self.state_dict(prefix="contrast."), **schedule.state_dict(prefix="schedule.")}
-        distributed.broadcast(own.values(), self.heads.weights.device)
-        self.load_state_dict(own)
+        for part in (self, schedule):
+            state = part.state_dict()
+            distributed.broadcast(state.values(), self.heads.weights.device)
+            part.load_state_dict(state)  # what is kept beside the tensors follows them
         self.synced = True
 
     def metrics(self) -> dict[str, dict[str, Tensor]]:
@@ -209,6 +210,34 @@ class Contrast(nn.Module):
                 values = zip(("loss", "bound"), self._loaded[k], strict=True)
                 found[tap.name] = {name: value for name, value in values if not value.isnan()}
         return found
+
+    def scalars(self, weight: float, all_taps: bool) -> dict[str, float]:
+        """See :meth:`cmim_plugin.CMIM.scalars`."""
+        metrics = self.metrics()
+        known = [(metrics[t.name], w) for t, w in zip(self.taps, self.layer_weights, strict=True) if t.name in metrics]
+        found = {}
+        if known:
+            found["cmim/loss"] = weight * sum(w * float(m["loss"]) for m, w in known) / sum(w for _, w in known)
+        bounds = {name: float(m["bound"]) for name, m in metrics.items() if "bound" in m}
+        if bounds:
+            found |= {"cmim/bound": sum(bounds.values()) / len(bounds), "cmim/worst_bound": min(bounds.values())}
+        return found | ({f"cmim/bound/{name}": bound for name, bound in bounds.items()} if all_taps else {})
+
+    def tell_of_idle_heads(self, losses: int) -> None:
+        """Warn, once, of heads that do not learn, after so many losses. Waits for the device."""
+        if self.heads.lr and not bool(self.heads.steps):
+            warn_once(
+                self,
+                f"{losses} losses were asked for, and no gradient came back to the heads. Is cmim(model) part of what "
+                "backward() is called on?",
+            )
+        bounds = [float(m["bound"]) for m in self.metrics().values() if "bound" in m]
+        if losses >= _LONG and bounds and max(bounds) < _NOTHING:
+            warn_once(
+                self,
+                f"After {losses} losses the bound of every tap is still zero ({max(bounds):.2f} nats at most): the "
+                "codes keep nothing that tells one place from another. Dead channels do that: see cmim.report().",
+            )
 
     def _save_to_state_dict(self, *args: Any) -> None:
         for k, values in enumerate(map(self.metrics().get, (tap.name for tap in self.taps))):
@@ -232,7 +261,7 @@ def check_rows(tap: Tap, binary: Tensor, latent: Tensor, device: torch.device) -
         raise CMIMError(f"Tap {tap.name} has {len(binary)} rows on the binary side and {len(latent)} on the other.")
 
 
-# -- what is given for samples or positions, for each row ---------------------------------------------------------------
+# -- what is given for samples or positions, for each row ------------------------------------------------------------
 
 
 def _checked(name: str, value: Tensor | None, captured: Pass) -> Tensor | None:
@@ -248,8 +277,8 @@ def _checked(name: str, value: Tensor | None, captured: Pass) -> Tensor | None:
     else:
         fits, wanted = True, f"{batch} integers, one a sample of the batch, or a map of them for each"
     if isinstance(value, Tensor) and fits and value.ndim and len(value) == batch:
+        assert rows is not None
         if name == "mask" or not value.is_floating_point():
-            assert rows is not None
             return value.to(rows.device)
     found = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
     raise CMIMError(f"{name} must be {wanted}; found {found}.")
@@ -297,9 +326,9 @@ def _of_all(pairs: Sequence[tuple[str, Pair]], of: Callable[[str, Pair], Tensor]
     return torch.cat(found) if found else like.new_zeros(0)
 
 
-def _side_by_side(rows: Tensor, taps: list[int], sizes: dict[int, int]) -> Tensor:
-    """``(taps, n, ...)``: the rows of those taps, which have ``n`` each, out of the rows of all."""
+def _side_by_side(rows: Tensor, taps: list[int], sizes: dict[int, int], dim: int = 0) -> Tensor:
+    """``(..., taps, n, ...)``: the rows of those taps, which have ``n`` each, out of the rows of all in ``dim``."""
     if len(taps) == len(sizes):
-        return rows.unflatten(0, (len(taps), -1))
-    parts = dict(zip(sizes, rows.split(list(sizes.values())), strict=True))
-    return torch.stack([parts[k] for k in taps])
+        return rows.unflatten(dim, (len(taps), -1))
+    parts = dict(zip(sizes, rows.split(list(sizes.values()), dim), strict=True))
+    return torch.stack([parts[k] for k in taps], dim)

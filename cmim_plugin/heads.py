@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 # Where the projection is (almost) zero, dividing by its length would blow its gradient up.
 _SHORTEST = 1e-6
-# Adam's (Kingma and Ba 2015, arXiv 1412.6980), but for epsilon: a small weight of the loss must not slow the heads down.
+# Adam's (Kingma and Ba 2015, arXiv 1412.6980). Epsilon is smaller: a small weight of the loss must not slow them down.
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-12
 
 
 class Heads(nn.Module):
     """The heads of all taps, and an Adam of a fixed rate that trains them whatever the network is trained with.
 
-    All weights lie in one tensor, so that the optimizer's step is a few operations. The tensor is a buffer that requires
-    a gradient, not a parameter: nobody else's optimizer, clipping, decay or wrapper touches it, and it is saved and moved
-    like any other state.
+    All weights lie in one tensor, so that the optimizer's step is a few operations. The tensor is a buffer that
+    requires a gradient, not a parameter: nobody else's optimizer, clipping, decay or wrapper touches it, and it is
+    saved and moved like any other state.
 
     Args:
         channels: of both sides of each tap, a_B first, then a_F (or the teacher's activation).
@@ -30,7 +32,7 @@ class Heads(nn.Module):
         generator: of the CPU, for the initial weights.
 
     Attributes:
-        weights: ``(P,)`` for each width, in order of first appearance, the ``(heads, width, D)`` weights.
+        weights: ``(channels of all heads, D)``, tap by tap, the head of a_B before that of a_F.
         exp_avg, exp_avg_sq, steps: Adam's two moments, not corrected for their start, and its number of steps (0-d).
     """
 
@@ -38,7 +40,7 @@ class Heads(nn.Module):
     exp_avg: Tensor
     exp_avg_sq: Tensor
     steps: Tensor
-    _order: Tensor
+    _channels: Tensor
 
     def __init__(
         self, channels: Sequence[tuple[int, int]], embed_dim: int, lr: float, generator: torch.Generator
@@ -46,74 +48,64 @@ class Heads(nn.Module):
         super().__init__()
         self.embed_dim = embed_dim
         self.lr = lr
-        count: Counter[int] = Counter()
-        # For both sides of each tap: how many channels its head reads, and which of the heads of that width it is.
-        self._slots: list[tuple[tuple[int, int], tuple[int, int]]] = []
-        for pair in channels:
-            slots = []
-            for width in pair:
-                slots.append((width, count[width]))
-                count[width] += 1
-            self._slots.append((slots[0], slots[1]))
-        self._shapes = {width: (heads, width, embed_dim) for width, heads in count.items()}
+        widths = [width for pair in channels for width in pair]
+        ends = list(accumulate(widths))
+        heads = [slice(end - width, end) for width, end in zip(widths, ends, strict=True)]
+        #: For both sides of each tap: which rows of the weights are its head.
+        self._slices = list(zip(heads[::2], heads[1::2], strict=True))
         drawn = [
-            (torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32) * 2 - 1) / math.sqrt(width)
-            for width, shape in self._shapes.items()  # as nn.Linear does
+            (torch.rand(width, embed_dim, generator=generator, device="cpu", dtype=torch.float32) * 2 - 1)
+            / math.sqrt(width)  # as nn.Linear does
+            for width in widths
         ]
-        weights = torch.cat([w.flatten() for w in drawn])
+        weights = torch.cat(drawn)
         self.register_buffer("weights", weights)
         self.register_buffer("exp_avg", torch.zeros_like(weights))
         self.register_buffer("exp_avg_sq", torch.zeros_like(weights))
         self.register_buffer("steps", torch.zeros((), dtype=torch.float32, device="cpu"))
-        self.register_buffer("_order", torch.arange(max(count.values()), device="cpu"), persistent=False)
+        self.register_buffer("_channels", torch.arange(len(weights), device="cpu"), persistent=False)
         self._become_leaf()
 
     # -- embeddings ----------------------------------------------------------------------------------------------
 
-    def of(self, tap: int, flat: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def of(self, tap: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(C, D)`` weights of both sides of a tap, views: of :attr:`weights`, or of a tensor like it."""
-        by_width = self._by_width(self.weights.detach() if flat is None else flat)
-        (binary, nth_b), (latent, nth_f) = self._slots[tap]
-        return by_width[binary][nth_b], by_width[latent][nth_f]
+        weights = self.weights.detach() if weights is None else weights
+        binary, latent = self._slices[tap]
+        return weights[binary], weights[latent]
 
-    def _by_width(self, flat: Tensor) -> dict[int, Tensor]:
-        # One split, whose gradient is one concatenation.
-        parts = flat.split([math.prod(shape) for shape in self._shapes.values()])
-        return {width: part.view(shape) for part, (width, shape) in zip(parts, self._shapes.items(), strict=True)}
-
-    def forward(self, taps: Sequence[int], rows: Sequence[tuple[Tensor, Tensor]], flat: Tensor | None = None) -> Tensor:
+    def forward(
+        self, taps: Sequence[int], rows: Sequence[tuple[Tensor, Tensor]], weights: Tensor | None = None
+    ) -> Tensor:
         """Both sides of some taps under their heads.
 
         Args:
             taps: which.
             rows: ``(n_k, C_b)`` and ``(n_k, C_f)`` of each, of any floating dtype.
-            flat: what stands in for :attr:`weights`.
+            weights: what stands in for :attr:`weights`.
 
         Returns:
             ``(2, sum of n_k, D)``, of unit length: all a_B, tap by tap, then all a_F. In float32 whatever autocast says
             (float64 where the weights are).
         """
-        # A copy: the optimizer's step must not write into what a retained graph still needs.
-        flat = self.weights.clone() if flat is None else flat
-        by_width = self._by_width(flat)
-        members = [(rows[i][side], *self._slots[tap][side]) for side in (0, 1) for i, tap in enumerate(taps)]
-        # Heads of as many channels and rows are one batched product: their positions among the members, and which heads.
-        groups: dict[tuple[int, int], tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
-        for position, (x, width, nth) in enumerate(members):
-            positions, heads = groups[width, len(x)]
-            positions.append(position)
-            heads.append(nth)
-        projected: list[Any] = [None] * len(members)
-        with torch.autocast(flat.device.type, enabled=False):
-            for (width, _), (positions, heads) in groups.items():
-                weights = by_width[width]
-                if heads != list(range(len(weights))):
-                    weights = weights.index_select(0, torch.cat([self._order[h : h + 1] for h in heads]))
-                x = torch.stack([members[p][0] for p in positions]).to(flat.dtype)
-                for p, z in zip(positions, (x @ weights).unbind(), strict=True):
-                    projected[p] = z
-            z = torch.cat(projected).view(2, -1, self.embed_dim)
-            return nn.functional.normalize(z, dim=2, eps=_SHORTEST)
+        weights = self.weights if weights is None else weights
+        sides = [(rows[i][side], self._slices[tap][side]) for side in (0, 1) for i, tap in enumerate(taps)]
+        # Sides with as many channels and rows are one batched product.
+        groups: dict[torch.Size, list[int]] = defaultdict(list)
+        for position, (x, _) in enumerate(sides):
+            groups[x.shape].append(position)
+        order = [position for group in groups.values() for position in group]
+        # All heads in one copy. The optimizer's step writes into the weights, and a retained graph keeps the copy.
+        chosen = weights.index_select(0, torch.cat([self._channels[sides[p][1]] for p in order]))
+        per_group = chosen.split([len(group) * width for (_, width), group in groups.items()])
+        projected = []
+        with torch.autocast(weights.device.type, enabled=False):
+            for ((_, width), group), of_group in zip(groups.items(), per_group, strict=True):
+                x = torch.stack([sides[p][0] for p in group]).to(weights.dtype)
+                projected.append((x @ of_group.view(len(group), width, -1)).flatten(0, 1))
+            z = nn.functional.normalize(torch.cat(projected), dim=1, eps=_SHORTEST)
+        found = dict(zip(order, z.split([len(sides[p][0]) for p in order]), strict=True))
+        return torch.cat([found[p] for p in range(len(sides))]).view(2, -1, self.embed_dim)
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -121,8 +113,8 @@ class Heads(nn.Module):
     def step(self) -> None:
         """One step of Adam with the gradient that was left since the last one, which is then used up.
 
-        A gradient that is zero, since no backward pass came, or not finite, since a GradScaler overflowed, is skipped. The
-        device decides that: the host waits for nothing. The scale of the gradient does not matter to Adam.
+        A gradient that is zero, since no backward pass came, or not finite, since a GradScaler overflowed, is skipped.
+        The device decides that: the host waits for nothing. The scale of the gradient does not matter to Adam.
         """
         if not self.lr:
             return
@@ -134,23 +126,17 @@ class Heads(nn.Module):
             grad = grad.detach().clone()
             self.weights.grad = torch.zeros_like(grad)
         size = torch.linalg.vector_norm(grad, 1)
-        taken = ((size > 0) & (size < math.inf)).to(grad.dtype)
-        usable = torch.where(taken > 0, grad, 0)  # zero times NaN is NaN
-        self.steps += taken
-        self.exp_avg.lerp_(usable, taken * (1 - _BETA1))
-        self.exp_avg_sq.lerp_(usable.square(), taken * (1 - _BETA2))
-        correction = (1 - _BETA2**self.steps).sqrt()
-        rate = taken * self.lr * correction / (1 - _BETA1**self.steps).clamp_min(1 - _BETA1)
-        self.weights.sub_(rate * self.exp_avg / self.exp_avg_sq.sqrt().add_(_EPSILON))
+        # A number's remainder by itself is 0. It is NaN where the number is zero, infinite or NaN: those are skipped.
+        skip = size.fmod(size).nan_to_num(1.0).to(torch.float32)
+        adam_step(self.weights, grad, self.exp_avg, self.exp_avg_sq, self.steps, skip, self.lr)
         grad.zero_()
 
     def _become_leaf(self) -> None:
-        """Make the weights a leaf of the graph, with a gradient that is always there: backward passes add to it in place."""
+        """Make the weights a leaf, with a gradient that is always there: backward passes add to it in place."""
         for name in ("weights", "exp_avg", "exp_avg_sq", "steps"):
-            buffer = self._buffers[name]
-            assert buffer is not None
+            buffer = getattr(self, name)
             # Half a precision is too little to add small steps in.
-            self._buffers[name] = buffer.detach().to(torch.promote_types(buffer.dtype, torch.float32))
+            setattr(self, name, buffer.detach().to(torch.promote_types(buffer.dtype, torch.float32)))
         self.weights.requires_grad_()
         self.weights.grad = torch.zeros_like(self.weights)
 
@@ -170,3 +156,31 @@ class Heads(nn.Module):
             self.weights.grad.zero_()
         else:  # load_state_dict(assign=True)
             self._become_leaf()
+
+
+# An operator, for torch.compile does not trace the fused kernel.
+@torch.library.custom_op("cmim_plugin::adam_step", mutates_args=("weights", "exp_avg", "exp_avg_sq", "steps"))
+def adam_step(
+    weights: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, steps: Tensor, skip: Tensor, lr: float
+) -> None:
+    """One step of Adam in place, in one kernel; none where ``skip``, 0-d float32, is 1."""
+    adam(
+        [weights],
+        [grad],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [steps],
+        fused=True,
+        found_inf=skip,
+        amsgrad=False,
+        beta1=_BETA1,
+        beta2=_BETA2,
+        lr=lr,
+        weight_decay=0.0,
+        eps=_EPSILON,
+        maximize=False,
+    )
+
+
+adam_step.register_fake(lambda *args: None)

@@ -23,10 +23,10 @@ class Queue(nn.Module):
 
     def __init__(self, size: int, embed_dim: int) -> None:
         super().__init__()
-        self.register_buffer("embeddings_b", torch.zeros(size, embed_dim))
-        self.register_buffer("embeddings_f", torch.zeros(size, embed_dim))
-        self.register_buffer("labels", torch.full((size,), NO_LABEL))
-        self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("embeddings_b", torch.zeros(size, embed_dim, dtype=torch.float32, device="cpu"))
+        self.register_buffer("embeddings_f", torch.zeros(size, embed_dim, dtype=torch.float32, device="cpu"))
+        self.register_buffer("labels", torch.full((size,), NO_LABEL, device="cpu"))
+        self.register_buffer("pushed", torch.zeros((), dtype=torch.int64, device="cpu"))
         #: Entries in the queue. A number, for shapes; one that stops changing, for torch.compile.
         self.filled = 0
 
@@ -48,7 +48,10 @@ class Queue(nn.Module):
         at = (self.pushed + torch.arange(len(z_b), device=self.labels.device)) % size
         self.embeddings_b[at] = z_b.to(self.embeddings_b.dtype).nan_to_num()
         self.embeddings_f[at] = z_f.to(self.embeddings_f.dtype).nan_to_num()
-        self.labels[at] = NO_LABEL if labels is None else labels[-size:].to(self.labels.dtype)
+        if labels is None:
+            self.labels.index_fill_(0, at, NO_LABEL)  # ``self.labels[at] = NO_LABEL`` copies from the host
+        else:
+            self.labels[at] = labels[-size:].to(self.labels.dtype)
         self.pushed += len(z_b)
         self.filled = min(self.filled + len(z_b), size)
 

@@ -18,13 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .errors import CMIMError
-
-# Scores held at once (64 MiB in float32, and about three times that with what backward needs); more are computed in
-# slices of the anchors, and computed again in backward.
-_AT_ONCE = 2**24
 
 
 def info_nce(
@@ -173,36 +168,35 @@ def count_negatives(
     if labels is None and mask is None:
         return torch.full((n,), n - 1 + queue, device="cpu")
     device = labels.device if labels is not None else mask.device  # type: ignore[union-attr]
-    return _negatives(slice(0, n), n, queue, labels, mask, queue_labels, device).sum(-1)
+    return _negatives(n, queue, labels, mask, queue_labels, device).sum(-1)
 
 
-def _info_nce_rows(scores: Tensor, first: int, negatives: Tensor | None) -> Tensor:
-    """The loss of the anchors ``first`` and on: ``(..., r)`` from their scores ``(..., r, n + Q)``.
+def _info_nce_rows(scores: Tensor, negatives: Tensor | None) -> Tensor:
+    """The log-likelihood of each anchor, ``(..., n)``, from its scores, ``(..., n, n + Q)``.
 
     ``negatives``: which candidates are, None for all but the positive.
     """
     if negatives is not None:
         candidates = negatives.clone()
-        candidates.diagonal(first, -2, -1).fill_(True)
+        candidates.diagonal(0, -2, -1).fill_(True)
         scores = scores.masked_fill(~candidates, -math.inf)
     # A fused kernel in both passes, unlike logsumexp.
-    return -scores.log_softmax(-1).diagonal(first, -2, -1)
+    return scores.log_softmax(-1).diagonal(0, -2, -1)
 
 
-def _nce_rows(scores: Tensor, first: int, negatives: Tensor | None, num_samples: int) -> Tensor:
+def _nce_rows(scores: Tensor, negatives: Tensor | None, num_samples: int) -> Tensor:
     if negatives is None:
-        negatives = _negatives(
-            slice(first, first + scores.shape[-2]), scores.shape[-1], 0, None, None, None, scores.device
-        )
+        n, candidates = scores.shape[-2:]
+        negatives = _negatives(n, candidates - n, None, None, None, scores.device)
     count = negatives.sum(-1, keepdim=True)
     # An anchor without negatives: N = 0 makes h = 1 and its loss 0, in the limit. The logarithm is not asked for it.
     shifted = scores - (count.clamp_min(1).to(scores.dtype) / num_samples).log()
-    positive = F.softplus(-shifted.diagonal(first, -2, -1)) * (count.squeeze(-1) > 0)
-    return positive + (F.softplus(shifted) * negatives).sum(-1)
+    positive = F.logsigmoid(shifted.diagonal(0, -2, -1)) * (count.squeeze(-1) > 0)
+    return positive + (F.logsigmoid(-shifted) * negatives).sum(-1)
 
 
 def _both_directions(
-    row_losses: Callable[[Tensor, int, Tensor | None], Tensor],
+    row_likelihoods: Callable[[Tensor, Tensor | None], Tensor],
     z_b: Tensor,
     z_f: Tensor,
     temperature: float,
@@ -212,52 +206,27 @@ def _both_directions(
     queue_f: Tensor | None,
     queue_labels: Tensor | None,
 ) -> Tensor:
-    """The mean of ``row_losses`` over all anchors of both sides."""
+    """Minus the mean of ``row_likelihoods`` over the anchors of both sides, which are one call."""
     _check(z_b, z_f, temperature, labels, mask, queue_b, queue_f, queue_labels)
-    n = z_b.shape[-2]
-    queue = 0 if queue_b is None else queue_b.shape[-2]
-    at_once = max(1, _AT_ONCE // (z_b.shape[:-2].numel() * (n + queue)))
-
-    def losses_of(scores: Tensor, first: int) -> Tensor:
-        last = first + scores.shape[-2]
-        excluded = labels is not None or mask is not None
-        negatives = (
-            _negatives(slice(first, last), n, queue, labels, mask, queue_labels, z_b.device) if excluded else None
-        )
-        return row_losses(scores, first, negatives)
-
-    def mean(losses: Tensor) -> Tensor:
-        if mask is None:
-            return losses.mean(-1)
-        return losses.masked_fill(~mask, 0).sum(-1) / mask.sum(-1).clamp_min(1)
-
-    def direction(anchors: Tensor, candidates: Tensor, first: int) -> Tensor:
-        return losses_of(anchors / temperature @ candidates.mT, first)
-
+    negatives = None
+    if labels is not None or mask is not None:
+        queue = 0 if queue_b is None else queue_b.shape[-2]
+        negatives = _negatives(z_b.shape[-2], queue, labels, mask, queue_labels, z_b.device)
     with torch.autocast(z_b.device.type, enabled=False):
         z_b, z_f = (_at_least_float32(z) for z in (z_b, z_f))
-        if at_once >= n and not queue:
-            scores = z_b / temperature @ z_f.mT  # once, for both directions
-            return mean(losses_of(scores, 0) + losses_of(scores.mT, 0)) / 2
-        of_sides = []
-        for anchors, candidates, more in ((z_b, z_f, queue_f), (z_f, z_b, queue_b)):
-            if more is not None:
-                candidates = torch.cat([candidates, more.to(candidates.dtype)], -2)
-            if at_once >= n:
-                of_sides.append(direction(anchors, candidates, 0))
-                continue
-            slices = []
-            for first in range(0, n, at_once):
-                rows = anchors[..., first : first + at_once, :]
-                losses = checkpoint(direction, rows, candidates, first, use_reentrant=False, preserve_rng_state=False)
-                assert isinstance(losses, Tensor)
-                slices.append(losses)
-            of_sides.append(torch.cat(slices, -1))
-        return mean(of_sides[0] + of_sides[1]) / 2
+        scores = z_b / temperature @ z_f.mT
+        both = torch.stack([scores, scores.mT])
+        if queue_b is not None and queue_f is not None:
+            towards_f, towards_b = (q.to(scores.dtype).mT for q in (queue_f, queue_b))
+            queued = torch.stack([z_b / temperature @ towards_f, z_f / temperature @ towards_b])
+            both = torch.cat([both, queued], -1)
+        likelihoods = row_likelihoods(both, negatives)
+        if mask is None:
+            return likelihoods.sum((0, -1)) / (-2 * z_b.shape[-2])
+        return likelihoods.masked_fill(~mask, 0).sum((0, -1)) / (-2 * mask.sum(-1).clamp_min(1))
 
 
 def _negatives(
-    rows: slice,
     n: int,
     queue: int,
     labels: Tensor | None,
@@ -265,17 +234,16 @@ def _negatives(
     queue_labels: Tensor | None,
     device: torch.device,
 ) -> Tensor:
-    """Which candidates are negatives of the anchors ``rows`` of ``n``: ``(..., r, n + queue)``.
+    """Which candidates are negatives of which anchors: ``(..., n, n + queue)``.
 
     Not the anchor's own pair, not its own class, and nothing that is masked.
     """
-    anchors = torch.arange(rows.start, rows.stop, device=device)
-    negatives = anchors[:, None] != torch.arange(n + queue, device=device)
+    negatives = ~torch.eye(n, n + queue, dtype=torch.bool, device=device)
     if labels is not None:
         # In int64: the queue's -1 would be a class in an unsigned dtype.
         labels = labels.long()
         others = labels if queue_labels is None else torch.cat([labels, queue_labels.long()], -1)
-        anchor = labels[..., rows, None]
+        anchor = labels[..., None]
         negatives = negatives & ((anchor != others[..., None, :]) | (anchor < 0))
     if mask is not None:
         counts = mask if not queue else torch.cat([mask, mask.new_ones(*mask.shape[:-1], queue)], -1)
@@ -322,7 +290,8 @@ def _check(
         )
     if mask is not None and (mask.shape != z_b.shape[:-1] or mask.dtype != torch.bool):
         raise CMIMError(
-            f"mask must be bool of shape {tuple(z_b.shape[:-1])}, one a row; found shape {tuple(mask.shape)}, {mask.dtype}."
+            f"mask must be bool of shape {tuple(z_b.shape[:-1])}, one a row; "
+            f"found shape {tuple(mask.shape)}, {mask.dtype}."
         )
     if (queue_b is None) != (queue_f is None):
         raise CMIMError("queue_b and queue_f go together: one serves full-precision anchors, the other binary ones.")

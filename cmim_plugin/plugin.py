@@ -17,7 +17,7 @@ from . import distributed
 from .capture import Capture, Pass, Tap, attached_to
 from .contrast import Contrast
 from .discovery import BinaryActivation, discover
-from .errors import CMIMError, warn_once
+from .errors import CMIMError
 from .heads import Heads
 from .objectives import NCE, InfoNCE
 from .report import Report, measure
@@ -55,12 +55,12 @@ class CMIM(nn.Module):
         instances: what is one sample of the contrast: "position" (a random sample of the positions or tokens of the
             batch: a local binary code against its own latent) or "image" (pooled over space: the paper's reading).
         num_positions: positions a tap and step, for ``instances="position"``; of all ranks together.
-        taps_per_step: contrast so many taps a step, in turn, whose losses then stand for those of all: the mean gradient
-            is the same, and the cost does not grow with depth. None for all; so does what is compiled or recorded in a
-            CUDA graph.
+        taps_per_step: contrast so many taps a step, in turn, whose losses then stand for those of all: the mean
+            gradient is the same, and the cost does not grow with depth. None for all; so does what is compiled or
+            recorded in a CUDA graph.
         objective: ``InfoNCE()``, the default, or ``NCE(num_samples=len(dataset))``. Or any function like
-            :func:`info_nce`, of the embeddings of several taps side by side, ``(taps, n, D)``, that returns their losses,
-            ``(taps,)``; with a method ``bound(loss, num_negatives)`` if it gives one.
+            :func:`info_nce`, of the embeddings of several taps side by side, ``(taps, n, D)``, that returns their
+            losses, ``(taps,)``; with a method ``bound(loss, num_negatives)`` if it gives one.
         temperature: of the critic.
         embed_dim: width ``D`` of the embeddings. None for 128, or 64 or 32 where the heads would hold more than a fifth
             of the network's parameters and more than 250,000.
@@ -102,20 +102,7 @@ class CMIM(nn.Module):
         batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        objective = InfoNCE() if objective is None else objective
-        _check_settings(
-            weight=weight,
-            instances=instances,
-            num_positions=num_positions,
-            taps_per_step=taps_per_step,
-            objective=objective,
-            temperature=temperature,
-            embed_dim=embed_dim,
-            heads_lr=heads_lr,
-            queue_size=queue_size,
-            layer_decay=layer_decay,
-            batch_size=batch_size,
-        )
+        _check_settings(locals())
         model = unwrapped(model)
         if teacher is not None and unwrapped(teacher) is model:
             raise CMIMError("The teacher is the binary network itself: pass another, full-precision network.")
@@ -146,7 +133,7 @@ class CMIM(nn.Module):
         generator = torch.Generator("cpu").manual_seed(torch.initial_seed() % 2**63)
         self.contrast = Contrast(
             tapped,
-            objective=objective,
+            objective=objective or InfoNCE(),
             temperature=temperature,
             embed_dim=embed_dim or _default_embed_dim(model, tapped),
             heads_lr=heads_lr,
@@ -171,8 +158,8 @@ class CMIM(nn.Module):
     def paper(cls, model: nn.Module, example_input: Any, num_samples: int, **settings: Any) -> CMIM:
         """The paper's plain reading: whole images, every layer, :class:`NCE`, weights that grow towards the output.
 
-        Weight 0.03 and layer decay 0.8 are this library's, not the paper's. ``num_samples``: images in the training set;
-        ``settings``: arguments of the class, in place of those.
+        Weight 0.03 and layer decay 0.8 are this library's, not the paper's. ``num_samples``: images in the training
+        set; ``settings``: arguments of the class, in place of those.
         """
         reading = {"instances": "image", "objective": NCE(num_samples), "weight": 0.03, "layer_decay": 0.8}
         return cls(model, example_input, **{**reading, "taps_per_step": None, **settings})
@@ -223,30 +210,13 @@ class CMIM(nn.Module):
         """The loss, and what goes on to the next one."""
         self.schedule.advance()
         if self.weight and self.schedule.losses in _LOOK_AT:
-            self._look()
+            self.contrast.tell_of_idle_heads(self.schedule.losses)
         return self.weight * contrast
 
     def _sync(self) -> None:
         """Start from the state of rank 0, as soon as there are several ranks."""
         if not self.contrast.synced and distributed.ranks() > 1:
             self.contrast.sync(self.schedule)
-
-    def _look(self) -> None:
-        """Tell, once, of heads that do not learn."""
-        losses = self.schedule.losses
-        if self.heads.lr and not bool(self.heads.steps):
-            warn_once(
-                self,
-                f"{losses} losses were asked for, and no gradient came back to the heads. Is cmim(model) part of what "
-                "backward() is called on?",
-            )
-        highest = max((float(m["bound"]) for m in self.metrics.values() if "bound" in m), default=math.inf)
-        if losses == _LOOK_AT[-1] and highest < 0.05:
-            warn_once(
-                self,
-                f"After {losses} losses the bound of every tap is still zero ({highest:.2f} nats at most): the codes keep "
-                "nothing that tells one place from another. Dead channels do that: see cmim.report().",
-            )
 
     # -- figures -------------------------------------------------------------------------------------------------
 
@@ -283,22 +253,11 @@ class CMIM(nn.Module):
         """Numbers for a logger or a progress bar. Reading them waits for the device.
 
         Returns:
-            ``{"cmim/loss": weight * mean loss, "cmim/bound": mean over taps, "cmim/worst_bound": the lowest}``, in nats,
-            each tap as of its last step; with ``all_taps`` also ``"cmim/bound/<tap name>"``. Without the bounds where the
-            objective gives none; empty before the first loss.
+            ``{"cmim/loss": weight * mean loss, "cmim/bound": mean over taps, "cmim/worst_bound": the lowest}``, in
+            nats, each tap as of its last step; with ``all_taps`` also ``"cmim/bound/<tap name>"``. Without the bounds
+            where the objective gives none; empty before the first loss.
         """
-        metrics = self.metrics
-        shares = {
-            tap.name: w for tap, w in zip(self.taps, self.contrast.layer_weights, strict=True) if tap.name in metrics
-        }
-        found = {}
-        if shares:
-            mean = sum(w * float(metrics[name]["loss"]) for name, w in shares.items()) / sum(shares.values())
-            found["cmim/loss"] = self.weight * mean
-        bounds = {name: float(m["bound"]) for name, m in metrics.items() if "bound" in m}
-        if bounds:
-            found |= {"cmim/bound": sum(bounds.values()) / len(bounds), "cmim/worst_bound": min(bounds.values())}
-        return found | ({f"cmim/bound/{name}": bound for name, bound in bounds.items()} if all_taps else {})
+        return self.contrast.scalars(self.weight, all_taps)
 
     def report(
         self,
@@ -353,7 +312,7 @@ class CMIM(nn.Module):
     # -- state ---------------------------------------------------------------------------------------------------
 
     def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        # Names may differ: those of a wrapped model have a prefix. Widths may not, though parameters may have one shape.
+        # Names may differ: those of a wrapped model have a prefix. Widths may not, though the shapes may be the same.
         channels = state.get(prefix + "_channels")
         if channels is not None and not torch.equal(channels.cpu(), self._channels.cpu()):
             raise CMIMError(
@@ -428,14 +387,18 @@ def _default_embed_dim(model: nn.Module, taps: tuple[Tap, ...]) -> int:
     return next((dim for dim in (128, 64) if dim * channels <= most), 32)
 
 
-def _check_settings(**settings: Any) -> None:
+def _check_settings(settings: dict[str, Any]) -> None:
     number, integer = (int, float), (int,)
     rules: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
         "weight": (number, lambda v: 0 <= v < math.inf, "a number, zero or more"),
         "instances": ((str,), lambda v: v in ("position", "image"), '"position" or "image"'),
         "num_positions": (integer, lambda v: v >= 1, "an integer, 1 or more"),
         "taps_per_step": ((int, type(None)), lambda v: v is None or v >= 1, "an integer, 1 or more, or None for all"),
-        "objective": ((object,), lambda v: callable(v) and not isinstance(v, type), "a function such as InfoNCE()"),
+        "objective": (
+            (object,),
+            lambda v: v is None or (callable(v) and not isinstance(v, type)),
+            "a function such as InfoNCE() or NCE(num_samples=...)",
+        ),
         "temperature": (number, lambda v: 0 < v < math.inf, "positive"),
         "embed_dim": ((int, type(None)), lambda v: v is None or v >= 1, "an integer, 1 or more, or None"),
         "heads_lr": (number, lambda v: 0 <= v < math.inf, "a number, zero or more"),
@@ -443,7 +406,7 @@ def _check_settings(**settings: Any) -> None:
         "layer_decay": (number, lambda v: 0 < v <= 1, "in (0, 1]"),
         "batch_size": ((int, type(None)), lambda v: v is None or v >= 1, "an integer, 1 or more, or None"),
     }
-    for name, value in settings.items():
-        kinds, fits, wanted = rules[name]
+    for name, (kinds, fits, wanted) in rules.items():
+        value = settings[name]
         if not isinstance(value, kinds) or not fits(value):
             raise CMIMError(f"{name} must be {wanted}; found {value!r}.")

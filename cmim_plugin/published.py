@@ -169,6 +169,8 @@ class MemoryBank(nn.Module):
         """The weighted sum of the losses of all taps, 0-d."""
         if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.is_floating_point():
             raise CMIMError("indices must be (B,) integers: where the samples stand in the training set.")
+        for batch in {pair.batch for pair in captured.pairs.values() if pair.complete} - {len(indices)}:
+            raise CMIMError(f"indices must be one a sample, {batch} of them; found {len(indices)}.")
         indices = indices.to(self.entries.device)
         z, row_indices, _, sizes = contrast.embeddings(captured, indices, None)
         assert row_indices is not None

@@ -23,8 +23,7 @@ from . import distributed
 from .capture import Capture, Pass
 from .contrast import Contrast, check_rows
 from .discovery import BatchSource, Layout, is_two_valued
-from .discovery.inputs import as_inputs, tensors_in
-from .discovery.state import force_eager, preserve_generators
+from .discovery.trace import as_inputs, force_eager, preserve_generators, tensors_in
 from .errors import CMIMError, CMIMWarning
 from .sampling import Schedule, new_draws, stratified_indices
 from .teacher import Teacher
@@ -258,7 +257,7 @@ def measure(
     def observer(k: int, activation: Tensor, layout: Layout) -> None:
         tallies[k].look(activation.detach(), layout, code_draws)
 
-    schedule = Schedule(len(tallies), None, num_positions, for_instances).to(device)
+    schedule = Schedule(len(tallies), None, num_positions, for_instances, shared=False).to(device)
     capture = Capture(model, contrast.taps, schedule, batch_source, observer)
     if teacher is not None:
         capture.before = teacher.deliver

@@ -36,6 +36,7 @@ class Schedule(nn.Module):
         taps_per_step: of a pass, None for all.
         positions: a tap and step, of all ranks together; None to pool over all positions.
         generator: of the CPU, for the first draws.
+        shared: each rank takes its share of the positions.
 
     Attributes:
         draws: ``(count, positions)`` int64; a pass of ``m`` taps uses the first ``m`` rows.
@@ -46,12 +47,18 @@ class Schedule(nn.Module):
     _losses: Tensor
 
     def __init__(
-        self, count: int, taps_per_step: int | None, positions: int | None, generator: torch.Generator
+        self,
+        count: int,
+        taps_per_step: int | None,
+        positions: int | None,
+        generator: torch.Generator,
+        shared: bool = True,
     ) -> None:
         super().__init__()
         self.count = count
         self.taps_per_step = taps_per_step
         self.positions = positions
+        self.shared = shared
         self.losses = 0
         self.register_buffer("draws", new_draws((count, positions or 0), generator))
         self.register_buffer("_losses", torch.zeros((), dtype=torch.int64, device="cpu"))
@@ -68,7 +75,7 @@ class Schedule(nn.Module):
         """This rank's share of the random numbers of a pass that captures so many taps; None to pool."""
         if self.positions is None:
             return None
-        ranks, rank = distributed.ranks(), distributed.rank()
+        ranks, rank = (distributed.ranks(), distributed.rank()) if self.shared else (1, 0)
         return self.draws[:taps, self.positions * rank // ranks : self.positions * (rank + 1) // ranks]
 
     def advance(self) -> None:
@@ -122,10 +129,10 @@ def sampled(x: Tensor, index: Tensor, zero: Tensor, rule: BackwardRule) -> Tenso
     """``x.take(index)``, with a gradient that costs what the sample does and not what ``x`` does.
 
     The gradient of a sample is zero nearly everywhere. Plain autograd would fill a tensor of x's size with it and add
-    that to the network's own gradient. Here a single zero, expanded, goes to ``x`` instead: the engine waits for it, and
-    a hook on the gradient of ``x`` adds the sampled entries, in place, once the sum is there.
+    that to the network's own gradient. Here a single zero, expanded, goes to ``x`` instead: the engine waits for it,
+    and a hook on the gradient of ``x`` adds the sampled entries, in place, once the sum is there.
 
-    Plain indexing is used where something could tell the difference: another hook on the gradient of ``x`` was
+    A whole tensor is used where something could tell the difference: another hook on the gradient of ``x`` was
     registered before ours and would not see the sampled entries, deterministic algorithms are asked for, a subclass of
     Tensor, or torch.compile, which fuses it anyway.
 
@@ -135,11 +142,13 @@ def sampled(x: Tensor, index: Tensor, zero: Tensor, rule: BackwardRule) -> Tenso
         zero: 0-d, of x's dtype and device.
         rule: for the backward passes through ``x``.
     """
-    if torch.compiler.is_compiling() or not index.numel() or not _in_place_is_safe(x):
+    if torch.compiler.is_compiling():
         return x.take(index)
-    hook = AddSampledGradient(x, index, zero, rule)
-    x.register_hook(hook)
-    found: Tensor = _Sample.apply(x, hook)
+    hook = None
+    if index.numel() and _in_place_is_safe(x):
+        hook = AddSampledGradient(x, index, zero, rule)
+        x.register_hook(hook)
+    found: Tensor = _Sample.apply(x, index, hook)
     return found
 
 
@@ -153,19 +162,21 @@ def _in_place_is_safe(x: Tensor) -> bool:
 
 
 class _Sample(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, hook: AddSampledGradient) -> Tensor:
-        # An attribute, not a saved tensor: activation checkpointing counts those, and captures nothing when it recomputes.
-        ctx.hook = hook
-        return x.take(hook.index)
+    """``x.take(index)``. Autograd's own keeps ``x``, and raises where the network overwrites it later."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def forward(ctx: Any, x: Tensor, index: Tensor, hook: AddSampledGradient | None) -> Tensor:
+        # Attributes, not saved tensors: checkpointing counts those, and we capture nothing when it recomputes.
+        ctx.index, ctx.shape, ctx.hook = index, x.shape, hook
+        return x.take(index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         hook = ctx.hook
-        if torch.is_grad_enabled():  # a graph of the gradient is wanted (create_graph=True)
-            return grad.new_zeros(hook.shape).put(hook.index, grad, accumulate=True), None
+        if hook is None or torch.is_grad_enabled():  # with create_graph=True, a graph of the gradient is wanted
+            return grad.new_zeros(ctx.shape).put(ctx.index, grad, accumulate=True), None, None
         hook.sampled = grad
-        return hook.zero.expand(hook.shape), None
+        return hook.zero.expand(hook.shape), None, None
 
 
 class AddSampledGradient:
@@ -190,8 +201,8 @@ class AddSampledGradient:
         self._arrived.add("network" if sampled is None else "contrast" if alone else "both")
         if self.rule.one_pass and {"network", "contrast"} <= self._arrived:
             raise CMIMError(
-                "Two backward passes ran, one for the network's loss and one for cmim's. DistributedDataParallel averages "
-                "the gradients of the first only. Add the losses: (loss + cmim(model)).backward()."
+                "Two backward passes ran, one for the network's loss and one for cmim's. DistributedDataParallel "
+                "averages the gradients of the first only. Add the losses: (loss + cmim(model)).backward()."
             )
         if sampled is None:
             return None

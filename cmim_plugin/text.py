@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -26,18 +25,14 @@ def table(rows: Sequence[Sequence[str]], right: bool = False) -> str:
 
 def folded(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Rows that differ in counting numbers of their first cell alone become one: ``layer3.0-5.conv1-2``."""
-    groups: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
+    alike: dict[tuple[str, ...], list[list[int]]] = {}
     for name, *rest in rows:
-        numbers = tuple(map(int, _NUMBERS.findall(name)))
-        groups.setdefault((_NUMBERS.sub("{}", name), *rest), []).append(numbers)
-    found = []
-    for (template, *rest), numbers in groups.items():
-        ranges = [(min(column), max(column)) for column in zip(*numbers, strict=True)]
-        if len(numbers) == math.prod(last - first + 1 for first, last in ranges):
-            texts = [[f"{first}" if first == last else f"{first}-{last}" for first, last in ranges]]
+        alike.setdefault((_NUMBERS.sub("{}", name), *rest), []).append([int(n) for n in _NUMBERS.findall(name)])
+    found: list[tuple[str, ...]] = []
+    for (template, *rest), of_rows in alike.items():
+        ranges = [(min(column), max(column)) for column in zip(*of_rows, strict=True)]
+        if len(of_rows) == math.prod(last - first + 1 for first, last in ranges):
+            found.append((template.format(*(f"{a}-{b}" if a < b else f"{a}" for a, b in ranges)), *rest))
         else:
-            texts = [list(map(str, each)) for each in numbers]
-        found += [
-            ("".join(itertools.chain(*zip(template.split("{}"), [*each, ""], strict=True))), *rest) for each in texts
-        ]
+            found += [(template.format(*numbers), *rest) for numbers in of_rows]
     return found

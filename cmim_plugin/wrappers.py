@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from .errors import CMIMError
@@ -28,14 +30,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
-def refuse_replicas(model: nn.DataParallel) -> None:
+def refuse_replicas(model: nn.DataParallel[Any]) -> None:
     """DataParallel on several devices runs copies of the model in threads, which no hook of ours follows."""
     if len(model.device_ids) > 1:
         raise CMIMError(
-            f"nn.DataParallel on {len(model.device_ids)} devices runs copies of the model, which cannot be captured. Use "
-            "one process a GPU with DistributedDataParallel, or one GPU: nn.DataParallel(model, device_ids=[0]), or "
-            "model.module without the wrapper. (Parameters then lose the prefix 'module.': checkpoints of the wrapped "
-            "model are loaded into model.module.state_dict()'s names.)"
+            f"nn.DataParallel on {len(model.device_ids)} devices runs copies of the model, which cannot be captured. "
+            "Use one process a GPU with DistributedDataParallel, or one GPU: nn.DataParallel(model, device_ids=[0]), "
+            "or model.module without the wrapper. (Its state_dict() has no prefix 'module.': strip that from the names "
+            "in checkpoints of the wrapped model. load_state_dict(strict=False) would load nothing, silently.)"
         )
 
 
@@ -50,8 +52,8 @@ def path_to(own: nn.Module | None, model: nn.Module) -> list[nn.Module]:
     path = None if own is None else _path(own, model)
     if path is None:
         raise CMIMError(
-            f"This CMIM is attached to another model than the {type(model).__name__} passed in: pass the model that you "
-            "attached to. A copy (copy.deepcopy, an EMA) is a plain model: attach a CMIM of its own to train it."
+            f"This CMIM is attached to another model than the {type(model).__name__} passed in: pass the model that "
+            "you attached to. A copy (copy.deepcopy, an EMA) is a plain model: attach a CMIM of its own to train it."
         )
     return path
 

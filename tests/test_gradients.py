@@ -1,20 +1,16 @@
-"""Gradients against an oracle that shares no code with the library or the examples, in float64.
+"""Gradients against an oracle that shares no code with the library or the networks, in float64.
 
 The oracle is a forward pass written out by hand, with autograd functions of its own, and loops over rows, dimensions,
 anchors and candidates for heads, unit length, critic and loss.
 """
-
-import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bireal import BIREAL
-from bodies import BODIES, full_precision
 from cmim_plugin import CMIM
-from irnet import IRNET
+from networks import BIREAL, IRNET, network, teacher
 
 TEMPERATURE = 0.2
 DIMENSIONS = 3
@@ -146,16 +142,18 @@ def rows_of(activation: Tensor, positions: list[int] | None) -> list[Tensor]:
     return rows
 
 
-def embedding(row: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+def embedding(row: Tensor, weight: Tensor) -> list[Tensor]:
     z = []
-    for d in range(len(bias)):
-        total = bias[d]
+    for d in range(DIMENSIONS):
+        total = 0.0
         for c in range(len(row)):
-            total = total + weight[d, c] * row[c]
+            total = total + weight[c, d] * row[c]
         z.append(total)
     square = 0.0
     for value in z:
         square = square + value * value
+    if square < 1e-12:  # no direction: divided by a constant
+        return [value / 1e-6 for value in z]
     return [value / square.sqrt() for value in z]
 
 
@@ -183,22 +181,14 @@ def one_direction(anchors, candidates, queue, labels, queue_labels) -> Tensor:
 
 
 def oracle(pairs, heads, shares, chosen, labels=None, queues=None):
-    """The weighted loss and, for the queue of the next step, the embeddings."""
-    total, embeddings, taken = 0.0, [], {}
-
-    def head(width):
-        """The next one that reads so many channels: they lie below each other, tap by tap, a_B's before a_F's."""
-        first = taken.get(width, 0)
-        taken[width] = first + DIMENSIONS
-        return [heads[f"{width}.{name}"][first : first + DIMENSIONS] for name in ("weight", "bias")]
-
+    """The weighted loss and, for the queue of the next step, the embeddings. ``heads``: both sides' weights of each tap."""
+    total, embeddings = 0.0, []
     for k, (a_b, a_f) in enumerate(pairs):
         positions = chosen[k]
         z_b, z_f = [], []
-        for z, activation in ((z_b, a_b), (z_f, a_f)):
-            weight, bias = head(activation.shape[1])
+        for z, activation, weight in zip((z_b, z_f), (a_b, a_f), heads[k], strict=True):
             for row in rows_of(activation, positions):
-                z.append(embedding(row, weight, bias))
+                z.append(embedding(row, weight))
         row_labels = labels
         if labels is not None and positions is not None:
             row_labels = [labels[position // (a_b.shape[2] * a_b.shape[3])] for position in positions]
@@ -216,20 +206,13 @@ def oracle(pairs, heads, shares, chosen, labels=None, queues=None):
 
 def start(method: str, **settings):
     torch.manual_seed(0)
-    recipe = METHODS[method][0]
-    model = BODIES["resnet8"](recipe, 2, in_channels=2, stages=1, units=2, width=3).double()
+    model = network(METHODS[method][0], classes=2, stages=1, units=2, width=3).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "bn" in name:
                 parameter.add_(torch.randn_like(parameter) / 4)
-    cmim = CMIM(
-        model,
-        torch.randn(3, 2, 2, 3).double(),
-        weight=WEIGHT,
-        temperature=TEMPERATURE,
-        embed_dim=DIMENSIONS,
-        **settings,
-    ).double()
+    settings = {"weight": WEIGHT, "temperature": TEMPERATURE, "embed_dim": DIMENSIONS, "heads_lr": 0, **settings}
+    cmim = CMIM(model, torch.randn(3, 2, 2, 3).double(), **settings).double()
     assert len(cmim.taps) == 2
     return model, cmim
 
@@ -243,24 +226,31 @@ def everywhere(instances: str) -> list[list[int] | None]:
     return [None, None] if instances == "image" else [list(range(3 * 6))] * 2
 
 
-def parameters_of(model, cmim) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def parameters_of(model, cmim) -> tuple[dict[str, Tensor], list[list[Tensor]]]:
+    """Copies, to be differentiated by: of the network's, and of both sides' heads of each tap."""
     network = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    heads = {n.removeprefix("heads."): p.detach().clone().requires_grad_() for n, p in cmim.named_parameters()}
+    heads = [[side.clone().requires_grad_() for side in cmim.heads.of(k)] for k in range(len(cmim.taps))]
     return network, heads
 
 
 def assert_agrees(loss, model, cmim, expected, network, heads):
     assert loss.item() == pytest.approx(expected.item(), abs=1e-9)
-    for module in (model, cmim):
-        module.zero_grad()
+    model.zero_grad()
+    cmim.heads.weights.grad.zero_()
+    for copied in [*network.values(), *(side for tap in heads for side in tap)]:
+        copied.grad = None
     loss.backward()
     expected.backward()
-    for name, parameter in [*model.named_parameters(), *cmim.named_parameters()]:
-        wanted = (network[name] if name in network else heads[name.removeprefix("heads.")]).grad
+    close = {"rtol": 1e-9, "atol": 1e-9}
+    for name, parameter in model.named_parameters():
+        wanted = network[name].grad
         if wanted is None:
             assert parameter.grad is None, name
         else:
-            torch.testing.assert_close(parameter.grad, wanted, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(parameter.grad, wanted, **close, msg=lambda m, n=name: f"{n}: {m}")
+    for k, tap in enumerate(heads):
+        for found, side in zip(cmim.heads.of(k, cmim.heads.weights.grad), tap, strict=True):
+            torch.testing.assert_close(found, side.grad, **close, msg=lambda m, n=k: f"head of tap {n}: {m}")
     # Weights before the taps, and not only beside them.
     for name in ("conv1.weight", "layer1.0.conv.weight", "bn1.weight"):
         assert model.get_parameter(name).grad.abs().max() > 1e-4, name
@@ -286,17 +276,15 @@ def test_gradients_of_a_sample_of_the_positions_agree_with_loops(method):
     network, heads = parameters_of(model, cmim)
     x = batch(1)
     for _ in range(2):
-        # Drawn as the library says: 5 intervals of the 18 positions, one in each.
+        # As the library says: 5 intervals of the 18 positions, in each the one that the upper half of the draw leaves.
         chosen = []
         edges = [0, 3, 7, 10, 14, 18]
-        for within in cmim._hooks.draws.tolist():
-            chosen.append([edges[i] + int(part * (edges[i + 1] - edges[i])) for i, part in enumerate(within)])
+        for draws in cmim.draws.tolist():
+            chosen.append([edges[i] + (draw // 2**32) % (edges[i + 1] - edges[i]) for i, draw in enumerate(draws)])
         assert all(len(set(positions)) == 5 for positions in chosen)
         model(x)
         loss = cmim(model)
         expected, _ = oracle(activations(method, network, x), heads, [0.5, 0.5], chosen)
-        for parameter in [*network.values(), *heads.values()]:
-            parameter.grad = None
         assert_agrees(loss, model, cmim, expected, network, heads)
 
 
@@ -330,23 +318,20 @@ def test_gradients_of_the_step_after_the_first_with_a_queue_agree_with_loops(met
 @each_method
 @each_instance
 def test_gradients_with_layer_decay_agree_with_loops(method, instances):
-    model, cmim = start(method, instances=instances, layer_decay=0.25)
+    model, cmim = start(method, instances=instances, layer_decay=1 / 3)
     network, heads = parameters_of(model, cmim)
     x = batch(1)
     model(x)
-    expected, _ = oracle(activations(method, network, x), heads, [0.2, 0.8], everywhere(instances))
+    expected, _ = oracle(activations(method, network, x), heads, [0.25, 0.75], everywhere(instances))
     assert_agrees(cmim(model), model, cmim, expected, network, heads)
 
 
 @each_method
 @each_instance
 def test_gradients_with_a_teacher_agree_with_loops(method, instances):
-    torch.manual_seed(4)
-    teacher = BODIES["resnet8"](
-        full_precision(METHODS[method][0]), 2, in_channels=2, stages=1, units=2, width=5
-    ).double()
-    frozen = {name: p.detach().clone() for name, p in teacher.named_parameters()}
-    model, cmim = start(method, instances=instances, teacher=teacher)
+    other = teacher(METHODS[method][0], classes=2, stages=1, units=2, width=5).double()
+    frozen = {name: p.detach().clone() for name, p in other.named_parameters()}
+    model, cmim = start(method, instances=instances, teacher=other)
     network, heads = parameters_of(model, cmim)
     x = batch(1)
     model(x)
@@ -356,22 +341,44 @@ def test_gradients_with_a_teacher_agree_with_loops(method, instances):
     ]
     expected, _ = oracle(pairs, heads, [0.5, 0.5], everywhere(instances))
     assert_agrees(cmim(model), model, cmim, expected, network, heads)
-    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert all(parameter.grad is None for parameter in other.parameters())
 
 
 @each_method
-def test_the_losses_of_task_and_plug_in_add_up_in_one_backward(method):
-    model, cmim = start(method)
+@each_instance
+def test_the_gradients_of_task_and_plug_in_add_up_in_one_backward_pass_and_in_two(method, instances):
     x, y = batch(1), torch.tensor([0, 1, 0])
-    alone = copy.deepcopy(model)
-    F.cross_entropy(alone(x), y).backward()
-    model(x)
-    cmim(model).backward()
-    separate = {name: p.grad for name, p in model.named_parameters()}
+    results = []
+    for losses in ("task", "plug-in", "one pass", "two passes", "two passes, the other way round"):
+        model, cmim = start(method, instances=instances)
+        task = F.cross_entropy(model(x), y)
+        parts = {"task": task, "plug-in": cmim(model)}
+        if losses in parts:
+            parts[losses].backward()
+        elif losses == "one pass":
+            sum(parts.values()).backward()
+        else:
+            first, second = parts.values() if losses == "two passes" else reversed(parts.values())
+            first.backward(retain_graph=True)
+            second.backward()
+        results.append([torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()])
+    task, contrast, *together = results
+    for found in together:
+        for f, t, c in zip(found, task, contrast, strict=True):
+            torch.testing.assert_close(f, t + c, rtol=1e-9, atol=1e-9)
+
+
+@each_method
+def test_gradients_of_gradients_agree_with_loops(method):
     model, cmim = start(method)
-    loss = F.cross_entropy(model(x), y)
-    loss += cmim(model)
-    loss.backward()
-    for (name, parameter), other in zip(model.named_parameters(), alone.parameters(), strict=True):
-        expected = other.grad if separate[name] is None else other.grad + separate[name]
-        torch.testing.assert_close(parameter.grad, expected, rtol=1e-9, atol=1e-9)
+    network, heads = parameters_of(model, cmim)
+    x = batch(1)
+    model(x)
+    expected, _ = oracle(activations(method, network, x), heads, [0.5, 0.5], everywhere("position"))
+    name = "conv1.weight"
+    results = []
+    for loss, weight in ((cmim(model), model.get_parameter(name)), (expected, network[name])):
+        (grad,) = torch.autograd.grad(loss, weight, create_graph=True)
+        results.append(torch.autograd.grad(grad.square().sum(), weight)[0])
+    assert results[1].abs().max() > 1e-4
+    torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-9)

@@ -15,7 +15,7 @@ import overhead_report
 import tables
 from cmim_plugin import CMIM, info_nce
 from naive import Naive, naive_info_nce
-from networks import BIREAL, IRNET, resnet
+from nets import BIREAL, IRNET, resnet
 from overhead import Network
 
 RECIPES = {"irnet": IRNET, "bireal": BIREAL}

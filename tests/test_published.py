@@ -1,35 +1,30 @@
 """The published variant against a loop over anchors and bank entries, written from its description."""
 
+import io
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from bireal import BIREAL
-from bodies import BODIES, full_precision
 from cmim_plugin import CMIM, CMIMError, PublishedCMIM
+from networks import assert_same, network, teacher
 
 TARGETS = torch.tensor([7, 2, 7, 4, 2, 2, 4, 7, 7, 4])
 SAMPLES = len(TARGETS)
 X = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def body(recipe):
-    return BODIES["resnet8"](recipe, 4, in_channels=2, stages=2, units=1, width=4)
-
-
 def start(**settings):
     torch.manual_seed(0)
-    model, teacher = body(BIREAL), body(full_precision(BIREAL)).eval()
-    cmim = PublishedCMIM(
-        model, X, teacher=teacher, targets=TARGETS, **{"num_negatives": 6, "embed_dim": 5, "weight": 1.0, **settings}
-    )
-    return model.double(), teacher.double(), cmim.double()
+    model, other = network(), teacher()
+    settings = {"targets": TARGETS, "num_negatives": 6, "embed_dim": 5, "weight": 1.0, **settings}
+    cmim = PublishedCMIM(model, X, teacher=other, **settings)
+    return model.double(), other.double(), cmim.double()
 
 
 def unit(row: list[float]) -> list[float]:
-    length = math.sqrt(sum(v * v for v in row))
+    length = max(math.sqrt(sum(v * v for v in row)), 1e-6)
     return [v / length for v in row]
 
 
@@ -37,22 +32,22 @@ def dot(a: list[float], b: list[float]) -> float:
     return sum(x * y for x, y in zip(a, b, strict=True))
 
 
-def embeddings(model, teacher, cmim, x):
+def embeddings(model, other, cmim, x):
     """Pooled activations of the last binarization, on both sides, under the heads."""
     seen = {}
-    module, other = (net.get_submodule(cmim.taps[0].module) for net in (model, teacher))
+    module, same = (net.get_submodule(cmim.taps[0].module) for net in (model, other))
     handles = [
         module.register_forward_hook(lambda m, i, o: seen.update(b=o)),
-        other.register_forward_hook(lambda m, i, o: seen.update(f=o)),
+        same.register_forward_hook(lambda m, i, o: seen.update(f=o)),
     ]
     with torch.no_grad(), cmim.paused():
-        model(x), teacher(x)
+        model(x), other(x)
     for handle in handles:
         handle.remove()
     rows = []
-    for side, (weight, bias) in zip("bf", cmim.heads.of(0), strict=True):
+    for side, weight in zip("bf", cmim.heads.of(0), strict=True):
         pooled = seen[side].mean((2, 3))
-        rows.append([unit(row) for row in (pooled @ weight.T + bias).tolist()])
+        rows.append([unit(row) for row in (pooled @ weight).tolist()])
     return rows
 
 
@@ -66,19 +61,32 @@ def loop(anchors, bank, chosen, normalizer, temperature=0.1):
     return total / len(anchors)
 
 
-def test_two_steps_agree_with_a_loop(monkeypatch):
-    model, teacher, cmim = start()
-    drawn = []
-    negatives = PublishedCMIM._negatives
-    monkeypatch.setattr(PublishedCMIM, "_negatives", lambda self, i: drawn.append(negatives(self, i)) or drawn[-1])
-    banks = cmim.banks[0].tolist()
+def drawn(cmim, indices: list[int]) -> list[list[int]]:
+    """The negatives that the next loss draws: each from a random sequence of its own, read by the next sample."""
+    state, found = cmim.bank.draws.tolist(), []
+    for i in indices:
+        others = [j for j in range(SAMPLES) if TARGETS[j] != TARGETS[i]]
+        # In the order of the classes.
+        others.sort(key=lambda j: TARGETS[j].item())
+        row = []
+        for n, value in enumerate(state):
+            value = (value * 6364136223846793005 + 1442695040888963407) % 2**64
+            state[n] = value - 2**64 if value >= 2**63 else value
+            row.append(others[(state[n] // 2**32) % len(others)])
+        found.append(row)
+    return found
+
+
+def test_two_steps_agree_with_a_loop():
+    model, other, cmim = start()
+    banks = cmim.bank.entries[0].tolist()
     normalizers = None
     for step, indices in enumerate(([3, 0, 9, 4], [5, 3, 1, 7])):
         x = X.double() + step
-        z_b, z_f = embeddings(model, teacher, cmim, x)
+        z_b, z_f = embeddings(model, other, cmim, x)
+        chosen = [[i, *row] for i, row in zip(indices, drawn(cmim, indices), strict=True)]
         model(x)
-        loss = cmim(model, torch.tensor(indices))
-        chosen = [[i, *row] for i, row in zip(indices, drawn[-1].tolist(), strict=True)]
+        loss = cmim(model, indices=torch.tensor(indices))
         if normalizers is None:  # frozen from the first batch
             normalizers = []
             for anchors, bank in ((z_b, banks[1]), (z_f, banks[0])):
@@ -95,51 +103,49 @@ def test_two_steps_agree_with_a_loop(monkeypatch):
         for bank, rows in zip(banks, (z_b, z_f), strict=True):
             for i, row in zip(indices, rows, strict=True):
                 bank[i] = unit([0.5 * old + 0.5 * new for old, new in zip(bank[i], row, strict=True)])
-        assert torch.allclose(cmim.banks[0], torch.tensor(banks, dtype=torch.float64), atol=1e-9)
+        assert_same(cmim.bank.entries[0].shape, torch.Size([2, SAMPLES, 5]))
+        torch.testing.assert_close(cmim.bank.entries[0], torch.tensor(banks, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
 def test_negatives_are_all_the_samples_of_other_classes():
     _, _, cmim = start(num_negatives=2000)
-    indices = torch.arange(SAMPLES)
-    for i, row in zip(indices.tolist(), cmim._negatives(indices).tolist(), strict=True):
+    for i, row in enumerate(cmim.bank.negatives(torch.arange(SAMPLES)).tolist()):
         assert set(row) == {j for j in range(SAMPLES) if TARGETS[j] != TARGETS[i]}
 
 
 def test_the_last_tap_is_contrasted_and_the_heads_stay_as_drawn_unless_asked():
-    model, _, cmim = start()
-    everything = CMIM(body(BIREAL), X)
-    assert [tap.name for tap in cmim.taps] == [everything.taps[-1].name]
-    model(X.double())
-    cmim(model, torch.tensor([0, 1, 2, 3])).backward()
-    assert all(p.grad is None for p in cmim.parameters())
-    assert model.conv1.weight.grad.any()
-    model, _, cmim = start(train_heads=True)
-    model(X.double())
-    cmim(model, torch.tensor([0, 1, 2, 3])).backward()
-    assert all(p.grad.any() for p in cmim.parameters())
+    last = CMIM(network(), X).taps[-1].name
+    for train_heads in (False, True):
+        model, _, cmim = start(train_heads=train_heads)
+        assert [tap.name for tap in cmim.taps] == [last]
+        before = cmim.heads.weights.detach().clone()
+        for _ in range(2):
+            model(X.double())
+            cmim(model, indices=torch.tensor([0, 1, 2, 3])).backward()
+        assert model.conv1.weight.grad.any()
+        assert torch.equal(cmim.heads.weights, before) is not train_heads
 
 
-def test_the_state_resumes_banks_and_draws():
-    model, _, cmim = start()
+@pytest.mark.parametrize("train_heads", [False, True])
+def test_a_resumed_run_repeats_the_unbroken_one_bit_by_bit(train_heads):
+    model, _, cmim = start(train_heads=train_heads)
     x, losses = X.double(), []
-    for step in range(4):
-        if step == 2:
-            state = torch.load(_saved(cmim.state_dict()), weights_only=True)
+
+    def step():
         model(x)
-        losses.append(cmim(model, torch.tensor([1, 2, 3, 4])).item())
-    cmim.load_state_dict(state)
-    for expected in losses[2:]:
-        model(x)
-        assert cmim(model, torch.tensor([1, 2, 3, 4])).item() == expected
+        loss = cmim(model, indices=torch.tensor([1, 2, 3, 4]))
+        loss.backward()
+        return loss.item()
 
-
-def _saved(state):
-    import io
-
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return buffer
+    for number in range(4):
+        if number == 2:
+            file = io.BytesIO()
+            torch.save([model.state_dict(), cmim.state_dict()], file)
+        losses.append(step())
+    file.seek(0)
+    for part, state in zip((model, cmim), torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    assert [step() for _ in range(2)] == losses[2:]
 
 
 @pytest.mark.parametrize(
@@ -149,14 +155,15 @@ def _saved(state):
         ({"targets": torch.rand(4)}, "integer classes"),
         ({"momentum": 1.0}, "momentum must be in"),
         ({"num_negatives": 0}, "num_negatives must be"),
+        ({"model": nn.Conv2d(2, 2, 1), "teacher": nn.Conv2d(2, 2, 1)}, "No binary activation"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_and_the_model_has_no_hook(settings, said):
-    model, teacher = body(BIREAL), body(full_precision(BIREAL)).eval()
+    settings = {"model": network(), "teacher": teacher(), "targets": TARGETS, **settings}
+    model = settings.pop("model")
     with pytest.raises(CMIMError, match=said):
-        PublishedCMIM(model, X, **{"teacher": teacher, "targets": TARGETS, **settings})
-    assert not model._forward_hooks
-    CMIM(model, X)
+        PublishedCMIM(model, X, **settings)
+    assert not model._forward_hooks and not model._forward_pre_hooks
 
 
 def test_autocast_does_not_reach_heads_and_critic():
@@ -165,19 +172,50 @@ def test_autocast_does_not_reach_heads_and_critic():
         model, _, cmim = (part.float() for part in start(num_negatives=64))  # float64 is none of autocast's business
         model(X)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            losses.append(cmim(model, torch.arange(4)).item())
+            losses.append(cmim(model, indices=torch.arange(4)).item())
     assert losses[0] == losses[1]
 
 
-def test_indices_are_asked_for_and_checked():
+@pytest.mark.parametrize(
+    "indices, said",
+    [
+        (torch.tensor([0, 1, 2, 10]), "indices must be those of the 10 samples of targets; found 0 to 10"),
+        (torch.tensor([0, -1, 2, 3]), "found -1 to 3"),
+        (torch.rand(4), r"indices must be \(B,\) integers"),
+        ([0, 1, 2, 3], r"indices must be \(B,\) integers"),
+        (torch.arange(3), "indices"),
+        (torch.arange(5), "indices"),
+    ],
+    ids=["too large", "negative", "floating point", "a list", "too few", "too many"],
+)
+def test_indices_are_checked(indices, said):
     model, _, cmim = start()
     model(X.double())
-    with pytest.raises(CMIMError, match="indices in the training set"):
-        cmim(model)
-    with pytest.raises(CMIMError, match="indices must be those of the 10 samples"):
-        cmim(model, torch.tensor([0, 1, 2, 10]))
+    with pytest.raises(CMIMError, match=said):
+        cmim(model, indices=indices)
 
 
-def test_a_network_without_binary_activation_is_refused():
-    with pytest.raises(CMIMError, match="No binary activation"):
-        PublishedCMIM(nn.Conv2d(2, 2, 1), X, teacher=nn.Conv2d(2, 2, 1), targets=TARGETS)
+def test_indices_go_by_their_name_and_class_labels_are_not_taken_for_them():
+    model, _, cmim = start()
+    model(X.double())
+    for arguments in ((torch.arange(4),), ()):
+        with pytest.raises(TypeError):
+            cmim(model, *arguments)
+    with pytest.raises(TypeError, match="labels"):
+        cmim(model, labels=torch.arange(4))
+    cmim(model, indices=torch.arange(4))
+
+
+def test_a_default_dtype_and_device_do_not_reach_the_bank():
+    torch.manual_seed(0)
+    model, other = network(), teacher()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            cmim = PublishedCMIM(model, X, teacher=other, targets=TARGETS, num_negatives=6)
+            model(X)
+            loss = cmim(model, indices=torch.arange(4, device="cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert cmim.bank.entries.dtype == torch.float32 and cmim.bank.entries.device.type == "cpu"
+    assert loss.isfinite()

@@ -34,23 +34,22 @@ def sign_pattern(x: Tensor, index: Tensor | None = None) -> Tensor | None:
         int8, ``(n,)``. Elements of a group that holds a single value count as its sign.
     """
     x = x.detach()
+    if index is None:
+        index = torch.arange(x.numel(), device=x.device)
     if x.dtype == torch.bool:
         both = bool(x.any()) and not bool(x.all())
-        return _at(x.to(torch.int8) * 2 - 1, index) if both else None
+        return x.take(index).to(torch.int8) * 2 - 1 if both else None
     tolerance = _TOLERANCE.get(x.dtype, _DEFAULT_TOLERANCE)
     if x.dtype not in (torch.float32, torch.float64):
         x = x.float()
-    if x.numel() < SMALLEST_GROUP or not _plausible(x, tolerance):
+    if x.numel() < SMALLEST_GROUP or not _plausible(x, (0, *range(2, x.ndim)), (*range(x.ndim - 1),), (0, 1)):
         return None
     for shared in _groupings(x.ndim):
         reduced = tuple(d for d in range(x.ndim) if d not in shared)
-        size = 1
-        for d in reduced:
-            size *= x.shape[d]
-        if size >= SMALLEST_GROUP:
-            pattern = _pattern_by_group(x, reduced, tolerance)
+        if _size(x, reduced) >= SMALLEST_GROUP and _plausible(x, shared):
+            pattern = _pattern_by_group(x, reduced, tolerance, index)
             if pattern is not None:
-                return _at(pattern, index)
+                return pattern
     return None
 
 
@@ -129,57 +128,53 @@ def _groupings(ndim: int) -> list[tuple[int, ...]]:
     return found
 
 
-def _plausible(x: Tensor, tolerance: float) -> bool:
-    """Whether one of the smallest groups in the middle of the tensor is two-valued: few tensors are, and it is cheap."""
-    if x.ndim < 2:
-        return _is_two_valued_list(x.flatten()[:_FIRST_LOOK].tolist(), tolerance)
-    middle = [n // 2 for n in x.shape]
-    lines = [
-        x[tuple(middle[:-1])],
-        x[(middle[0], slice(None), *middle[2:])],
-        x[middle[0], middle[1]],
-        x[middle[0]][..., middle[-1]],
-    ]
-    if x.ndim == 2:
-        lines = [x[middle[0]], x[:, middle[1]]]
+def _plausible(x: Tensor, *groupings: tuple[int, ...]) -> bool:
+    """Whether, by one of the groupings, three groups are two-valued as far as a few values tell: few tensors are."""
     large = False
-    for line in lines:
-        if line.numel() >= SMALLEST_GROUP:
+    for shared in groupings:
+        if max(shared, default=0) >= x.ndim or len(shared) == x.ndim:
+            continue
+        if _size(x, tuple(d for d in range(x.ndim) if d not in shared)) >= SMALLEST_GROUP:
             large = True
-            step = max(1, line.numel() // _FIRST_LOOK)
-            if _is_two_valued_list(line.flatten()[::step].tolist(), tolerance):
+            if all(_is_two_valued(_line(x, shared, part)) for part in (2, 3, 5)):
                 return True
     return not large
 
 
-def _is_two_valued_list(values: list[float], tolerance: float) -> bool:
+def _line(x: Tensor, shared: tuple[int, ...], part: int) -> list[float]:
+    """Some values of the group that lies at this part (half, third, fifth) of the dimensions ``shared``."""
+    for d in shared:
+        x = x.narrow(d, x.shape[d] // part, 1)
+    step = max(1, x.numel() // _FIRST_LOOK) | 1  # odd: not the same column of every row
+    return x.take(torch.arange(0, x.numel(), step, device=x.device)).tolist()
+
+
+def _is_two_valued(values: list[float]) -> bool:
     low, high = min(values), max(values)
-    noise = tolerance * max(abs(low), abs(high))
+    noise = 2e-2 * max(abs(low), abs(high))
     return all(v - low <= noise or high - v <= noise or abs(v) <= noise for v in values)
 
 
-def _pattern_by_group(x: Tensor, reduced: tuple[int, ...], tolerance: float) -> Tensor | None:
-    """The pattern of the whole tensor if each group, over the dimensions ``reduced``, is two-valued."""
+def _size(x: Tensor, dims: tuple[int, ...]) -> int:
+    return torch.Size(x.shape[d] for d in dims).numel()
+
+
+def _pattern_by_group(x: Tensor, reduced: tuple[int, ...], tolerance: float, index: Tensor) -> Tensor | None:
+    """The pattern at these positions if each group, over the dimensions ``reduced``, is two-valued in the tensor."""
     low, high = x.amin(reduced, keepdim=True), x.amax(reduced, keepdim=True)
     noise = tolerance * torch.maximum(low.abs(), high.abs())
     two = high - low > 10 * noise
     if two.float().mean() < _SMALLEST_SHARE:
         return None
-    is_high = high - x <= noise
-    known = is_high | (x - low <= noise)
-    symmetric = (low + high).abs() <= 2 * noise
-    is_zero = None
-    if bool(symmetric.any()):
-        is_zero = symmetric & (x.abs() <= noise)
-        known |= is_zero
+    some, lows, highs, noises, twos = (t.expand(x.shape).take(index) for t in (x, low, high, noise, two))
+    is_high = highs - some <= noises
+    is_zero = ((lows + highs).abs() <= 2 * noises) & (some.abs() <= noises)
     # NaN compares false, and so is never one of the two values.
-    if not bool(known.all()):
+    if not bool((is_high | (some - lows <= noises) | is_zero).all()):
         return None
-    pattern = is_high.to(torch.int8).mul_(2).sub_(1)
-    if is_zero is not None:
-        pattern.masked_fill_(is_zero, 0)
-    return pattern if bool(two.all()) else torch.where(two, pattern, x.sign().to(torch.int8))
-
-
-def _at(x: Tensor, index: Tensor | None) -> Tensor:
-    return x.flatten() if index is None else x.take(index)
+    # These positions, then all.
+    known = (x <= low + noise) | (x >= high - noise)
+    if not bool(known.all()) and not bool((known | ((low + high).abs() <= 2 * noise) & (x.abs() <= noise)).all()):
+        return None
+    pattern = torch.where(is_high, 1, -1).masked_fill(is_zero, 0)
+    return torch.where(twos, pattern, some.sign()).to(torch.int8)

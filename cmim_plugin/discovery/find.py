@@ -90,6 +90,9 @@ _STEPS |= {"greater", "greater_equal", "less", "less_equal", "signbit", "bernoul
 _NORMS = frozenset({"batch_norm", "instance_norm", "layer_norm", "group_norm", "normalize", "softmax"})
 # An operand of at most a few values among so many elements is listed as quantized to more than one bit.
 _FEW_AMONG = 256
+_RECURRENT = frozenset({"gru", "lstm", "rnn_tanh", "rnn_relu", "multi_head_attention_forward"})
+# How far equal samples are apart at most, in distances between different ones.
+_EQUAL, _ALIKE = 0.02, 0.85
 # Calls that are followed back at most.
 _DEPTH = 12
 
@@ -157,8 +160,9 @@ def discover(model: nn.Module, example_input: Any, batch_size: int | None = None
     """
     traces, source = dry_run(model, example_input, batch_size)
     found: list[_Found] = []
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     for trace in traces[:1] + [t for t in traces[1:] if t.calls != traces[0].calls]:
-        _merge(found, _Analysis(trace, [other for other in traces if other is not trace]).run())
+        _merge(order, found, _Analysis(trace, [other for other in traces if other is not trace]).run())
     return Discovery(tuple(_named(found)), source)
 
 
@@ -184,19 +188,21 @@ class _Found:
     hint: str = ""
 
 
-def _merge(found: list[_Found], more: list[_Found]) -> None:
-    """Insert what another pass showed behind what came before it there."""
-    places = [f.place for f in found]
+def _merge(order: dict[str, int], found: list[_Found], more: list[_Found]) -> None:
+    """Insert what another pass showed between its neighbours there, in the order of the modules."""
     at = 0
-    for f in more:
+    for i, f in enumerate(more):
+        places = [g.place for g in found]
         if f.place in places:
             at = places.index(f.place) + 1
             if f.activation.tapped and not found[at - 1].activation.tapped:
                 found[at - 1] = f
-        else:
-            found.insert(at, f)
-            places.insert(at, f.place)
+            continue
+        end = next((places.index(g.place) for g in more[i:] if g.place in places[at:]), len(found))
+        while at < end and order.get(found[at].activation.module, 0) < order.get(f.activation.module, 0):
             at += 1
+        found.insert(at, f)
+        at += 1
 
 
 def _named(found: list[_Found]) -> list[BinaryActivation]:
@@ -254,6 +260,7 @@ class _Analysis:
             for result in event.results:
                 self._note_binarizing(event, result)
         self.inner = self._first_product()
+        self.mixed = min((_first_mixing(other) for other in others), default=len(trace.sightings))
 
     # -- 1. operands ---------------------------------------------------------------------------------------------
 
@@ -283,7 +290,9 @@ class _Analysis:
         found = []
         for part in self._terms(operand):
             for source in self._sources(part):
-                call = self._call(source)
+                call, producer = self._call(source), self._producer(source)
+                if call is None and producer is not None and producer.name in _NORMS:
+                    continue  # two samples normalized: exactly -1 and 1
                 found.append((source, call, self._latents(source, call)))
         if not found and operand.value.constant and operand.from_input and operand.requires_grad:
             call, given = self._step(operand)
@@ -371,7 +380,9 @@ class _Analysis:
         event = self._producer(current)
         if event is None:
             return []
-        return [a for a in self._given(event, current) if self._pattern(a) is not None]
+        before = [a for a in self._given(event, current) if self._pattern(a) is not None]
+        # A scale of each sample has two values where there are two samples.
+        return [a for a in before if a.distinct * 4 > a.value.numel] or before
 
     def _earliest(self, current: Sighting, like: Any) -> Sighting:
         """The earliest tensor in the graph on the way to this one of which ``like`` is true."""
@@ -414,9 +425,9 @@ class _Analysis:
         (result,) = event.results
         for codes, scale in (event.arguments, event.arguments[::-1]):
             pattern = self._pattern(codes)
-            if pattern is not None and self._pattern(result) is None and codes.value.shape == result.value.shape:
-                if 4 * scale.distinct <= codes.distinct == result.value.numel:
-                    self._patterns[id(result.value)] = pattern
+            shared = codes.value.shape == result.value.shape and 4 * scale.distinct <= codes.distinct
+            if shared and pattern is not None and self._pattern(result) is None:
+                self._patterns[id(result.value)] = pattern
 
     def _note_binarizing(self, event: Event, result: Sighting) -> None:
         pattern = self._pattern(result)
@@ -541,7 +552,12 @@ class _Analysis:
         sites = [s for s in self._same_value(source) if s.in_graph]
         if not sites:
             given = [s for a in (call.arguments if call else ()) for s in self.by_tensor[a.tensor]]
-            frozen = given and not any(s.requires_grad for s in given) and not self._has_trained_history(given[0])
+            frozen = (
+                given
+                and consumer.gradients
+                and not any(s.requires_grad for s in given)
+                and not self._has_trained_history(given[0])
+            )
             return untapped(_FROZEN if frozen else _NO_GRADIENT)
         if source.value.one_hot:
             return untapped("it is one-hot: a choice, not a code")
@@ -633,12 +649,12 @@ class _Analysis:
             shapes = f"{tuple(side.value.shape)} for {batch} samples"
             if not rows or rows % batch:
                 return f"the batch is not its first dimension, or is mixed with another: {shapes}"
-            seen = {s.value.by_sample for s in (side, *self.again.get(side.site, ()))}
-            by_sample = True if True in seen else False if False in seen else None
+            by_sample = self._is_by_sample(side)
             # Codes drawn at random differ between equal samples: the latent tells.
             if side is binary and side.value.shape == latent.value.shape:
                 by_sample = True
-            if by_sample is False:
+            # What dropout or a rounding error changes grows through the layers: as many rows as samples tell more.
+            if by_sample is False and (rows != batch or self.mixed < 1 << 62):
                 return f"the rows of one sample do not follow each other in its first dimension: {shapes}"
             if by_sample is None and rows != batch:
                 return f"which rows belong to one sample could not be seen: {shapes}; try an example of random values"
@@ -653,6 +669,17 @@ class _Analysis:
             return f"its latent has another rank: {tuple(latent.value.shape)} for {tuple(binary.value.shape)}"
         return b, f
 
+    def _is_by_sample(self, side: Sighting) -> bool | None:
+        """Whether equal samples have equal values; None where that could not be seen."""
+        seen = [s for s in (side, *self.again.get(side.site, ())) if s.value.apart is not None]
+        if not seen:
+            return None
+        nearest = min(seen, key=lambda s: s.value.apart or 0.0)
+        # After dropout and stochastic binarization, or by signs that flip on a rounding error, they are only alike.
+        # Not exactly equal behind a call that told equal ones apart: a recurrent layer, say, and these are time steps.
+        apart = nearest.value.apart or 0.0
+        return apart < (_ALIKE if nearest.seq < self.mixed else _EQUAL)
+
     # -- values --------------------------------------------------------------------------------------------------
 
     def _pattern(self, sighting: Sighting) -> Tensor | None:
@@ -664,6 +691,19 @@ class _Analysis:
             step = max(1, len(value.values) // 32)
             self._fingerprints[key] = value.numel, tuple(value.values[::step][:32].tolist())
         return self._fingerprints[key]
+
+
+def _first_mixing(trace: Trace) -> int:
+    """When the first call got equal values for equal samples, and returned different ones."""
+    for event in trace.events if not trace.draws else ():
+        if event.name not in _RECURRENT:
+            continue
+        given = [s.value.apart for s in event.arguments if s.value.apart is not None]
+        results = [s.value.apart or 0.0 for s in event.results]
+        equal = bool(given) and all(apart < 1e-6 for apart in given)
+        if equal and any(_EQUAL < apart < _ALIKE for apart in results):
+            return event.seq
+    return 1 << 62
 
 
 def _key(value: Snapshot, pattern: Tensor) -> tuple[int, int]:

@@ -59,13 +59,13 @@ class BatchSource:
     def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
         """The number of samples in these inputs, None where it cannot be read."""
         for path, dim in self.places:
-            for way in (path, self._other(path)):
+            for other in (False, True):
                 with contextlib.suppress(Exception):
                     found: Any = (args, kwargs)
-                    for key in way:
+                    for key in self._other(path) if other else path:
                         found = found[key]
                     if isinstance(found, Tensor) != (dim is None):
-                        return len(found) if dim is None else int(found.shape[dim])
+                        return len(found) if dim is None else int(found.size(dim))
         return None
 
     def _other(self, path: Path) -> Path:
@@ -86,6 +86,13 @@ def batch_sources(model: nn.Module, inputs: Inputs) -> dict[int, BatchSource]:
             places.setdefault(tensor.size(0), []).append((path, 0))
     names = _parameter_names(model)
     return {size: BatchSource(tuple(found), names) for size, found in places.items() if size}
+
+
+def is_offsets(inputs: Inputs, source: BatchSource) -> bool:
+    """Whether all that has one entry a sample is in rising order: places in another tensor where samples start."""
+    tensors = [t for path, t in tensors_in(inputs) if (path, 0) in source.places]
+    rising = [t.ndim == 1 and not t.is_floating_point() and bool((t.diff() >= 0).all()) for t in tensors]
+    return bool(rising) and all(rising)
 
 
 def stated_source(model: nn.Module, inputs: Inputs, batch_size: int) -> BatchSource | None:
@@ -154,7 +161,7 @@ def _mapped(tree: Any, function: Callable[[Path, Any], Any], path: Path = ()) ->
             new = items
     elif isinstance(tree, (tuple, list)):
         values = [_mapped(value, function, (*path, index)) for index, value in enumerate(tree)]
-        if any(a is not b for a, b in zip(values, tree)):
+        if any(a is not b for a, b in zip(values, tree, strict=True)):
             new = type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     return function(path, new) if path else new
 
@@ -163,9 +170,9 @@ def _lists_in(inputs: Inputs) -> Iterator[tuple[Path, Any]]:
     """Lists with an entry for each sample, as detectors take: of images, or of a dict of targets for each."""
     for side, tree in enumerate(inputs):
         for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
-            if isinstance(value, (list, tuple)) and value:
-                if all(isinstance(v, Tensor) for v in value) or all(isinstance(v, Mapping) for v in value):
-                    yield (side, key), value
+            entries = value if isinstance(value, (list, tuple)) else []
+            if entries and any(all(isinstance(v, kind) for v in entries) for kind in (Tensor, Mapping)):
+                yield (side, key), value
 
 
 def _parameter_names(model: nn.Module) -> tuple[str, ...]:

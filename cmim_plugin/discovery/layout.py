@@ -49,19 +49,19 @@ class Layout:
             first, step = index * channels, 1
         else:
             step = self.spatial_shape(shape).numel()
-            row = index // step
             # Each row of the first dimension holds all its channels before the next row starts.
-            first = index + row * ((channels - 1) * step)
+            first = torch.add(index, index // step, alpha=(channels - 1) * step)
         return first.unsqueeze(-1) + torch.arange(0, channels * step, step, device=index.device)
 
     def pooled(self, x: Tensor, batch: int | None = None) -> Tensor:
         """The mean over the positions of each sample, ``(B, C)``; ``batch``: samples, needed where it is windowed."""
+        channels, positions = self.channels(x.shape), self.spatial_shape(x.shape).numel()
         if self.spatial is None:
-            sums = x.reshape(x.shape[0], -1, x.shape[-1]).sum(1)
+            sums = x.reshape(len(x), positions, channels).sum(1)
         else:
-            sums = x.reshape(x.shape[0], self.channels(x.shape), -1).sum(2)
+            sums = x.reshape(len(x), channels, positions).sum(2)
         if self.windowed:
             assert batch is not None
-            sums = sums.unflatten(0, (batch, -1)).sum(1)
+            sums = sums.unflatten(0, (batch, len(x) // max(batch, 1))).sum(1)
         # Divided after the sum: the gradient of a sum is a view, that of a mean is another tensor of x's size.
         return sums / (self.positions(x.shape) // max(len(sums), 1))

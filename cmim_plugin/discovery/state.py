@@ -72,19 +72,19 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     finally:
         held.put_back()
         with torch.no_grad():
-            for t, data in pointers:
-                if t.data_ptr() != data.data_ptr() or t.shape != data.shape:
-                    t.data = data
+            for p, data in pointers:
+                if p.data_ptr() != data.data_ptr() or p.shape != data.shape:
+                    p.data = data
             for t, data, value in [*copies, *guard.copies]:
                 if t.data_ptr() != data.data_ptr() or t.shape != data.shape:
                     t.data = data
                 if not same(t.detach(), value):
                     t.data.copy_(value)
-            for p, requires_grad, grad, value in flags:
+            for p, requires_grad, grad, its_value in flags:
                 p.requires_grad_(requires_grad)
                 p.grad = grad
-                if grad is not None and value is not None and not same(grad, value):
-                    grad.copy_(value)
+                if grad is not None and its_value is not None and not same(grad, its_value):
+                    grad.copy_(its_value)
 
 
 @contextlib.contextmanager
@@ -111,7 +111,7 @@ class _CopyBeforeWrite(TorchFunctionMode):
         self.copies: list[tuple[Tensor, Tensor, Tensor]] = []
         self._pending: dict[int, list[Tensor]] = {}
         for p in parameters:
-            self._pending.setdefault(_storage(p), []).append(p)
+            self._pending.setdefault(storage(p), []).append(p)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -119,7 +119,7 @@ class _CopyBeforeWrite(TorchFunctionMode):
             flat = [a for arg in (*args, *kwargs.values()) for a in (arg if isinstance(arg, (list, tuple)) else (arg,))]
             for tensor in flat:
                 if isinstance(tensor, Tensor):
-                    for p in self._pending.pop(_storage(tensor), ()):
+                    for p in self._pending.pop(storage(tensor), ()):
                         self.copies.append((p, p.data, p.detach().clone()))
         return func(*args, **kwargs)
 
@@ -132,7 +132,8 @@ def writes(func: Any, kwargs: dict[str, Any]) -> bool:
     return name.endswith("_") or name in _WRITE or kwargs.get("out") is not None
 
 
-def _storage(tensor: Tensor) -> int:
+def storage(tensor: Tensor) -> int:
+    """A number that tensors share that share their memory."""
     try:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # sparse, nested and other tensors without one
@@ -217,7 +218,9 @@ def _mapping_again(mapping: dict[Any, Any]) -> Callable[[], None]:
 
     def again() -> None:
         now = list(mapping.items())
-        if len(now) != len(before) or any(a[0] is not b[0] or a[1] is not b[1] for a, b in zip(now, before)):
+        if len(now) != len(before) or any(
+            a[0] is not b[0] or a[1] is not b[1] for a, b in zip(now, before, strict=True)
+        ):
             mapping.clear()
             # Not update(): a Counter would add.
             for key, value in before:
@@ -231,7 +234,7 @@ def _collection_again(collection: Any) -> Callable[[], None]:
 
     def again() -> None:
         now = list(collection)
-        if len(now) != len(before) or any(a is not b for a, b in zip(now, before)):
+        if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
             collection.clear()
             (collection.update if isinstance(collection, set) else collection.extend)(before)
 

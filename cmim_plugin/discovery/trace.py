@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .. import _compat
 from ..errors import CMIMError
 from .codes import is_constant, sign_pattern
 from .inputs import (
@@ -29,12 +30,13 @@ from .inputs import (
     Path,
     as_inputs,
     batch_sources,
+    is_offsets,
     resampled,
     stated_source,
     tensors_in,
     varied,
 )
-from .state import force_eager, preserve_generators, preserve_state, same, writes
+from .state import force_eager, preserve_generators, preserve_state, same, storage, writes
 
 __all__ = [
     "BatchSource",
@@ -56,8 +58,6 @@ __all__ = [
 _VALUES = 2048
 # Values compared between two samples that got the same input.
 _TWIN_VALUES = 512
-# Fewer samples than this are filled up: two of them are to be equal, and one different.
-_FEWEST_SAMPLES = 3
 # Passes at most where layers are skipped at random.
 _PASSES = 10
 # A tensor of at most so many values is quantized.
@@ -110,7 +110,8 @@ class Snapshot:
         constant: whether all its elements are equal.
         levels: how many values it has in all, 0 for more than a few.
         one_hot: whether along some dimension it is zero but for a single element.
-        by_sample: whether the elements of a sample follow each other; None where that could not be seen.
+        apart: how far the last two samples of the batch, which got the same input, are from each other, in distances
+            between different samples; None where that could not be seen.
     """
 
     shape: torch.Size
@@ -121,7 +122,7 @@ class Snapshot:
     constant: bool = False
     levels: int = 0
     one_hot: bool = False
-    by_sample: bool | None = None
+    apart: float | None = None
 
     @property
     def numel(self) -> int:
@@ -165,7 +166,7 @@ class Event:
     """One torch function call: its tensor arguments before the call, its tensor results after.
 
     ``shapes`` are those of all tensor arguments; parameters are not among the sightings. ``weighted``: a parameter, or
-    what requires a gradient, is among the arguments.
+    what requires a gradient, is among the arguments. ``gradients``: they were enabled.
     """
 
     seq: int
@@ -174,6 +175,7 @@ class Event:
     call: int
     shapes: list[torch.Size]
     weighted: bool
+    gradients: bool
     arguments: list[Sighting] = field(default_factory=list)
     results: list[Sighting] = field(default_factory=list)
 
@@ -182,13 +184,15 @@ class Event:
 class Trace:
     """Everything seen in one forward pass, in order.
 
-    ``calls`` counts the calls of each module. ``decides``: it drew single random numbers, as random structure does.
+    ``calls`` counts the calls of each module. ``draws``: it drew random numbers; ``decides``: single ones, as random
+    structure does.
     """
 
     batch: int
     sightings: list[Sighting] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
+    draws: bool = False
     decides: bool = False
 
 
@@ -230,9 +234,9 @@ def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[lis
         failure: Exception | None = None
         for make, size, twins in attempts:
             try:
-                traces = [_trace(model, make(0), size), _trace(model, make(1), size, twins=twins)]
-                while _more(model, traces) and len(traces) < _PASSES:
-                    traces.append(_trace(model, make(len(traces)), size, twins=twins))
+                traces = [_trace(model, make(0), size)]
+                while len(traces) < 2 or (_more(model, traces) and len(traces) < _PASSES):
+                    traces.append(_trace(model, make(len(traces)), twins or size, twins=twins > 0))
                 return traces, source
             except Exception as error:
                 failure = error
@@ -270,9 +274,9 @@ def _awaken(model: nn.Module) -> None:
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
             matrix = sum(n > 1 for n in p.shape) > 1
-            if (matrix or hasattr(module, "eps")) and name.endswith("weight") and p.is_floating_point():
-                if type(p.data) is Tensor and not p.any():
-                    p.data.copy_(torch.randn(p.shape, generator=generator, device="cpu"))
+            weight = (matrix or hasattr(module, "eps")) and name.endswith("weight") and p.is_floating_point()
+            if weight and type(p.data) is Tensor and not p.any():
+                p.data.copy_(torch.randn(p.shape, generator=generator, device="cpu"))
 
 
 def _number_of_samples(
@@ -298,21 +302,26 @@ def _number_of_samples(
     return likely[0], sources[likely[0]]
 
 
-def _attempts(
-    inputs: Inputs, batch: int, source: BatchSource | None
-) -> list[tuple[Callable[[int], Inputs], int, bool]]:
-    """What to run, the best first: a function from the number of a pass to its inputs, samples, whether with twins."""
-    as_it_is: tuple[Callable[[int], Inputs], int, bool] = (lambda n: inputs, batch, False)
-    if source is None:
-        return [(lambda n: varied(inputs, n), batch, False), as_it_is]
-    size = max(batch, _FEWEST_SAMPLES)
+def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[tuple[Callable[[int], Inputs], int, int]]:
+    """What to run, the best first.
+
+    Each is a function from the number of a pass to its inputs, the samples in the first pass, and those in the others
+    if the last two of them are equal, 0 if not.
+    """
+    as_it_is: tuple[Callable[[int], Inputs], int, int] = (lambda n: inputs, batch, 0)
+    as_many: tuple[Callable[[int], Inputs], int, int] = (lambda n: varied(inputs, n), batch, 0)
+    if source is None or is_offsets(inputs, source):
+        return [as_many, as_it_is]
+    # One sample is two for the sake of batch normalization; two are three, that two of them can be equal.
+    filled = inputs if batch > 1 else resampled(inputs, source, [0, 0])
+    size = max(batch, 2)
+    twin = [*range(size), size - 1] if size == 2 else [*range(size - 1), size - 2]
 
     def make(n: int) -> Inputs:
-        filled = inputs if size == batch else resampled(inputs, source, [i % batch for i in range(size)])
-        filled = varied(filled, n)
-        return filled if n == 0 else resampled(filled, source, [*range(size - 1), size - 2])
+        other = varied(filled, n)
+        return other if n == 0 else resampled(other, source, twin)
 
-    return [(make, size, True), (lambda n: varied(inputs, n), batch, False), as_it_is]
+    return [(make, size, len(twin)), as_many, as_it_is]
 
 
 def _more(model: nn.Module, traces: list[Trace]) -> bool:
@@ -329,11 +338,19 @@ def _more(model: nn.Module, traces: list[Trace]) -> bool:
 
 def _trace(model: nn.Module, inputs: Inputs, batch: int, twins: bool = False) -> Trace:
     recorder = _Recorder(model, batch, twins)
-    states = random.getstate(), _numpy_position()
-    with recorder.attached(), recorder:
-        model(*inputs[0], **inputs[1])
-    if states != (random.getstate(), _numpy_position()):
-        recorder.trace.decides = True
+    states, drawn = (random.getstate(), _numpy_position()), torch.get_rng_state()
+    # Dropout would make equal samples different.
+    drops = [m for m in model.modules() if twins and type(m).__name__.startswith("Drop") and m.training]
+    for module in drops:
+        module.training = False
+    try:
+        with recorder.attached(), recorder:
+            model(*inputs[0], **inputs[1])
+    finally:
+        for module in drops:
+            module.training = True
+    recorder.trace.decides |= states != (random.getstate(), _numpy_position())
+    recorder.trace.draws |= recorder.trace.decides or not torch.equal(drawn, torch.get_rng_state())
     return recorder.trace
 
 
@@ -365,6 +382,8 @@ class _Recorder(TorchFunctionMode):
         # By a tensor's number: its last snapshot, and whether it depends on the model's input.
         self._last: dict[int, Snapshot] = {}
         self._from_input: dict[int, bool] = {}
+        # By a view's number: what it is a view of, where that does not depend on the input.
+        self._viewed: dict[int, int] = {}
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
         self._muted = False
 
@@ -402,17 +421,30 @@ class _Recorder(TorchFunctionMode):
         function = getattr(func, "__name__", str(func))
         if function == "__get__" or function == "__set__":
             function = getattr(getattr(func, "__self__", None), "__name__", function)
-        event = Event(len(self.trace.sightings), function, name, call, [t.shape for t in tensors], weighted)
+        shapes = [t.shape for t in tensors if not t.is_nested]
+        gradients = torch.is_grad_enabled()
+        event = Event(len(self.trace.sightings), function, name, call, shapes, weighted, gradients)
         event.arguments = self._see((args, kwargs), "argument", None, func, nth)
-        from_input = any(s.from_input for s in event.arguments) and function not in _SHAPE_ONLY
+        from_input = function not in _SHAPE_ONLY and any(
+            self._from_input.get(self._number(t)) for t in tensors if id(t) not in self._parameters
+        )
         result = func(*args, **kwargs)
         if from_input and writes(func, kwargs) and tensors:
-            self._from_input[self._number(tensors[0])] = True
+            # Written into a view: what it is a view of holds the values, too.
+            number: int | None = self._number(tensors[0])
+            while number is not None:
+                self._from_input[number] = True
+                number = self._viewed.get(number)
         event.results = self._see(result, "result", from_input, func, nth)
         for sighting in event.results:
             sighting.event = len(self.trace.events)
-        if function in RANDOM and all(t.numel() == 1 for _, t in tensors_in(result)):
-            self.trace.decides = True
+        if tensors and event.results and not from_input:
+            for _, tensor in tensors_in(result):
+                if tensor is not tensors[0] and storage(tensor) == storage(tensors[0]):
+                    self._viewed[self._number(tensor)] = self._number(tensors[0])
+        if function in RANDOM:
+            self.trace.draws = True
+            self.trace.decides |= all(t.numel() == 1 for _, t in tensors_in(result))
         self.trace.events.append(event)
         return result
 
@@ -423,31 +455,31 @@ class _Recorder(TorchFunctionMode):
         name, call, _ = self._scopes[-1]
         seen = []
         self._muted = True
-        try:
+        with _compat.unseen():
             for path, tensor in tensors_in(tree):
-                if id(tensor) in self._parameters or tensor.layout != torch.strided or tensor.is_complex():
-                    continue
-                if tensor.is_nested or tensor.is_meta or tensor.numel() == 0:
+                if id(tensor) in self._parameters:
                     continue
                 number = self._number(tensor)
                 if number not in self._from_input or (from_input and kind != "argument"):
                     # What comes out of code that torch functions do not show has a history all the same.
-                    known = from_input if from_input is not None else tensor.grad_fn is not None
-                    self._from_input[number] = known
-                sighting = Sighting(
-                    len(self.trace.sightings),
-                    Site(name, call, kind, path, function, nth),
-                    number,
-                    self._snapshot(number, tensor.detach()),
-                    tensor.requires_grad,
-                    tensor.requires_grad and torch.is_grad_enabled(),
-                    self._from_input[number],
-                    torch.Size(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step).numel(),
+                    self._from_input[number] = tensor.grad_fn is not None if from_input is None else from_input
+                odd = tensor.layout != torch.strided or tensor.is_complex() or tensor.is_nested or tensor.is_meta
+                if odd or tensor.numel() == 0:
+                    continue
+                seen.append(
+                    Sighting(
+                        len(self.trace.sightings),
+                        Site(name, call, kind, path, function, nth),
+                        number,
+                        self._snapshot(number, tensor.detach()),
+                        tensor.requires_grad,
+                        tensor.requires_grad and torch.is_grad_enabled(),
+                        self._from_input[number],
+                        torch.Size(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step).numel(),
+                    )
                 )
-                seen.append(sighting)
-                self.trace.sightings.append(sighting)
-        finally:
-            self._muted = False
+                self.trace.sightings.append(seen[-1])
+        self._muted = False
         return seen
 
     def _number(self, tensor: Tensor) -> int:
@@ -464,23 +496,18 @@ class _Recorder(TorchFunctionMode):
             return last
         snapshot = Snapshot(tensor.shape, tensor.dtype, values, index)
         self._last[number] = snapshot
-        snapshot.pattern = sign_pattern(tensor, index)
-        if snapshot.pattern is None:
-            few = len(set(values[:64].tolist())) <= FEW_LEVELS
-            if few and (levels := values.unique().numel()) <= FEW_LEVELS:
-                snapshot.constant = levels == 1 and is_constant(tensor)
-                snapshot.levels = tensor.unique().numel() if not snapshot.constant else 1
-        else:
-            snapshot.one_hot = _is_one_hot(tensor)
+        some = set(values[:64].tolist())
+        if len(some) == 1 and is_constant(tensor):
+            snapshot.constant, snapshot.levels = True, 1
+        elif (pattern := sign_pattern(tensor, index)) is not None:
+            snapshot.pattern, snapshot.one_hot = pattern, _is_one_hot(tensor)
+        elif len(some) <= FEW_LEVELS and values.unique().numel() <= FEW_LEVELS:
+            snapshot.levels = tensor.unique().numel()
         if self._twins and tensor.is_floating_point():
-            snapshot.by_sample = self._is_by_sample(tensor)
+            snapshot.apart = self._apart(tensor)
         return snapshot
 
-    def _is_by_sample(self, tensor: Tensor) -> bool | None:
-        """Whether the last two samples of the batch, which got the same input, hold about the same values.
-
-        Not exactly: dropout and stochastic binarization come in between.
-        """
+    def _apart(self, tensor: Tensor) -> float | None:
         size, rest = divmod(tensor.numel(), self.trace.batch)
         if rest:
             return None
@@ -488,10 +515,9 @@ class _Recorder(TorchFunctionMode):
         within = within[:: max(1, len(within) // _TWIN_VALUES)]
         last = self.trace.batch - 1
         one, twin, other = (tensor.take(within + size * i).double() for i in (last, last - 1, 0))
-        apart, otherwise = (one - twin).abs().mean(), (one - other).abs().mean()
-        if not bool(otherwise > 1e-6 * one.abs().mean()):
-            return None
-        return bool(apart < 0.85 * otherwise)
+        otherwise = (one - other).abs().mean()
+        known = bool(otherwise > 1e-6 * one.abs().mean())
+        return float((one - twin).abs().mean() / otherwise) if known else None
 
     def _index(self, numel: int, device: torch.device) -> Tensor:
         key = (numel, device)

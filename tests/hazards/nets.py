@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.data import Dataset
+
+from cmim_plugin import CMIM
 
 CLASSES = 3
 
@@ -68,21 +69,10 @@ def batch(n: int = 6, size: int = 4, seed: int = 1) -> tuple[Tensor, Tensor]:
     return torch.randn(n, 2, size, size, generator=generator), torch.arange(n) % CLASSES
 
 
-class Scored(Dataset):
-    """Samples that a model of its own looks at, in the worker. (Here, because a worker imports where this is.)"""
-
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
-        self.model, self.x = model, x
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.model(self.x[index : index + 1])[0].detach()
-
-
 def gradients(*modules: nn.Module) -> list[Tensor]:
-    return [p.grad.clone() for module in modules for p in module.parameters() if p.grad is not None]
+    """Of all parameters, and of the heads of a plug-in, which are none."""
+    leaves = [[m.heads.weights] if isinstance(m, CMIM) else m.parameters() for m in modules]
+    return [p.grad.clone() for p in itertools.chain(*leaves) if p.grad is not None]
 
 
 def equal(found: list[Tensor], expected: list[Tensor]) -> bool:

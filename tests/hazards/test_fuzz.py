@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
-from cmim_plugin import CMIM, CMIMError, CMIMWarning, info_nce, nce
+from cmim_plugin import CMIM, NCE, CMIMError, CMIMWarning, InfoNCE
 from hazards.nets import CLASSES, Activations, equal, gradients, hooks_on, network
 
 fuzzed = partial(settings, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -36,7 +36,7 @@ options = st.fixed_dictionaries(
         "temperature": st.sampled_from([0.01, 0.07, 0.1, 1.0]),
         "embed_dim": st.sampled_from([1, 16]),
         "layer_decay": st.sampled_from([0.5, 1.0]),
-        "objective": st.sampled_from([info_nce, partial(nce, num_samples=50)]),
+        "objective": st.sampled_from([InfoNCE(), NCE(50)]),
     }
 )
 dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16])
@@ -54,7 +54,7 @@ def labels_for(how: str, shape: tuple[int, ...], instances: str) -> Tensor | Non
     return torch.randint(CLASSES, shape[:1])
 
 
-@fuzzed(max_examples=120)
+@fuzzed(max_examples=60)
 @given(networks, shapes, options, dtypes, formats, labellings)
 def test_the_loss_is_finite_and_the_network_does_not_notice(net, shape, how, dtype, memory_format, labelling) -> None:
     torch.manual_seed(0)
@@ -76,7 +76,7 @@ def test_the_loss_is_finite_and_the_network_does_not_notice(net, shape, how, dty
             if trained:
                 loss.backward()
                 assert all(g.isfinite().all() for g in gradients(model, cmim))
-                assert len(gradients(cmim)) == len(list(cmim.parameters()))
+                assert not list(cmim.parameters())
                 assert list(cmim.metrics) == [tap.name for tap in cmim.taps]
             activations.remove()
             del logits, loss
@@ -139,20 +139,20 @@ def save(model: Any, cmim: CMIM, x: Tensor) -> None:
     cmim.load_state_dict(cmim.state_dict())
 
 
-# What a loop may do between two losses, and whether a loss can be asked for after it: None, as before it.
+# What a loop may do between two losses, and which pass then waits for its loss, given which waited before it.
 DEEDS = {
-    train: True,
-    fail: False,
-    pause: False,
-    evaluate: None,
-    without_gradients: None,
-    run_a_copy: None,
-    run_a_part: None,
-    save: None,
+    train: lambda waiting, x: (x, True),
+    evaluate: lambda waiting, x: waiting if waiting and waiting[1] else (x, False),
+    fail: lambda waiting, x: None,
+    pause: lambda waiting, x: None,
+    without_gradients: lambda waiting, x: waiting,
+    run_a_copy: lambda waiting, x: waiting,
+    run_a_part: lambda waiting, x: waiting,
+    save: lambda waiting, x: waiting,
 }
 
 
-@fuzzed(max_examples=40)
+@fuzzed(max_examples=30)
 @given(st.booleans(), st.lists(st.lists(st.sampled_from([*DEEDS]), max_size=4), min_size=1, max_size=3))
 def test_a_loss_is_that_of_the_last_training_pass_whatever_came_between(inside, steps) -> None:
     torch.manual_seed(0)
@@ -162,17 +162,16 @@ def test_a_loss_is_that_of_the_last_training_pass_whatever_came_between(inside, 
     cmim, undisturbed = CMIM(model, x, num_positions=9), CMIM(reference, x, num_positions=9)
     undisturbed.load_state_dict(cmim.state_dict())
     for deeds in steps:
-        there, last = False, x
+        waiting = None
         for deed in deeds:
             given_to = torch.randn(4, 2, 3, 3)
             deed(model, cmim, given_to)
-            there = there if DEEDS[deed] is None else DEEDS[deed]
-            last = given_to if deed is train else last
-        if not there:
+            waiting = DEEDS[deed](waiting, given_to)
+        if waiting is None:
             with pytest.raises(CMIMError, match="No forward pass"):
                 cmim(model)
             continue
-        reference(last)
+        reference(waiting[0])
         assert torch.equal(cmim(model), undisturbed(reference))
         with pytest.raises(CMIMError, match="No forward pass"):
             cmim(model)

@@ -1,0 +1,594 @@
+"""The dry run believes the example, puts everything back, and finds what is there, whatever the structure."""
+
+import random
+from collections import Counter, OrderedDict, defaultdict, deque
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cmim_plugin import CMIMError, find_binary_activations
+from cmim_plugin.discovery import discover
+
+
+class Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g * (x.abs() <= 1)
+
+
+class Of(nn.Module):
+    """A module from a function of (module, *inputs)."""
+
+    def __init__(self, function, **attributes):
+        super().__init__()
+        self.function = function
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, *args, **kwargs):
+        return self.function(self, *args, **kwargs)
+
+
+class Binary(nn.Module):
+    def forward(self, x):
+        return Sign.apply(x)
+
+
+class BinaryLinear(nn.Linear):
+    def forward(self, x):
+        return F.linear(Sign.apply(x), self.weight, self.bias)
+
+
+class BinaryConv(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(Sign.apply(x), self.weight, self.bias, self.stride, self.padding)
+
+
+def net():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        *(nn.GroupNorm(2, 8), BinaryConv(8, 8, 3, padding=1), nn.GroupNorm(2, 8), BinaryConv(8, 8, 3, padding=1)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)),
+    )
+
+
+X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def tapped(model, example, **options):
+    return [f.name for f in find_binary_activations(model, example, **options) if f.tapped]
+
+
+def reasons(model, example, **options):
+    return {f.name: f.reason for f in find_binary_activations(model, example, **options) if not f.tapped}
+
+
+# -- inputs ------------------------------------------------------------------------------------------------------
+
+
+def tokens(width=16):
+    return nn.ModuleDict({"a": nn.Linear(5, width), "n": nn.LayerNorm(width), "b": BinaryLinear(width, width)})
+
+
+def features(m, x):
+    return m.t["b"](m.t["n"](m.t["a"](x)))
+
+
+def speech():
+    def forward(m, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(features(m, x), lengths, batch_first=True)
+        return m.r(packed)[1]
+
+    return Of(forward, t=tokens(), r=nn.GRU(16, 8, batch_first=True))
+
+
+class Bag(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.e, self.n, self.b = nn.EmbeddingBag(50, 16), nn.LayerNorm(16), BinaryLinear(16, 4)
+
+    def forward(self, text, offsets):
+        return self.b(self.n(self.e(text, offsets)))
+
+
+def sparse_graph():
+    return Of(lambda m, x, adjacency: torch.sparse.mm(adjacency, features(m, x)), t=tokens())
+
+
+def detector():
+    def forward(m, images, targets):
+        size = max(i.shape[-1] for i in images)
+        batch = torch.stack([F.pad(i, (0, size - i.shape[-1], 0, size - i.shape[-2])) for i in images])
+        for target, image in zip(targets, images):
+            assert (target["boxes"] < image.shape[-1]).all() and target["boxes"].shape[-1] == 4
+        return m.net(batch)
+
+    return Of(forward, net=net())
+
+
+def segments():
+    def forward(m, x, cumulative):
+        assert cumulative[-1] == x.shape[1] and (cumulative.diff() > 0).all()
+        return features(m, x)
+
+    return Of(forward, t=tokens())
+
+
+def spectra():
+    return Of(lambda m, x: features(m, torch.view_as_real(x).flatten(-2)[..., :5]), t=tokens())
+
+
+def nested():
+    return Of(lambda m, x: features(m, torch.nested.to_padded_tensor(x, 0.0)), t=tokens())
+
+
+class Text(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.e, self.p, self.n = nn.Embedding(20, 16), nn.Parameter(torch.randn(9, 16)), nn.LayerNorm(16)
+        self.b = BinaryLinear(16, 16)
+
+    def forward(self, ids, mask=None):
+        assert mask is None or set(mask.unique().tolist()) <= {0.0, 1.0}
+        x = self.n(self.e(ids) + self.p[: ids.shape[1]])
+        return self.b(x if mask is None else x * mask[..., None])
+
+
+INPUTS = {
+    "lengths": (speech, (torch.randn(6, 12, 5), torch.tensor([12, 11, 9, 7, 4, 3])), 6),
+    "lengths_of_two": (speech, (torch.zeros(2, 12, 5), torch.tensor([12, 3])), 2),
+    "offsets": (Bag, (torch.randint(50, (20,)), torch.tensor([0, 4, 9, 13])), 4),
+    "offsets_by_keyword": (Bag, {"text": torch.zeros(9, dtype=torch.long), "offsets": torch.tensor([0, 4])}, 2),
+    "sparse": (sparse_graph, (torch.randn(7, 5), torch.eye(7).to_sparse()), 7),
+    "images_and_boxes": (
+        detector,
+        ([torch.rand(3, 8, 8), torch.rand(3, 6, 8)], [{"boxes": torch.tensor([[1.0, 1, 5, 5]])} for _ in range(2)]),
+        2,
+    ),
+    "cumulative_lengths": (segments, (torch.randn(3, 8, 5), torch.tensor([0, 3, 8])), 3),
+    "complex": (spectra, torch.randn(4, 6, 3, dtype=torch.complex64), 4),
+    "nested": (nested, torch.nested.nested_tensor([torch.randn(3, 5), torch.randn(6, 5)]), 2),
+    "ids": (Text, torch.randint(20, (4, 9)), 4),
+    "ids_of_one_sample": (Text, torch.randint(20, (1, 9)), 1),
+    "ids_that_are_zero": (Text, torch.zeros(2, 9, dtype=torch.long), 2),
+    "ids_and_a_mask_of_ones": (Text, {"ids": torch.randint(20, (4, 9)), "mask": torch.ones(4, 9)}, 4),
+    "zeros": (net, torch.zeros(2, 3, 32, 32), 2),
+    "one_image": (net, torch.zeros(1, 3, 16, 16), 1),
+    "ones": (net, torch.ones(5, 3, 8, 8), 5),
+    "uint8": (lambda: Of(lambda m, x: m.net(x.float() / 255), net=net()), torch.randint(256, (4, 3, 8, 8)).byte(), 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("build, example, samples", INPUTS.values(), ids=INPUTS)
+def test_every_kind_of_input_is_given_to_the_model_as_it_may_be(build, example, samples):
+    model = build()
+    found = discover(model, example)
+    expected = 1 if not any(isinstance(m, BinaryConv) for m in model.modules()) else 2
+    assert [f.tapped for f in found.found] == [True] * expected, found.found
+    args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
+    args = (args,) if isinstance(args, torch.Tensor) else args
+    assert found.batch.of(args, kwargs) == samples
+
+
+def test_the_first_pass_gets_the_example_itself():
+    seen = []
+    discover(Of(lambda m, x: seen.append(x) or m.net(x), net=net()), X)
+    assert seen[0] is X
+
+
+def test_what_was_made_up_is_not_blamed_on_the_example():
+    def picky(m, x):
+        assert torch.equal(x, X), "another input"
+        return m.net(x)
+
+    assert tapped(Of(picky, net=net()), X) == ["net.2", "net.4"]
+
+
+def test_a_forward_that_fails_on_the_example_is_told():
+    with pytest.raises(CMIMError, match="ValueError: no such luck"):
+        discover(Of(lambda m, x: (_ for _ in ()).throw(ValueError("no such luck")), net=net()), X)
+
+
+def test_the_number_of_samples_is_read_by_position_and_by_keyword():
+    source = discover(Text(), {"ids": torch.zeros(4, 9, dtype=torch.long)}).batch
+    assert source.of((torch.zeros(7, 2),), {}) == source.of((), {"ids": torch.zeros(7, 2)}) == 7
+    assert source.of((), {}) is None and source.of((None,), {}) is None
+
+
+def test_an_unclear_number_of_samples_is_asked_for():
+    def forward(m, a, b):
+        return m.t["b"](m.t["n"](m.t["a"](a))).mean() + m.u["b"](m.u["n"](m.u["a"](b))).mean()
+
+    model = Of(forward, t=tokens(), u=tokens())
+    example = torch.randn(4, 5), torch.randn(6, 5)
+    with pytest.raises(CMIMError, match="batch_size="):
+        discover(model, example)
+    assert tapped(model, example, batch_size=4)[0] == "t.b"
+
+
+def test_the_first_dimension_is_not_the_batch_where_it_is_time():
+    def forward(m, x):
+        return m.t["b"](m.r(m.t["n"](m.t["a"](x)))[0])
+
+    model = Of(forward, t=tokens(), r=nn.GRU(16, 16))
+    assert tapped(model, torch.randn(12, 4, 5)) == []
+    assert "follow each other" in reasons(model, torch.randn(12, 4, 5))["t.b"]
+
+
+def windows(m, x, major):
+    x = m.stem(x)
+    B, C, H, W = x.shape
+    x = x.view(B, C, H // 4, 4, W // 4, 4).permute(0, 2, 4, 3, 5, 1)
+    if not major:
+        x = x.permute(1, 2, 0, 3, 4, 5)
+    return m.b(m.n(x.reshape(-1, 16, C)))
+
+
+@pytest.mark.parametrize("example", [torch.randn(4, 3, 8, 8), torch.zeros(2, 3, 16, 8), torch.zeros(1, 3, 8, 8)])
+def test_rows_of_windows_belong_to_their_images_or_are_refused(example):
+    for major in (True, False):
+        parts = dict(stem=nn.Conv2d(3, 16, 1), n=nn.LayerNorm(16), b=BinaryLinear(16, 16))
+        (found,) = find_binary_activations(Of(lambda m, x, major=major: windows(m, x, major), **parts), example)
+        assert found.tapped == major, found.reason
+        if major:
+            assert found.binary_layout.windowed and found.latent_layout.windowed
+
+
+# -- structure ---------------------------------------------------------------------------------------------------
+
+
+def skipping(draw, rate):
+    def forward(m, x):
+        x = m.stem(x)
+        for block in m.blocks:
+            if not (m.training and draw() < rate):
+                x = x + block(x)
+        return x
+
+    blocks = [nn.Sequential(nn.BatchNorm2d(8), Binary(), nn.Conv2d(8, 8, 3, padding=1)) for _ in range(6)]
+    return Of(forward, stem=nn.Conv2d(3, 8, 3, padding=1), blocks=nn.ModuleList(blocks))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.5])
+@pytest.mark.parametrize("draw", [lambda: torch.rand(()), random.random, np.random.rand], ids=["torch", "python", "np"])
+def test_layers_skipped_at_random_are_all_found_in_order(draw, rate):
+    for seed in range(3):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        assert tapped(skipping(draw, rate), X) == [f"blocks.{i}.1" for i in range(6)]
+
+
+def test_a_module_that_is_never_called_costs_no_further_pass():
+    passes = []
+    model = Of(lambda m, x: passes.append(1) or m.net(F.dropout(x, 0.1)), net=net(), unused=nn.Linear(3, 3))
+    discover(model, X)
+    assert len(passes) == 3
+
+
+def test_a_forward_that_calls_itself_without_gradients_has_plain_names():
+    def forward(m, x, guess=None):
+        if guess is None:
+            with torch.no_grad():
+                guess = m(x, torch.zeros(len(x), 4))
+        return m.net(x + m.cond(guess)[:, :, None, None])
+
+    found = find_binary_activations(Of(forward, net=net(), cond=nn.Linear(4, 3)), X)
+    assert [(f.name, f.reason, f.binary.call) for f in found] == [("net.2", None, 1), ("net.4", None, 1)]
+
+
+def test_a_forward_may_return_nothing():
+    assert tapped(Of(lambda m, x: setattr(m, "out", m.net(x)), net=net()), X) == ["net.2", "net.4"]
+
+
+def compiled_forward():
+    model = net()
+    model.forward = torch.compile(model.forward, backend="aot_eager")
+    return model
+
+
+def compiled_block():
+    model = net()
+    model[2] = torch.compile(model[2], backend="aot_eager")
+    return model
+
+
+def compiled_module():
+    model = net()
+    model[2].compile(backend="aot_eager", fullgraph=True)
+    return model
+
+
+def compiled_function():
+    function = torch.compile(lambda m, x: F.conv2d(Sign.apply(x), m.w), backend="aot_eager")
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Of(function, w=nn.Parameter(torch.randn(8, 8, 1, 1))))
+
+
+@pytest.mark.parametrize("build", [compiled_forward, compiled_block, compiled_module, compiled_function])
+def test_what_is_compiled_already_runs_eagerly(build):
+    model = build()
+    if build is compiled_forward:
+        model(X)
+    assert len(tapped(model, X)) == (1 if build is compiled_function else 2)
+
+
+# -- frozen parts ------------------------------------------------------------------------------------------------
+
+
+def test_what_follows_a_frozen_stem_is_tapped():
+    for frozen in ([0], [0, 3], [3]):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Binary(), nn.Conv2d(8, 8, 3), nn.ReLU())
+        for i in frozen:
+            model[i].requires_grad_(False)
+        assert tapped(model, X) == ["2"]
+
+
+def test_what_is_frozen_up_to_the_sign_is_listed():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Binary(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    model[:2].requires_grad_(False)
+    assert "frozen" in reasons(model, X)["2"]
+
+
+def test_a_frozen_model_is_an_error():
+    with pytest.raises(CMIMError, match="frozen"):
+        discover(net().requires_grad_(False), X)
+
+
+# -- put back ----------------------------------------------------------------------------------------------------
+
+
+class Meter:
+    def __init__(self):
+        self.sum, self.seen = 0.0, {"a": [1]}
+
+
+def test_everything_that_a_forward_changes_is_put_back():
+    def forward(m, x):
+        out = m.net(
+            x + 0.01 * torch.randn(x.shape, generator=m.g) * m.numpy.random() * m.old.rand() * m.python.random()
+        )
+        m.bank.append(out.detach())
+        m.counts["calls"] += 1
+        m.lists["a"].append(3)
+        m.order.move_to_end("a")
+        m.names.add("new")
+        m.array += 1
+        m.meter.sum += 1
+        m.meter.seen["a"].append(2)
+        m.pair[0].append(1)
+        m.cache[0].add_(1)
+        m.ema.data.mul_(0.9).add_(out.detach().mean())
+        with torch.no_grad():
+            m.scale += 1
+            m.assigned.data = m.assigned.data + 1
+        m.scale.requires_grad_(False)
+        m.steps += 1
+        return out
+
+    model = Of(
+        forward, net=net(), g=torch.Generator().manual_seed(0), numpy=np.random.default_rng(0), python=random.Random(0),
+        old=np.random.RandomState(0), bank=deque(maxlen=64), counts=Counter(calls=2), lists=defaultdict(list, a=[1]),
+        order=OrderedDict(a=1, b=2), names={"old"}, array=np.zeros(3), meter=Meter(), pair=([], 1), cache=[torch.zeros(2)],
+        ema=nn.Parameter(torch.zeros(3)), scale=nn.Parameter(torch.ones(2)), assigned=nn.Parameter(torch.ones(2)), steps=0,
+    )  # fmt: skip
+    held = model.bank, model.counts, model.lists["a"], model.assigned.data_ptr()
+    states = model.g.get_state(), model.numpy.bit_generator.state, model.python.getstate(), model.old.get_state()[2]
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    assert tapped(model, X) == ["net.2", "net.4"]
+    assert (not model.bank, model.counts, dict(model.lists)) == (True, Counter(calls=2), {"a": [1]})
+    assert (list(model.order), model.names, model.steps) == (["a", "b"], {"old"}, 0)
+    assert not model.array.any() and vars(model.meter) == {"sum": 0.0, "seen": {"a": [1]}}
+    assert model.pair == ([], 1) and not model.cache[0].any()
+    assert all(torch.equal(p, weights[name]) and p.requires_grad for name, p in model.named_parameters())
+    assert held[0] is model.bank and held[1] is model.counts and held[2] is model.lists["a"]
+    assert held[3] == model.assigned.data_ptr()
+    again = model.g.get_state(), model.numpy.bit_generator.state, model.python.getstate(), model.old.get_state()[2]
+    assert torch.equal(again[0], states[0]) and again[1:] == states[1:]
+
+
+def test_gradients_and_the_renormalized_rows_of_an_embedding_are_put_back():
+    def forward(m, ids):
+        x = m.e(ids)
+        m.side(x.detach()).sum().backward()
+        return m.b(m.n(x))
+
+    parts = dict(e=nn.Embedding(9, 16, max_norm=0.1), side=nn.Linear(16, 1), n=nn.LayerNorm(16), b=BinaryLinear(16, 4))
+    model = Of(forward, **parts)
+    model.side.weight.grad = torch.ones(1, 16)
+    before = model.e.weight.clone()
+    assert tapped(model, torch.randint(9, (5, 7))) == ["b"]
+    assert torch.equal(model.e.weight, before)
+    assert torch.equal(model.side.weight.grad, torch.ones(1, 16)) and model.side.bias.grad is None
+
+
+def test_no_parameter_is_copied_that_is_not_written(monkeypatch):
+    model = nn.Sequential(nn.Linear(16, 64), nn.LayerNorm(64), BinaryLinear(64, 64))
+    cloned, clone = [], torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda t, **k: cloned.append(t.shape) or clone(t, **k))
+    assert tapped(model, torch.randn(5, 16)) == ["2"]
+    assert torch.Size([64, 64]) not in cloned
+
+
+# -- codes -------------------------------------------------------------------------------------------------------
+
+
+def wide(act, *behind, width=16):
+    return nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), act, *behind, nn.Conv2d(width, 8, 3))
+
+
+SHIFTS = {
+    "scalar": (lambda m, x: Sign.apply(x - m.p), torch.tensor(0.0)),
+    "channel": (lambda m, x: Sign.apply(x + m.p), torch.zeros(1, 16, 1, 1)),
+    "vector": (lambda m, x: Sign.apply(x + m.p[:, None, None]), torch.zeros(16)),
+    "scaled": (lambda m, x: Sign.apply(x * 2 - m.p), torch.zeros(1)),
+}
+
+
+@pytest.mark.parametrize("function, start", SHIFTS.values(), ids=SHIFTS)
+def test_a_threshold_that_starts_at_zero_keeps_its_place(function, start):
+    parts = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)]
+    for _ in range(5):
+        act = Of(function, p=nn.Parameter(start.clone()))
+        parts += [nn.LeakyReLU(0.25), act, nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)]
+    assert tapped(nn.Sequential(*parts), X) == [str(i) for i in range(3, 23, 4)]
+
+
+SCALES = {
+    "token": lambda m, x: Sign.apply(x) * x.abs().mean(-1, keepdim=True).detach(),
+    "token_opaque": lambda m, x: torch.einsum("bnc,bn->bnc", Sign.apply(x), x.abs().mean(-1).detach()),
+    "token_and_channel": lambda m, x: Sign.apply(x) * x.abs().mean(-1, keepdim=True) * m.p,
+    "place": lambda m, x: Sign.apply(x) / x.abs().amax((0, 2), keepdim=True).detach(),
+    "expanded": lambda m, x: x.abs().mean((1, 2), keepdim=True).expand_as(x) * Sign.apply(x),
+}
+
+
+@pytest.mark.parametrize("function", SCALES.values(), ids=SCALES)
+@pytest.mark.parametrize("shape", [(4, 64, 8), (2, 197, 8)])
+def test_codes_may_have_a_scale_for_each_token(function, shape):
+    act = Of(function, p=nn.Parameter(torch.rand(64) + 0.5))
+    assert tapped(nn.Sequential(nn.Linear(8, 64), nn.LayerNorm(64), act, nn.Linear(64, 8)), torch.zeros(shape)) == ["2"]
+
+
+def test_codes_may_have_a_scale_for_each_pixel():
+    act = Of(lambda m, x: Sign.apply(x) * x.abs().mean(1, keepdim=True).detach())
+    assert tapped(wide(act), torch.zeros(4, 3, 24, 24)) == ["2"]
+
+
+def test_products_inside_a_custom_function_count():
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, w):
+            ctx.save_for_backward(x, w)
+            return F.linear(x, w) if x.ndim > 2 else x.mm(w.t())
+
+        @staticmethod
+        def backward(ctx, g):
+            x, w = ctx.saved_tensors
+            return g.mm(w), g.t().mm(x)
+
+    class Both(Product):
+        @staticmethod
+        def forward(ctx, x, w):
+            b = torch.sign(x)
+            ctx.save_for_backward(b, w)
+            return b @ w.t()
+
+    def linear(function=Product):
+        return Of(lambda m, x: function.apply(x, m.w), w=nn.Parameter(torch.randn(16, 16)))
+
+    for shape in ((8, 16), (4, 5, 16)):
+        norm = nn.LayerNorm(16)
+        assert tapped(nn.Sequential(linear(), norm, Binary(), linear()), torch.randn(shape)) == ["2"]
+    # Its sign is hidden in the function: there is no gradient of a_B that the user chose.
+    assert "2" in reasons(nn.Sequential(linear(), nn.BatchNorm1d(16), linear(Both)), torch.randn(8, 16))
+
+
+JOINS = {
+    "codes_and_products": lambda m, b: torch.cat([-b * b.roll(1, -1), b], 1),
+    "codes_twice": lambda m, b: torch.cat([b, -b], 1),
+    "codes_and_padding": lambda m, b: torch.cat([b, torch.ones_like(b)], 1),
+    "halves": lambda m, b: torch.cat([b[:, 8:], b[:, :8], b], 1),
+    "stacked": lambda m, b: torch.stack([b, b.flip(-1)], 2).flatten(1, 2),
+}
+
+
+@pytest.mark.parametrize("join", JOINS.values(), ids=JOINS)
+def test_a_join_is_not_paired_with_the_latent_of_a_part(join):
+    model = nn.Sequential(nn.Conv1d(3, 16, 1), nn.BatchNorm1d(16), Binary(), Of(join), nn.LazyConv1d(8, 1))
+    example = torch.randn(8, 3, 20)
+    model(example)
+    found = [f for f in find_binary_activations(model, example) if f.tapped]
+    assert [(f.name, f.channels, f.latent_channels) for f in found] == [("2", 16, 16)]
+
+
+CONSTANT = {
+    "shifted": lambda m, x: Sign.apply(x + 9),
+    "after_relu": lambda m, x: Sign.apply(F.relu(x)),
+    "detach_trick": lambda m, x: x + ((x > 9).float() - x).detach(),
+    "scaled": lambda m, x: Sign.apply(x - 9) * 0.3,
+    "rounded": lambda m, x: x + (x.clamp(0, 1).mul(0.1).round() - x).detach(),
+}
+
+
+@pytest.mark.parametrize("function", CONSTANT.values(), ids=CONSTANT)
+def test_a_sign_that_is_constant_at_first_is_tapped_where_the_call_is_known(function):
+    assert tapped(wide(Of(function)), X) == ["2"]
+
+
+def test_a_constant_operand_that_no_known_call_made_is_listed():
+    assert "one value" in reasons(wide(Of(lambda m, x: (x * 1e6 + 1e9).clamp(-1, 1))), X)["2"]
+
+
+SUMS = {
+    "residual": (lambda m, x: (a := Sign.apply(x)) * 0.8 + Sign.apply(x - 0.8 * a) * 0.4, 2),
+    "sign_and_noise": (lambda m, x: Sign.apply(x) + 0.1 * torch.randn_like(x), 1),
+    "bases": (lambda m, x: sum(b * Sign.apply(x + s) for b, s in ((0.5, -0.5), (0.7, 0.0), (0.9, 0.5))), 3),
+    "stacked": (lambda m, x: torch.stack([Sign.apply(x - 0.5), Sign.apply(x + 0.5)]).mean(0), 2),
+}
+
+
+@pytest.mark.parametrize("function, count", SUMS.values(), ids=SUMS)
+def test_the_codes_in_a_sum_are_tapped_each(function, count):
+    assert len(tapped(wide(Of(function)), X)) == count
+
+
+def test_a_sum_with_something_continuous_is_no_binary_operand():
+    assert find_binary_activations(wide(Of(lambda m, x: Sign.apply(x) + F.gelu(x))), X) == []
+
+
+@pytest.mark.parametrize("rare", [(0.0, 1.0), (0.0, 3.0), (-1.0, 1.0)])
+def test_a_quantizer_is_listed_wherever_its_rare_values_lie(rare):
+    def act(m, x):
+        hard = torch.where(x > 0, *map(torch.tensor, (2.0, rare[0])))
+        hard = torch.where(x > x.amax() * 0.98, torch.tensor(rare[1]), hard)
+        return x + (hard - x).detach()
+
+    (found,) = find_binary_activations(wide(Of(act)), torch.randn(4, 3, 40, 40))
+    assert not found.tapped and "3 values" in found.reason
+
+
+def test_what_its_latent_does_not_tell_is_no_sign_of_it():
+    def act(m, x):
+        other = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)) + 0 * x.detach()
+        return x + ((other > 0).float() * 2 - 1 - x).detach()
+
+    assert tapped(wide(Of(act)), X) == []
+
+
+# -- names -------------------------------------------------------------------------------------------------------
+
+
+def test_names_say_where_in_a_forward():
+    def attention(m, x):
+        q, k, v = (Sign.apply(layer(x)) for layer in (m.query, m.key, m.value))
+        return (q @ k.transpose(1, 2)) @ v
+
+    parts = {name: nn.Linear(16, 16) for name in ("query", "key", "value")}
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), Of(attention, **parts))
+    assert tapped(model, torch.randn(4, 6, 8)) == ["2: query", "2: key", "2: value"]
+
+
+def test_equal_codes_of_one_latent_are_one_tap():
+    layers = {name: BinaryLinear(16, 16) for name in ("query", "key", "value")}
+    model = nn.Sequential(
+        nn.Linear(8, 16), nn.LayerNorm(16), Of(lambda m, x: m.query(x) * m.key(x) + m.value(x), **layers)
+    )
+    assert tapped(model, torch.randn(4, 6, 8)) == ["2.query"]
+
+
+def test_names_are_unique():
+    def forward(m, x):
+        for _ in range(3):
+            x = m.conv(m.act(m.norm(x)))
+        return x
+
+    parts = dict(norm=nn.BatchNorm2d(3), act=Binary(), conv=nn.Conv2d(3, 3, 1))
+    assert tapped(nn.Sequential(nn.Conv2d(3, 3, 1), Of(forward, **parts)), X) == ["1.act", "1.act#2", "1.act#3"]

@@ -1,0 +1,447 @@
+"""Which forward pass a loss is taken of."""
+
+import copy
+import gc
+import io
+import pickle
+import threading
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cmim_plugin import CMIM, CMIMError, CMIMWarning
+from networks import BIREAL, METHODS, Binary, BinaryConv, X, Y, a_loss, assert_same, batch, gradients, network, told
+
+each_method = pytest.mark.parametrize("recipe", METHODS.values(), ids=METHODS)
+
+
+class Failing(nn.Module):
+    """Fails on demand, after its taps have been passed."""
+
+    def __init__(self, recipe=BIREAL):
+        super().__init__()
+        self.body = network(recipe)
+        self.fails = False
+
+    def forward(self, x):
+        x = self.body(x)
+        if self.fails:
+            raise ValueError("out of memory")
+        return x
+
+
+@pytest.fixture
+def clean_stack():
+    """No mode is left on torch's stack; what a failing test would leave is taken down."""
+    yield
+    left = torch.overrides._get_current_function_mode_stack()
+    for _ in list(left):
+        torch.overrides._pop_mode()
+    assert left == []
+
+
+def assert_nothing_captured(model, cmim):
+    with pytest.raises(CMIMError, match="No forward pass"):
+        cmim(model)
+
+
+# -- one pass, one loss --------------------------------------------------------------------------------------------
+
+
+def test_a_loss_without_a_forward_pass_is_refused_and_one_pass_gives_one_loss():
+    model = network()
+    cmim = CMIM(model, X)
+    with pytest.raises(CMIMError, match=r"No forward pass .* Call model\(x\) with gradients enabled"):
+        cmim(model)
+    a_loss(model, cmim)
+    with pytest.raises(CMIMError, match="one forward pass gives one loss"):
+        cmim(model)
+
+
+def test_the_loss_is_that_of_the_last_pass():
+    model, reference = network(), network()
+    cmim, other = CMIM(model, X), CMIM(reference, X)
+    model(batch(seed=7)[0])
+    model(X)
+    reference(X)
+    assert_same(cmim(model), other(reference))
+
+
+def test_a_pass_in_eval_mode_is_captured_too():
+    model = network().eval()
+    cmim = CMIM(model, X)
+    model(X)
+    cmim(model).backward()
+    assert model.conv1.weight.grad.any()
+
+
+def test_a_pass_in_eval_mode_does_not_replace_one_in_training_mode_that_waits_for_its_loss():
+    losses = []
+    for evaluated in (False, True):
+        model = network()
+        cmim = CMIM(model, X)
+        model(X)
+        if evaluated:
+            model.eval()
+            model(batch(seed=7)[0])  # with gradients, as an adversarial attack or a saliency map takes it
+            model.train()
+        losses.append(cmim(model))
+        assert_nothing_captured(model, cmim)
+    assert_same(losses[1], losses[0])
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_a_pass_without_gradients_is_not_captured_and_does_not_replace_one_that_waits(without):
+    losses = []
+    for evaluated in (False, True):
+        model = network()
+        cmim = CMIM(model, X)
+        if evaluated:
+            with without():
+                model(X)
+            assert_nothing_captured(model, cmim)
+        model(X)
+        if evaluated:
+            with without():
+                model.eval()(batch(seed=5)[0][:3])
+            model.train()
+        losses.append(cmim(model))
+    assert_same(losses[1], losses[0])
+
+
+def test_a_loss_asked_for_without_gradients_says_how_to_leave_it_out_of_the_validation():
+    model = network()
+    cmim = CMIM(model, X)
+    with torch.no_grad():
+        model.eval()(X)
+        with pytest.raises(
+            CMIMError, match=r"under torch\.no_grad\(\).*write: if model\.training: loss = loss \+ cmim"
+        ):
+            cmim(model)
+
+
+def test_another_model_and_a_part_of_the_model_are_refused():
+    model = network()
+    cmim = CMIM(model, X)
+    model(X)
+    with pytest.raises(
+        CMIMError, match="another model than the Sequential passed in: pass the model that you attached to"
+    ):
+        cmim(network())
+    with pytest.raises(CMIMError, match="another model than the Unit"):
+        cmim(model.layer1[0])
+    cmim(model)
+    model.layer1(torch.randn(2, 4, 4, 4))
+    assert_nothing_captured(model, cmim)
+
+
+def test_wrappers_are_seen_through():
+    losses = []
+    for wrap in (lambda model: model, lambda model: torch.compile(model, backend="eager"), nn.DataParallel):
+        model = network()
+        cmim = CMIM(wrap(model), X)
+        called = wrap(model)
+        called(X)
+        losses.append(cmim(called))
+    assert_same(losses[1:], losses[:1] * 2)
+
+
+def test_another_batch_size_and_resolution_than_the_examples_is_taken():
+    model = network()
+    cmim = CMIM(model, X)
+    for shape in ((2, 2, 4, 4), (9, 2, 6, 8), (3, 2, 3, 5)):
+        assert a_loss(model, cmim, torch.randn(shape)).item() > 0
+
+
+# -- passes that do not come to their end --------------------------------------------------------------------------
+
+
+@each_method
+def test_a_pass_that_raised_is_not_captured_and_does_not_bring_back_the_one_before(recipe, clean_stack):
+    model = Failing(recipe)
+    cmim = CMIM(model, X)
+    model(X)
+    model.fails = True
+    with pytest.raises(ValueError, match="out of memory"):
+        model(X)
+    assert_nothing_captured(model, cmim)
+    model.fails = False
+    assert a_loss(model, cmim).isfinite()
+
+
+@each_method
+def test_a_pass_that_raised_within_a_tapped_module_is_not_captured(recipe, clean_stack):
+    model = network(recipe)
+    cmim = CMIM(model, X)
+    layer = model.layer2[0].conv
+    weight, layer.weight = layer.weight, nn.Parameter(torch.randn(8, 3, 3, 3))
+    with pytest.raises(RuntimeError):
+        model(X)
+    assert torch.overrides._get_current_function_mode_stack() == []
+    assert_nothing_captured(model, cmim)
+    layer.weight = weight
+    assert a_loss(model, cmim).isfinite()
+
+
+@each_method
+def test_an_interrupted_pass_is_not_captured_and_the_next_one_is(recipe, clean_stack):
+    model, reference = network(recipe), network(recipe)
+    cmim, undisturbed = CMIM(model, X), CMIM(reference, X)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.layer2[0].conv.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(X)
+    handle.remove()
+    assert_nothing_captured(model, cmim)
+    with torch.no_grad():
+        assert_same(model.eval()(X), copy.deepcopy(model)(X))
+    model.train()
+    assert_nothing_captured(model, cmim)
+    assert_same(a_loss(model, cmim), a_loss(reference, undisturbed))
+
+
+def test_a_pass_within_an_exception_handler_is_captured():
+    model = network()
+    cmim = CMIM(model, X)
+    try:
+        raise ValueError("the first batch is broken")
+    except ValueError:
+        loss = a_loss(model, cmim)
+    assert loss.isfinite()
+
+
+# -- passes of other shapes ----------------------------------------------------------------------------------------
+
+
+class CallsItself(nn.Module):
+    """The second call, within the first, computes the stem."""
+
+    def __init__(self, recursive):
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.first, self.second = (BinaryConv(4, 4, 3, padding=1) for _ in range(2))
+        self.recursive = recursive
+
+    def forward(self, x, inner=False):
+        if inner:
+            return self.first(self.stem(x))
+        return self.second(self(x, inner=True) if self.recursive else self.first(self.stem(x)))
+
+
+def test_a_forward_that_calls_itself_is_one_pass():
+    losses = []
+    for recursive in (True, False):
+        torch.manual_seed(0)
+        model = CallsItself(recursive)
+        cmim = CMIM(model, X)
+        losses.append(a_loss(model, cmim))
+        assert list(cmim.metrics) == ["first", "second"]
+        assert_nothing_captured(model, cmim)
+    assert_same(losses[1], losses[0])
+
+
+class ReturnsNone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x):
+        self.result = self.body(x)
+
+
+def test_a_forward_that_returns_none_is_captured():
+    model = ReturnsNone()
+    cmim = CMIM(model, X)
+    assert a_loss(model, cmim).item() > 0
+
+
+def in_a_thread(function):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_each_thread_has_a_pass_of_its_own():
+    model, reference = network(), network()
+    cmim, alone = CMIM(model, X, heads_lr=0), CMIM(reference, X, heads_lr=0)
+    other = batch(seed=5)[0]
+    model(X)
+    in_a_thread(lambda: model(other))
+    assert_same(cmim(model), a_loss(reference, alone))
+    with pytest.raises(CMIMError, match="the model ran in another one"):
+        cmim(model)
+    assert in_a_thread(lambda: a_loss(model, cmim, other)).isfinite()
+
+
+def test_a_chosen_tap_that_was_not_reached_gives_zero_with_its_graph_and_one_warning():
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(2, 4, 3, padding=1)
+            self.first, self.second = (nn.Sequential(Binary(), nn.Conv2d(4, 4, 3, padding=1)) for _ in range(2))
+            self.short = False
+
+        def forward(self, x):
+            x = self.first(self.stem(x))
+            return (x if self.short else self.second(x)).mean((2, 3))
+
+    with told() as warned:
+        model = Sometimes()
+        cmim = CMIM(model, X, taps_per_step=1)
+        model.short = True
+        for labels in (None, Y):
+            losses = {}
+            for _ in range(2):
+                (name,) = cmim.scheduled
+                logits = model(X)
+                losses[name] = cmim(model, labels=labels)
+                (F.cross_entropy(logits, Y) + losses[name]).backward()
+            assert losses["first.0"] > 0
+            assert losses["second.0"] == 0 and losses["second.0"].requires_grad
+    assert warned == ["The forward pass did not reach tap second.0. It adds nothing to the loss."]
+
+
+def test_layers_that_were_frozen_add_nothing_and_are_told_once():
+    model = network(units=2)
+    cmim = CMIM(model, X)
+    model.conv1.requires_grad_(False)
+    model.bn1.requires_grad_(False)
+    with told() as warned:
+        for _ in range(2):
+            a_loss(model, cmim).backward()
+    assert len(warned) == 1 and "layer1.0.binary: its binary activation came without a gradient" in warned[0]
+    assert "layer1.0.binary" not in cmim.metrics and "layer1.1.binary" in cmim.metrics
+    model.requires_grad_(False)
+    model(X)
+    with pytest.raises(CMIMError, match="came without a gradient"):
+        cmim(model)
+
+
+def test_pruned_channels_are_told_by_the_taps_name_and_not_by_the_models_forward():
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), Binary(), nn.Conv2d(4, 4, 1), Binary(), nn.Conv2d(4, 3, 1))
+    cmim = CMIM(model, X)
+    model[2], model[4] = nn.Conv2d(4, 3, 1), nn.Conv2d(3, 3, 1)
+    assert model(X).shape[1] == 3
+    with pytest.raises(CMIMError, match=r"Tap 3: it has 3 channels, and had 4 when CMIM was attached.*attach again"):
+        cmim(model)
+
+
+def test_hooks_that_others_cleared_are_told():
+    model = network()
+    cmim = CMIM(model, X)
+    for module in model.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    model(X)
+    with pytest.raises(CMIMError, match="hooks other code cleared"):
+        cmim(model)
+
+
+@each_method
+def test_forward_hooks_that_others_cleared_leave_the_models_forward_alone(recipe, clean_stack):
+    model = network(recipe)
+    expected = copy.deepcopy(model)(X)
+    cmim = CMIM(model, X)
+    for module in model.modules():
+        module._forward_hooks.clear()
+    assert_same(model(X), expected)
+    with pytest.raises(CMIMError):
+        cmim(model)
+
+
+# -- copies of the model -------------------------------------------------------------------------------------------
+
+
+def copies(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    yield copy.deepcopy(model)
+    yield pickle.loads(pickle.dumps(model))
+    yield torch.load(file, weights_only=False)
+    yield torch.optim.swa_utils.AveragedModel(model)
+
+
+@each_method
+def test_a_copy_is_a_plain_model_and_the_original_goes_on(recipe):
+    reference_model, model = network(recipe), network(recipe)
+    reference, cmim = CMIM(reference_model, X), CMIM(model, X)
+    for duplicate in copies(model):
+        expected = reference_model(X)
+        assert_same(model(X), expected)
+        other = batch(seed=9)[0]
+        assert_same(duplicate.train()(other), copy.deepcopy(reference_model)(other))
+        with pytest.raises(CMIMError, match=r"attached to another model than the .* passed in"):
+            cmim(duplicate)
+        # The pass of the copy has not taken the place of the original's.
+        assert_same(cmim(model), reference(reference_model))
+        duplicate(X)
+        assert_nothing_captured(model, cmim)
+
+
+def test_a_copy_can_be_trained_with_a_plug_in_of_its_own():
+    model = network()
+    cmim = CMIM(model, X)
+    duplicate = copy.deepcopy(model)
+    own = CMIM(duplicate, X)
+    model(X)
+    duplicate(X)
+    own(duplicate).backward()
+    assert not gradients(model)
+    cmim(model).backward()
+    assert gradients(model)
+    cmim.remove()
+    assert a_loss(duplicate, own).isfinite()
+
+
+def test_a_copy_outlives_the_original_which_the_plug_in_does_not_keep_alive():
+    model = network()
+    cmim = CMIM(model, X)
+    duplicate = copy.deepcopy(model)
+    expected = model(X)
+    cmim(model).backward()
+    del model
+    gc.collect()
+    with pytest.raises(CMIMError, match="another model"):
+        cmim(duplicate)
+    assert_same(duplicate(X), expected)
+
+
+# -- what was forgotten is told ------------------------------------------------------------------------------------
+
+
+def test_passes_without_a_loss_are_told_once_after_a_hundred():
+    model = network()
+    cmim = CMIM(model, X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CMIMWarning)
+        for _ in range(99):
+            model(X)
+        cmim(model)
+        for _ in range(99):
+            model(X)
+        with torch.no_grad():
+            model(X)
+    with told() as warned:
+        for _ in range(110):
+            model(X)
+    assert len(warned) == 1 and "captured 100 forward passes" in warned[0] and "cmim.remove()" in warned[0]
+    assert a_loss(model, cmim).isfinite()
+
+
+def test_that_warning_does_not_stop_the_models_forward_where_warnings_are_errors():
+    model = network()
+    cmim = CMIM(model, X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CMIMWarning)
+        for _ in range(101):
+            model(X)
+    assert a_loss(model, cmim).isfinite()

@@ -1,0 +1,215 @@
+"""Checkpoints, copies and moves of the plug-in."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cmim_plugin import CMIM, CMIMError, find_binary_activations
+from networks import X, Y, a_loss, assert_same, batch, network, teacher
+
+SETTINGS = {
+    "image": {"instances": "image"},
+    "position": {"num_positions": 10},
+    "some taps": {"num_positions": 10, "taps_per_step": 1},
+    "queue": {"num_positions": 10, "queue_size": 17, "taps_per_step": 2},
+    "own optimizer": {"num_positions": 10, "heads_lr": 0},
+}
+
+
+class Whole(nn.Module):
+    """What a training framework checkpoints: a module that holds model and plug-in."""
+
+    def __init__(self, seed=0, **settings):
+        super().__init__()
+        self.model = network(seed=seed, units=2)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.cmim = CMIM(self.model, X, **settings)
+
+
+def training(seed=0, **settings):
+    whole = Whole(seed, **settings)
+    return whole, torch.optim.SGD(whole.model.parameters(), lr=0.1, momentum=0.9)
+
+
+def train(whole, optimizer, steps) -> list:
+    """Everything that a step shows, bit by bit."""
+    seen = []
+    for step in steps:
+        x, y = batch(seed=step)
+        scheduled = whole.cmim.scheduled
+        loss = F.cross_entropy(whole.model(x), y)
+        loss += whole.cmim(whole.model, labels=y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        metrics = {tap: {key: v.item() for key, v in of.items()} for tap, of in whole.cmim.metrics.items()}
+        seen.append((scheduled, loss.item(), metrics))
+    return seen
+
+
+def stored(states):
+    """Through a file, as only tensors may be loaded from it."""
+    file = io.BytesIO()
+    torch.save(states, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_every_value_of_the_state_is_a_tensor_and_nothing_of_the_model_is_in_it():
+    model, other = network(), teacher()
+    keys = list(model.state_dict())
+    cmim = CMIM(model, X, embed_dim=8, queue_size=5, teacher=other)
+    assert list(model.state_dict()) == keys
+    state = cmim.state_dict()
+    assert all(isinstance(value, Tensor) for value in state.values())
+    assert sum(value.numel() for value in state.values()) < 2000
+    # Four heads of 4 channels, and two moments for each of their weights.
+    assert sum(value.numel() for key, value in state.items() if ".heads." in key) == 3 * 4 * 4 * 8 + 1
+    own = {tensor.data_ptr() for net in (model, other) for tensor in net.state_dict().values()}
+    assert not own & {tensor.data_ptr() for tensor in state.values()}
+    assert not {*cmim.modules()} & {*model.modules(), *other.modules()}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+def test_a_resumed_run_repeats_the_unbroken_one_bit_by_bit(settings, assign):
+    unbroken = training(seed=0, **settings)
+    train(*unbroken, range(3))
+    states = stored([part.state_dict() for part in unbroken])
+    metrics = unbroken[0].cmim.metrics
+    expected = train(*unbroken, range(3, 8))
+
+    whole, optimizer = training(seed=77, **settings)
+    whole.load_state_dict(states[0], assign=assign)
+    if assign:  # the parameters are others now
+        optimizer = torch.optim.SGD(whole.model.parameters(), lr=0.1, momentum=0.9)
+    optimizer.load_state_dict(states[1])
+    assert_same(whole.cmim.metrics, metrics)
+    assert train(whole, optimizer, range(3, 8)) == expected
+    assert_same(dict(whole.state_dict()), dict(unbroken[0].state_dict()))
+
+
+def test_a_checkpoint_between_backward_and_the_next_loss_holds_the_step_that_is_due():
+    whole, optimizer = training()
+    for _ in range(2):
+        a_loss(whole.model, whole.cmim).backward()
+    state = stored(whole.cmim.state_dict())
+    assert state["contrast.heads.steps"] == 2
+    twin = Whole(seed=5)
+    twin.model.load_state_dict(whole.model.state_dict())
+    twin.cmim.load_state_dict(state)
+    assert_same(a_loss(twin.model, twin.cmim), a_loss(whole.model, whole.cmim))
+
+
+def test_loading_drops_the_gradient_that_was_left_and_keeps_the_weights_trainable():
+    whole, _ = training(num_positions=10)
+    state = stored(whole.cmim.state_dict())
+    for assign in (False, True):
+        a_loss(whole.model, whole.cmim).backward()
+        whole.cmim.load_state_dict(state, assign=assign)
+        whole.cmim.heads.step()
+        assert whole.cmim.heads.steps == 0
+        assert_same(whole.cmim.heads.weights.detach(), state["contrast.heads.weights"])
+        a_loss(whole.model, whole.cmim).backward()
+        whole.cmim.heads.step()
+        assert whole.cmim.heads.steps == 1
+        state = stored(Whole(num_positions=10).cmim.state_dict())
+
+
+def test_the_state_of_other_taps_is_refused_even_where_its_shapes_fit():
+    names = [f.name for f in find_binary_activations(network(units=2), X)]
+    states = {}
+    for taps in (names[1:], names[:3]):  # channels 4 4 8 and 4 4 4
+        cmim = CMIM(network(units=2), X, taps=taps)
+        states[tuple(taps)] = cmim.state_dict()
+    with pytest.raises(CMIMError, match=r"other taps(.|\n)*Found:  \[\[4, 4\], \[4, 4\], \[8, 8\]\]"):
+        cmim.load_state_dict(states[tuple(names[1:])])
+    state = cmim.state_dict()
+    cmim.load_state_dict(state)
+
+
+def test_other_names_of_the_same_taps_are_taken():
+    """A wrapper around the model puts a prefix before them."""
+    plain = network()
+    state = CMIM(plain, X).state_dict()
+    wrapped = nn.Sequential(network())
+    CMIM(wrapped, X).load_state_dict(state)
+
+
+def test_an_average_over_the_module_that_holds_model_and_plug_in_takes_their_states():
+    whole, optimizer = training()
+    average = torch.optim.swa_utils.AveragedModel(whole, use_buffers=True)
+    train(whole, optimizer, range(2))
+    average.update_parameters(whole)
+    for name, tensor in average.module.state_dict().items():
+        assert torch.isfinite(tensor).all() or "_loaded" in name, name
+    assert_same(average.module.model(X), copy.deepcopy(average.module.model)(X))
+    whole.cmim.load_state_dict(average.module.cmim.state_dict())
+    train(whole, optimizer, range(1))
+
+
+def test_a_copy_of_model_and_plug_in_gives_no_loss_and_the_original_goes_on():
+    whole, twin_of = Whole(), Whole()
+    a_loss(whole.model, whole.cmim).backward()
+    twin = copy.deepcopy(whole)
+    assert_same(dict(twin.state_dict()), dict(whole.state_dict()))
+    assert_same(twin.model.eval()(X), whole.model.eval()(X))
+    twin.model.train()(X)
+    with pytest.raises(CMIMError):
+        twin.cmim(twin.model)
+    a_loss(twin_of.model, twin_of.cmim).backward()
+    assert_same(a_loss(whole.model.train(), whole.cmim), a_loss(twin_of.model, twin_of.cmim))
+    # The state of the copy can be loaded where training goes on.
+    whole.cmim.load_state_dict(twin.cmim.state_dict())
+    assert a_loss(whole.model, whole.cmim).requires_grad
+
+
+def test_pickling_the_plug_in_is_refused_with_what_to_do_instead():
+    with pytest.raises(CMIMError, match=r"Save cmim\.state_dict\(\)"):
+        pickle.dumps(Whole().cmim)
+
+
+@pytest.mark.parametrize("move", [lambda c: c.to("cpu"), lambda c: c.float(), lambda c: c.double().float()])
+def test_moving_the_plug_in_changes_neither_positions_nor_schedule_nor_loss(move):
+    runs = []
+    for moved in (False, True):
+        whole, optimizer = training(num_positions=10, taps_per_step=1, queue_size=7)
+        seen = train(whole, optimizer, range(2))
+        if moved:
+            move(whole.cmim)
+        runs.append(seen + train(whole, optimizer, range(2, 5)))
+    assert [step[0] for step in runs[0]] == [step[0] for step in runs[1]]
+    for found, expected in zip(*runs, strict=True):
+        assert found[1] == pytest.approx(expected[1], rel=1e-6)
+        assert found[2].keys() == expected[2].keys()
+
+
+def test_positions_written_into_draws_after_a_move_or_a_load_are_those_of_the_next_pass():
+    whole, _ = training(num_positions=10, heads_lr=0)
+    draws = whole.cmim.draws.clone()
+    expected = a_loss(whole.model, whole.cmim)
+    for change in (
+        lambda: whole.cmim.double().float(),
+        lambda: whole.cmim.load_state_dict(stored(whole.cmim.state_dict())),
+        lambda: whole.cmim.load_state_dict(stored(whole.cmim.state_dict()), assign=True),
+    ):
+        change()
+        whole.cmim.draws.copy_(draws)
+        assert_same(a_loss(whole.model, whole.cmim), expected)
+
+
+def test_training_goes_on_in_eval_mode_of_the_plug_in_and_after_zero_grad():
+    whole, _ = training(num_positions=10)
+    whole.cmim.eval()
+    whole.cmim.requires_grad_(True)
+    for _ in range(2):
+        a_loss(whole.model, whole.cmim, labels=Y).backward()
+        whole.zero_grad()
+    whole.cmim.heads.step()
+    assert whole.cmim.heads.steps == 2

@@ -1,0 +1,126 @@
+"""A full-precision network whose activations stand in for the latents."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from cmim_plugin import CMIM, CMIMError
+from networks import METHODS, X, a_loss, assert_same, batch, everything, gradients, leftover_hooks, network, teacher
+
+each_method = pytest.mark.parametrize("recipe", METHODS.values(), ids=METHODS)
+each_instance = pytest.mark.parametrize("instances", ["image", "position"])
+
+
+class WithSpare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = teacher()
+        self.spare = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@each_method
+@each_instance
+def test_a_teacher_matched_by_name_stands_in_for_the_latents_and_stays_as_it_was(recipe, instances):
+    model, other = network(recipe), teacher(recipe, width=8)
+    before = copy.deepcopy(other.state_dict())
+    cmim = CMIM(model, X, teacher=other, instances=instances)
+    assert [(tap.channels, tap.latent_channels) for tap in cmim.taps] == [(4, 8), (4, 8)]
+    assert "teacher's activation" in str(cmim)
+    loss = a_loss(model, cmim)
+    loss.backward()
+    assert loss.item() > 0 and model.conv1.weight.grad.any()
+    assert not gradients(other)
+    assert_same(other.state_dict(), before)
+    assert not other.training
+    cmim.remove()
+    assert not leftover_hooks(model) and not leftover_hooks(other)
+
+
+def test_a_teacher_runs_once_on_the_batch_of_the_step_without_gradients():
+    model, other = network(), teacher()
+    cmim = CMIM(model, X, teacher=other)
+    seen = []
+    other.register_forward_pre_hook(lambda module, args: seen.append((args[0], torch.is_grad_enabled())))
+    x = batch(seed=8)[0]
+    a_loss(model, cmim, x)
+    assert len(seen) == 1 and seen[0][0] is x and seen[0][1] is False
+    with torch.no_grad():
+        model(x)  # a pass that is not captured needs no teacher
+    assert len(seen) == 1
+
+
+def test_a_teacher_is_matched_by_an_explicit_mapping():
+    model, other = network(), teacher(units=2)
+    cmim = CMIM(model, X, teacher=other, teacher_modules={"layer2.0.binary": "layer2.1.binary"}, instances="image")
+    assert [tap.latent_channels for tap in cmim.taps] == [4, 8]
+    assert a_loss(model, cmim).item() > 0
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ({"teacher_modules": {"layer9": "fc"}}, r"taps that do not exist: \['layer9'\]. .*layer1.0.binary"),
+        ({"teacher_modules": {"layer1.0.binary": "body"}}, "no module for these taps.*'body'.*teacher_modules="),
+        ({"teacher": WithSpare()}, "no module for these taps: .*layer1.0.binary.*body.layer1"),
+        (
+            {
+                "teacher": WithSpare(),
+                "teacher_modules": {"layer1.0.binary": "spare", "layer2.0.binary": "body.layer2.0.binary"},
+            },
+            r"did not run in its forward: \['spare'\]",
+        ),
+        ({"teacher_modules": {"layer1.0.binary": "fc"}}, r"layer1.0.binary has shape \(6, 8\).*2 spatial dimensions"),
+        ({"teacher": None, "teacher_modules": {"layer1.0.binary": "fc"}}, "without a teacher"),
+    ],
+    ids=["unknown tap", "unknown module", "other names", "did not run", "another rank", "no teacher"],
+)
+def test_a_teacher_that_does_not_fit_is_refused(arguments, said):
+    model, arguments = network(), {"teacher": teacher(), **arguments}
+    before = everything(model)
+    with pytest.raises(CMIMError, match=said):
+        CMIM(model, X, **arguments)
+    assert everything(model) == before
+
+
+def test_the_network_itself_is_refused_as_its_teacher():
+    model = network()
+    with pytest.raises(CMIMError, match="The teacher is the binary network itself"):
+        CMIM(model, X, teacher=model)
+
+
+def test_a_teacher_with_another_number_of_positions_pairs_by_image_only():
+    # The pooled map of the teacher has one position, the tap has 16.
+    arguments = {"teacher": teacher(), "teacher_modules": {"layer1.0.binary": "pool"}}
+    model = network()
+    with pytest.raises(CMIMError, match=r"layer1\.0\.binary.* positions"):
+        a_loss(model, CMIM(model, X, **arguments))
+    model = network()
+    assert a_loss(model, CMIM(model, X, instances="image", **arguments)).item() > 0
+
+
+def test_a_teacher_in_training_mode_is_refused_by_the_loss_and_not_by_the_models_forward():
+    model, other = network(), teacher()
+    cmim = CMIM(model, X, teacher=other)
+    other.train()
+    expected = copy.deepcopy(model)(X)
+    assert_same(model(X), expected)
+    with pytest.raises(CMIMError, match=r"training mode.*call teacher\.eval\(\)"):
+        cmim(model)
+    other.eval()
+    assert a_loss(model, cmim).item() > 0
+
+
+def test_a_teacher_that_fails_is_told_by_the_loss_and_not_by_the_models_forward():
+    model, other = network(), teacher()
+    cmim = CMIM(model, X, teacher=other)
+    handle = other.register_forward_pre_hook(lambda module, args: args[0].expand(-1, 9, -1, -1))
+    assert model(X).isfinite().all()
+    with pytest.raises(CMIMError, match="RuntimeError: The expanded size"):
+        cmim(model)
+    handle.remove()
+    assert a_loss(model, cmim).item() > 0
