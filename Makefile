@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 18
 
-demo: $(INSTALLED) ## train IR-Net and Bi-Real without and with CMIM, and compare (DEMO_ARGS=--quick for a short one)
+demo: $(INSTALLED) ## train IR-Net and Bi-Real without and with CMIM: what their codes keep (DEMO_ARGS=--quick for a short one)
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 test: $(INSTALLED) ## lint, check types, run the tests (PYTEST_ARGS="-k name" for some of them)

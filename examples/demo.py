@@ -1,7 +1,7 @@
 """What CMIM does to a binary network, in one picture: IR-Net and Bi-Real Net on digits, without and with it.
 
-    python examples/demo.py            some three minutes on two CPU cores; nothing is downloaded
-    python examples/demo.py --quick    less than one: fewer seeds, shorter training
+    python examples/demo.py            two to three minutes on two CPU cores; nothing is downloaded
+    python examples/demo.py --quick    about one: shorter training
 
 Every network is trained, then frozen. To see what its binary codes keep of their latents, heads are trained on the
 frozen network, the same way whether it was trained with CMIM or not, and `cmim.report` looks at held-out images.
@@ -31,6 +31,8 @@ from cmim_plugin import CMIM
 METHODS = {"IR-Net": irnet.ResNet, "Bi-Real Net": bireal.ResNet}
 ARMS = {"without": "tab:gray", "with CMIM": "tab:blue"}
 EXAMPLE = torch.zeros(2, 1, 8, 8)
+WIDTH = 8  # channels of the first layers: so few bits have something to lose
+CANDIDATES = 256  # positions among which a code has to tell its own latent
 
 
 @dataclass
@@ -74,8 +76,8 @@ def look(model: nn.Module, x: Tensor, held_out: list[Tensor], steps: int) -> tup
     """Train fresh heads on the frozen network, then report: what is kept, what could be, channels of one code."""
     model.eval()  # normalizes as in the report
     torch.manual_seed(0)  # the same heads for every network
-    cmim = CMIM(model, EXAMPLE)
-    for batch in torch.randint(len(x), (steps, 50)):
+    cmim = CMIM(model, EXAMPLE, num_positions=CANDIDATES)
+    for batch in torch.randint(len(x), (steps, 100)):
         model(x[batch])
         cmim(model).backward()  # the heads take their step; the network has no optimizer
     report = cmim.report(model, held_out)
@@ -89,7 +91,7 @@ def run(job: tuple[str, str, int], epochs: int, steps: int) -> Seen:
     torch.set_num_threads(1)  # a process a core
     x, y, x_test, y_test = digits()
     torch.manual_seed(seed)  # both arms start from the same weights and see the same batches
-    model = METHODS[method](units=2, in_channels=1)
+    model = METHODS[method](units=2, in_channels=1, width=WIDTH)
     cmim = CMIM(model, EXAMPLE) if arm == "with CMIM" else None
     train(model, method, x, y, epochs, cmim)
     if cmim:
@@ -109,74 +111,74 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
 def tell(method: str, runs: dict[str, list[Seen]]) -> None:
     kept = {arm: np.array([seen.kept for seen in runs[arm]]) for arm in ARMS}  # seeds x layers
     accuracy = {arm: np.array([seen.accuracy for seen in runs[arm]]) for arm in ARMS}
-    print(f"\n{method:12}{'kept by layer (nats)':^{8 * kept['without'].shape[1]}}dead  accuracy (95 % interval)")
+    layers = "".join(f"  layer {i + 1}" for i in range(kept["without"].shape[1]))
+    print(f"\n{method:12}{layers}  dead channels  accuracy (95 % interval)")
     for arm in ARMS:
         dead = np.mean([seen.dead for seen in runs[arm]])
-        layers = "".join(f"{value:8.2f}" for value in kept[arm].mean(0))
+        layers = "".join(f"{value:9.2f}" for value in kept[arm].mean(0))
         mean, low, high = interval(accuracy[arm])
-        print(f"  {arm:10}{layers}  {dead:4.1f} %  {mean:.1f} % ({low:.1f} to {high:.1f})")
-    differences = kept["with CMIM"] - kept["without"]
+        print(f"  {arm:10}{layers}  {dead:11.1f} %  {mean:.1f} % ({max(low, 0):.1f} to {min(high, 100):.1f})")
+    layers = "".join(f"{value:+9.2f}" for value in (kept["with CMIM"] - kept["without"]).mean(0))
     mean, low, high = interval(accuracy["with CMIM"] - accuracy["without"])
-    layers = "".join(f"{value:+8.2f}" for value in differences.mean(0))
-    print(f"  {'difference':10}{layers}          {mean:+.1f} points ({low:+.1f} to {high:+.1f})", flush=True)
+    print(f"  {'difference':10}{layers}                 {mean:+.1f} points ({low:+.1f} to {high:+.1f})", flush=True)
 
 
 def draw(runs: dict[str, dict[str, list[Seen]]], path: str) -> None:
-    figure = Figure(figsize=(11, 6.4), layout="constrained")
-    grid = figure.subplots(len(METHODS), 3, width_ratios=(2.4, 2.4, 1), sharex="col", sharey="col")
+    figure = Figure(figsize=(11, 6.6), layout="constrained")
+    grid = figure.subplots(len(METHODS), 3, width_ratios=(2.6, 2.2, 1.2), sharex="col", sharey="col")
+    most_dead = max(max(seen.dead) for arms in runs.values() for several in arms.values() for seen in several)
     for (first, second, third), (method, arms) in zip(grid, runs.items(), strict=True):
         first.set_ylabel(method, fontsize=13, fontweight="bold")
-        for shift, (arm, color) in zip((-0.2, 0.2), ARMS.items(), strict=True):
-            for axes, values in (
-                (first, np.array([seen.kept for seen in arms[arm]])),
-                (second, np.array([seen.dead for seen in arms[arm]])),
-                (third, np.array([[seen.accuracy] for seen in arms[arm]])),
-            ):
+        for shift, (arm, color) in zip((-0.1, 0.1), ARMS.items(), strict=True):
+            kept, dead = (np.array([getattr(seen, name) for seen in arms[arm]]) for name in ("kept", "dead"))
+            for axes, values in ((first, kept), (second, dead)):
                 places = np.arange(1, values.shape[1] + 1) + shift
-                if axes is third:
-                    mean, low, high = interval(values[:, 0])
-                    axes.errorbar(places, mean, [[mean - low], [high - mean]], fmt="o", color=color, capsize=5)
-                else:
-                    axes.bar(places, values.mean(0), 0.38, color=color, label=arm)
-                axes.plot(np.tile(places, (len(values), 1)), values, ".", color="black", markersize=4, alpha=0.5)
+                axes.plot(places, values.mean(0), "-o", color=color, label=arm, linewidth=2)
+                axes.plot(np.tile(places, (len(values), 1)), values, ".", color=color, markersize=4, alpha=0.6)
+            values = np.array([seen.accuracy for seen in arms[arm]])
+            mean, low, high = interval(values)
+            third.errorbar(shift, mean, [[mean - low], [high - mean]], fmt="o", color=color, capsize=6)
+            third.plot(np.full(len(values), shift + 0.03), values, ".", color=color, markersize=5, alpha=0.6)
         first.axhline(arms["without"][0].ceiling, color="black", linestyle=":")
-        second.set_ylim(bottom=0)
-        third.set(xlim=(0.4, 1.6), xticks=[0.8, 1.2], xticklabels=list(ARMS))
-    grid[0, 0].set_title("what a code keeps of its latent\n(nats, at least; dotted: at most)")
-    grid[0, 1].set_title("channels that are always\n+1 or always -1 (%)")
-    grid[0, 2].set_title("test accuracy (%)\nand 95 % interval")
-    grid[0, 0].legend(loc="lower left", framealpha=1)
+        second.set_ylim(-2, max(30, 1.1 * most_dead))
+        third.set(xlim=(-0.25, 0.25), xticks=[-0.1, 0.1], xticklabels=["without", "with"])
+        for axes in (first, second, third):
+            axes.grid(axis="y", alpha=0.3)
+    grid[0, 0].set_title("what a code keeps of its latent\n(nats, at least; dotted: the most it could)")
+    grid[0, 1].set_title("dead channels (%)\nalways +1 or always -1")
+    grid[0, 2].set_title("accuracy (%)\n95 % interval")
+    grid[0, 0].legend(loc="lower right")
     for axes in grid[-1, :2]:
-        axes.set_xlabel("binary layer, from the input to the output")
-    figure.supxlabel("held-out digits; bars: mean over the seeds; points: one seed each", fontsize=9)
+        axes.set_xlabel("binary layer, from input to output")
+    figure.suptitle("Binary networks trained without and with CMIM, on held-out digits; small points: one seed each")
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2 seeds instead of 4, a third of the epochs")
-    parser.add_argument("--seed", type=int, default=0, help="the first of them")
+    parser.add_argument("--quick", action="store_true", help="half of the epochs")
+    parser.add_argument("--seed", type=int, default=0, help="the first of three")
     parser.add_argument("--output", default="demo.png")
     args = parser.parse_args()
-    count, epochs, steps = (2, 8, 150) if args.quick else (4, 25, 400)
+    seeds, epochs, steps = range(args.seed, args.seed + 3), *((10, 120) if args.quick else (20, 300))
 
-    jobs = [(m, arm, seed) for m in METHODS for seed in range(args.seed, args.seed + count) for arm in ARMS]
-    x, _, x_test, _ = digits()
-    print(
-        f"Handwritten digits, {len(x)} to train on, {len(x_test)} held out. ResNet-8, {count} seeds, {epochs} epochs."
-    )
-    print("How much of its latent does each layer's binary code keep on held-out images? At least, in nats:")
-    workers = min(len(jobs), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    x, _, held_out, _ = digits()
+    print(f"Handwritten digits: {len(x)} to train on, {len(held_out)} held out. ResNet-8, 3 seeds of {epochs} epochs.")
+    print("What each layer's binary code keeps of its latent on held-out images, in nats, at least:")
+    jobs = [(method, arm, seed) for method in METHODS for seed in seeds for arm in ARMS]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     runs: dict[str, dict[str, list[Seen]]] = {method: {arm: [] for arm in ARMS} for method in METHODS}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for (method, arm, _), seen in zip(jobs, pool.map(partial(run, epochs=epochs, steps=steps), jobs), strict=True):
+    with ProcessPoolExecutor(min(len(jobs), cores), mp_context=get_context("spawn")) as pool:
+        for (method, arm, seed), seen in zip(
+            jobs, pool.map(partial(run, epochs=epochs, steps=steps), jobs), strict=True
+        ):
             runs[method][arm].append(seen)
-            if sum(map(len, runs[method].values())) == 2 * count:
+            if (arm, seed) == (list(ARMS)[-1], seeds[-1]):
                 tell(method, runs[method])
     draw(runs, args.output)
-    print(f"\n{args.output} shows the same. A code could keep {seen.ceiling:.2f} nats at most (log of 64 candidates).")
-    print("This network is small and its images are easy: what CMIM is worth shows on your own. On CIFAR-10:")
-    print("  python examples/irnet.py --cmim-weight 0.1    and again with --cmim-weight 0")
+    print(f"\nThe same as a picture: {args.output}. A code could keep {seen.ceiling:.2f} at most, log of {CANDIDATES}.")
+    print("Small networks on easy images: whether CMIM helps, your own data say. On CIFAR-10, with and without:")
+    print("  python examples/irnet.py        python examples/irnet.py --cmim-weight 0")
 
 
 if __name__ == "__main__":
