@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks import ApproxSign, MagnitudeAwareConv2d, RPReLU, RSign, magnitude_aware
+from nets import ApproxSign, MagnitudeAwareConv2d, RPReLU, RSign, magnitude_aware
 
 # Output channels and stride of each block of ReActNet-A.
 BLOCKS = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)]
