@@ -103,7 +103,9 @@ def narrower(figure: Figure, path: Path) -> None:
     names = {"before": f"after epoch {EARLY}", "now": f"after epoch {EPOCHS}", "at most": "at most"}
     figure.legend(handles, [names[label] for label in labels], loc="outside lower center", ncols=3, frameon=False)
     for axes in figure.axes:
-        axes.set_title(axes.get_title().replace(", at least", ",\nat least").replace("retrieved", "\nretrieved"), fontsize=9)
+        axes.set_title(
+            axes.get_title().replace(", at least", ",\nat least").replace("retrieved", "\nretrieved"), fontsize=9
+        )
     figure.suptitle("")
     figure.set_size_inches(11, 3.2)
     figure.savefig(path, dpi=130)
