@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmim_plugin import CMIM, CMIMWarning
+from cmim_plugin import CMIM
 from cmim_plugin.heads import Heads
 from networks import Binary, X, Y, assert_same, batch, network, told
 
@@ -406,7 +406,9 @@ def test_losses_that_are_never_part_of_a_backward_pass_are_told_once():
 
 
 @pytest.mark.parametrize(
-    "backwards, settings", [(1, {}), (0, {"weight": 0}), (0, {"heads_lr": 0})], ids=["trained", "weight 0", "heads_lr 0"]
+    "backwards, settings",
+    [(1, {}), (0, {"weight": 0}), (0, {"heads_lr": 0})],
+    ids=["trained", "weight 0", "heads_lr 0"],
 )
 def test_heads_that_learn_or_are_not_meant_to_are_not_told(backwards, settings):
     assert losses(101, backwards, **settings) == []

@@ -214,7 +214,11 @@ def test_a_mask_leaves_taps_without_such_tokens_as_they_are():
 def test_a_mask_of_the_wrong_shape_and_one_beside_a_queue_are_refused():
     model = Tokens()
     cmim = CMIM(model, TOKENS)
-    for mask, found in ((MASK[:2], r"mask must be \(3, tokens\).* found shape \(2, 5\)"), (MASK[0], r"found shape \(5,\)"), ([1], "found list")):
+    for mask, found in (
+        (MASK[:2], r"mask must be \(3, tokens\).* found shape \(2, 5\)"),
+        (MASK[0], r"found shape \(5,\)"),
+        ([1], "found list"),
+    ):
         model(TOKENS)
         with pytest.raises(CMIMError, match=found):
             cmim(model, mask=mask)
@@ -550,7 +554,9 @@ def test_the_heads_get_the_rows_at_the_drawn_positions_and_no_others():
     cmim = CMIM(model, X, num_positions=7, taps=["layer1.0.binary"])
     (index,) = stratified_indices(cmim.draws, 6 * 16).tolist()
     seen = []
-    model.layer1[0].binary.register_forward_hook(lambda module, args, output: seen.append(output) or output.retain_grad())
+    model.layer1[0].binary.register_forward_hook(
+        lambda module, args, output: seen.append(output) or output.retain_grad()
+    )
     logits = model(X)
     (cmim(model) + 0 * F.cross_entropy(logits, Y)).backward()
     touched = seen[0].grad.abs().sum(1).flatten().nonzero().flatten().tolist()

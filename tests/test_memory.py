@@ -12,7 +12,20 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from cmim_plugin import CMIM, CMIMError
-from networks import BIREAL, METHODS, Binary, BinaryConv, MaskedSign, Storages, X, Y, a_loss, assert_same, gradients, network
+from networks import (
+    BIREAL,
+    METHODS,
+    Binary,
+    BinaryConv,
+    MaskedSign,
+    Storages,
+    X,
+    Y,
+    a_loss,
+    assert_same,
+    gradients,
+    network,
+)
 
 each_method = pytest.mark.parametrize("recipe", METHODS.values(), ids=METHODS)
 each_instance = pytest.mark.parametrize("instances", ["image", "position"])

@@ -221,7 +221,9 @@ def test_masked_rows_get_no_gradient_and_may_hold_anything_finite(objective):
         given = [torch.where(torch.tensor(MASK)[:, None], z, content) for z in (z_b, z_f)]
         losses.append(objective(*given, mask=torch.tensor(MASK), temperature=1.0))
     assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-12)
-    for z, grad in zip((z_b, z_f), torch.autograd.grad(objective(z_b, z_f, **tensors(mask=MASK)), (z_b, z_f)), strict=True):
+    for z, grad in zip(
+        (z_b, z_f), torch.autograd.grad(objective(z_b, z_f, **tensors(mask=MASK)), (z_b, z_f)), strict=True
+    ):
         assert [bool(row.any()) for row in grad] == MASK
         assert z.shape == grad.shape
 
@@ -387,7 +389,10 @@ def test_autocast_does_not_change_the_loss_or_its_gradient(objective, dtype):
         ({"labels": torch.zeros(6, dtype=torch.int64)}, r"of shape \(7,\), one a row; found shape \(6,\)"),
         ({"labels": torch.zeros(7, 1, dtype=torch.int64)}, r"found shape \(7, 1\)"),
         ({"labels": torch.zeros(7)}, r"found shape \(7,\), torch.float32"),
-        ({"mask": torch.ones(6, dtype=torch.bool)}, r"mask must be bool of shape \(7,\), one a row; found shape \(6,\)"),
+        (
+            {"mask": torch.ones(6, dtype=torch.bool)},
+            r"mask must be bool of shape \(7,\), one a row; found shape \(6,\)",
+        ),
         ({"mask": torch.ones(7)}, r"found shape \(7,\), torch.float32"),
         ({"z_b": torch.zeros(0, 6), "z_f": torch.zeros(0, 6)}, "there is no instance to contrast"),
         ({"z_b": torch.zeros(7, 6)}, "both be float64 or neither"),

@@ -117,7 +117,9 @@ def test_a_loss_asked_for_without_gradients_says_how_to_leave_it_out_of_the_vali
     cmim = CMIM(model, X)
     with torch.no_grad():
         model.eval()(X)
-        with pytest.raises(CMIMError, match=r"under torch\.no_grad\(\).*write: if model\.training: loss = loss \+ cmim"):
+        with pytest.raises(
+            CMIMError, match=r"under torch\.no_grad\(\).*write: if model\.training: loss = loss \+ cmim"
+        ):
             cmim(model)
 
 
@@ -125,7 +127,9 @@ def test_another_model_and_a_part_of_the_model_are_refused():
     model = network()
     cmim = CMIM(model, X)
     model(X)
-    with pytest.raises(CMIMError, match="another model than the Sequential passed in: pass the model that you attached to"):
+    with pytest.raises(
+        CMIMError, match="another model than the Sequential passed in: pass the model that you attached to"
+    ):
         cmim(network())
     with pytest.raises(CMIMError, match="another model than the Unit"):
         cmim(model.layer1[0])

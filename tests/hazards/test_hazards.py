@@ -105,7 +105,9 @@ def test_reentrant_checkpointing_switched_on_later_is_refused(inside):
 
 
 @pytest.mark.parametrize(
-    "reentrant, early_stop", [(True, True), (False, True), (False, False)], ids=["reentrant", "stopped early", "to the end"]
+    "reentrant, early_stop",
+    [(True, True), (False, True), (False, False)],
+    ids=["reentrant", "stopped early", "to the end"],
 )
 @each_way
 def test_recomputing_the_whole_model_is_no_forward_pass(inside, reentrant, early_stop):

@@ -75,7 +75,9 @@ class Windows(nn.Module):
 
 
 @pytest.mark.parametrize("instances", ["image", "position"])
-@pytest.mark.parametrize("make", [lambda: network(False), lambda: network(True), Windows], ids=["module", "conv", "window"])
+@pytest.mark.parametrize(
+    "make", [lambda: network(False), lambda: network(True), Windows], ids=["module", "conv", "window"]
+)
 def test_an_empty_batch_gives_a_loss_of_zero_with_its_graph(make, instances):
     model = make()
     cmim = CMIM(model, X, instances=instances)
@@ -116,7 +118,11 @@ def test_a_nested_batch_passes_through_the_model(layout):
 @pytest.mark.parametrize("how", [lambda model: model, compiled], ids=["eager", "compiled"])
 def test_pruned_channels_run_and_are_told(how):
     model, cmim = attached()
-    model[2][1], model[3], model[4][1] = nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Conv2d(8, 6, 3, padding=1)
+    model[2][1], model[3], model[4][1] = (
+        nn.Conv2d(4, 8, 3, padding=1),
+        nn.GroupNorm(2, 8),
+        nn.Conv2d(8, 6, 3, padding=1),
+    )
     how(model)(X)
     with pytest.raises(CMIMError, match=r"Tap 4.0: it has 8 channels, and had 6"):
         cmim(model)

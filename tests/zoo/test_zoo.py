@@ -5,9 +5,9 @@ import numbers
 
 import pytest
 import torch
+from cmim_plugin.taps import BINARY, LATENT, Taps
 
 from cmim_plugin import CMIM, CMIMError, find_binary_activations
-from cmim_plugin.taps import BINARY, LATENT, Taps
 
 from .registry import ZOO, Entry
 
