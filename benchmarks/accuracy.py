@@ -41,7 +41,7 @@ import loop  # noqa: E402
 from auxiliaries import OBJECTIVES, Balance, Contrast, distillation, smoothed  # noqa: E402
 from data import DATASETS, Data, device, load_data  # noqa: E402
 from inside import look  # noqa: E402
-from networks import BODIES, METHODS, binarize_weights, full_precision  # noqa: E402
+from nets import BODIES, METHODS, binarize_weights, full_precision  # noqa: E402
 
 # What differs from plain training. Keys that are neither in TRAINING nor in OWN are arguments of CMIM; `default` has
 # none, so that it follows the plug-in's defaults (each record has the resolved settings).
@@ -343,7 +343,7 @@ def commit(*scripts: str) -> str:
     def git(*command: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--", "cmim_plugin", "benchmarks/networks.py", *scripts)
+    changed = git("status", "--porcelain", "--", "cmim_plugin", "benchmarks/nets.py", *scripts)
     return (git("rev-parse", "--short=10", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 

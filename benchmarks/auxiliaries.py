@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cmim_plugin
-from networks import BinarySign
+from nets import BinarySign
 
 
 class Contrast:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Data
-from networks import BinaryConv2d, BinarySign
+from nets import BinaryConv2d, BinarySign
 
 IMAGES = 500  # that the codes are measured on
 

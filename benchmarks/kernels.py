@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmim_plugin import CMIM
-from networks import BODIES, METHODS
+from nets import BODIES, METHODS
 
 STAGES = ("forward", "loss", "backward", "optimizer")
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}

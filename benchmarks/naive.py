@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks import BinarySign
+from nets import BinarySign
 
 
 class Naive(nn.Module):

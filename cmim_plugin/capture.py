@@ -582,7 +582,7 @@ def _exit(listener: _Listener) -> None:
         _compat.leave_mode(listener)
 
 
-@torch.compiler.assume_constant_result
+@_compat.constant_when_compiled
 def _thread() -> int:
     return threading.get_ident()
 

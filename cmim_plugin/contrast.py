@@ -114,17 +114,16 @@ class Contrast(nn.Module):
         for k, size in sizes.items():
             if size:
                 groups[size, self._queued(k)].append(k)
+        # Those that were scheduled stand for all.
+        weights = self._layer_weights * (len(self.taps) / len(scheduled))
         parts = []
         for taps in groups.values():
             of_taps = [None if side is None else _side_by_side(side, taps, sizes) for side in (row_labels, row_mask)]
-            z_b, z_f = (_side_by_side(side, taps, sizes) for side in z)
+            z_b, z_f = _side_by_side(z, taps, sizes, 1)
             losses = self._losses(taps, z_b, z_f, *of_taps)
-            weights = torch.cat([self._layer_weights[k : k + 1] for k in taps]).to(losses.dtype)
-            parts.append(losses.dot(weights))
+            parts.append(losses.dot(torch.cat([weights[k : k + 1] for k in taps]).to(losses.dtype)))
         self._steps = min(self._steps + 1, _FIRST_STEPS)
-        # Those that were scheduled stand for all.
-        scale = len(self.taps) / len(scheduled)
-        return scale * sum(parts[1:], parts[0]) if parts else z.sum()  # a zero with a graph, where no rank has rows
+        return sum(parts[1:], parts[0]) if parts else z.sum()  # a zero with a graph, where no rank has rows
 
     def embeddings(
         self, captured: Pass, labels: Tensor | None, mask: Tensor | None
@@ -192,9 +191,9 @@ class Contrast(nn.Module):
     def sync(self, schedule: Schedule) -> None:
         """Start from the state of rank 0 on all ranks."""
         for part in (self, schedule):
-            own = part.state_dict()
-            distributed.broadcast(own.values(), self.heads.weights.device)
-            part.load_state_dict(own)
+            state = part.state_dict()
+            distributed.broadcast(state.values(), self.heads.weights.device)
+            part.load_state_dict(state)  # what is kept beside the tensors follows them
         self.synced = True
 
     def metrics(self) -> dict[str, dict[str, Tensor]]:
@@ -327,9 +326,9 @@ def _of_all(pairs: Sequence[tuple[str, Pair]], of: Callable[[str, Pair], Tensor]
     return torch.cat(found) if found else like.new_zeros(0)
 
 
-def _side_by_side(rows: Tensor, taps: list[int], sizes: dict[int, int]) -> Tensor:
-    """``(taps, n, ...)``: the rows of those taps, which have ``n`` each, out of the rows of all."""
+def _side_by_side(rows: Tensor, taps: list[int], sizes: dict[int, int], dim: int = 0) -> Tensor:
+    """``(..., taps, n, ...)``: the rows of those taps, which have ``n`` each, out of the rows of all in ``dim``."""
     if len(taps) == len(sizes):
-        return rows.unflatten(0, (len(taps), -1))
-    parts = dict(zip(sizes, rows.split(list(sizes.values())), strict=True))
-    return torch.stack([parts[k] for k in taps])
+        return rows.unflatten(dim, (len(taps), -1))
+    parts = dict(zip(sizes, rows.split(list(sizes.values()), dim), strict=True))
+    return torch.stack([parts[k] for k in taps], dim)

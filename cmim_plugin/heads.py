@@ -126,8 +126,8 @@ class Heads(nn.Module):
             grad = grad.detach().clone()
             self.weights.grad = torch.zeros_like(grad)
         size = torch.linalg.vector_norm(grad, 1)
-        # Where the size is zero, infinite or NaN, its quotient by itself is NaN; anywhere else it is 1.
-        skip = 1 - (size / size).nan_to_num().to(torch.float32)
+        # A number's remainder by itself is 0. It is NaN where the number is zero, infinite or NaN: those are skipped.
+        skip = size.fmod(size).nan_to_num(1.0).to(torch.float32)
         adam_step(self.weights, grad, self.exp_avg, self.exp_avg_sq, self.steps, skip, self.lr)
         grad.zero_()
 

@@ -48,7 +48,10 @@ class Queue(nn.Module):
         at = (self.pushed + torch.arange(len(z_b), device=self.labels.device)) % size
         self.embeddings_b[at] = z_b.to(self.embeddings_b.dtype).nan_to_num()
         self.embeddings_f[at] = z_f.to(self.embeddings_f.dtype).nan_to_num()
-        self.labels[at] = NO_LABEL if labels is None else labels[-size:].to(self.labels.dtype)
+        if labels is None:
+            self.labels.index_fill_(0, at, NO_LABEL)  # ``self.labels[at] = NO_LABEL`` copies from the host
+        else:
+            self.labels[at] = labels[-size:].to(self.labels.dtype)
         self.pushed += len(z_b)
         self.filled = min(self.filled + len(z_b), size)
 

@@ -23,8 +23,7 @@ from . import distributed
 from .capture import Capture, Pass
 from .contrast import Contrast, check_rows
 from .discovery import BatchSource, Layout, is_two_valued
-from .discovery.trace import as_inputs, tensors_in
-from .discovery.state import force_eager, preserve_generators
+from .discovery.trace import as_inputs, force_eager, preserve_generators, tensors_in
 from .errors import CMIMError, CMIMWarning
 from .sampling import Schedule, new_draws, stratified_indices
 from .teacher import Teacher

@@ -15,36 +15,56 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
 
 from bireal import BinaryActivation
 from cmim_plugin import CMIM
 
 
 class CMIMTrainer(Trainer):
-    """Adds the loss of `cmim` to the model's in training, logs it, and keeps its state beside the model's."""
+    """Adds the loss of `cmim` to the model's in training, logs it, and keeps its state with the checkpoints."""
 
     def __init__(self, *args: Any, cmim: CMIM, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.cmim = cmim.to(self.args.device)
+        self.add_callback(SaveCMIM(cmim))
 
-    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
-            loss = loss + self.cmim(model) / self.args.gradient_accumulation_steps
+            # The Trainer divides the loss by the number of accumulated batches, unless the model has done that.
+            divided = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            loss = loss + self.cmim(model) / (self.args.gradient_accumulation_steps if divided else 1)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log(logs | self.cmim.scalars() if "loss" in logs else logs, *args, **kwargs)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        super()._save_checkpoint(*args, **kwargs)
-        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        torch.save(self.cmim.state_dict(), folder / "cmim.pt")
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)
+        if folder:
+            self.cmim.load_state_dict(torch.load(Path(folder, "cmim.pt"), weights_only=True))
+        return super().train(folder, **kwargs)
 
-    def _load_from_checkpoint(self, folder: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_checkpoint(folder, *args, **kwargs)
-        self.cmim.load_state_dict(torch.load(Path(folder, "cmim.pt"), weights_only=True))
+
+class SaveCMIM(TrainerCallback):
+    def __init__(self, cmim: CMIM) -> None:
+        self.cmim = cmim
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        torch.save(self.cmim.state_dict(), Path(args.output_dir, f"checkpoint-{state.global_step}", "cmim.pt"))
 
 
 class BinaryLinear(nn.Linear):
@@ -81,6 +101,7 @@ def sequences(count: int, length: int, seed: int) -> list[dict[str, Tensor]]:
 def main(argv: list[str] | None = None) -> CMIMTrainer:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--every", type=int, default=100, help="steps from one evaluation and checkpoint to the next")
     parser.add_argument("--accumulation", type=int, default=1, help="backward passes a step")
     parser.add_argument("--cmim-weight", type=float, default=0.1, help="0: the baseline")
     parser.add_argument("--output", default="runs/transformers")
@@ -97,14 +118,15 @@ def main(argv: list[str] | None = None) -> CMIMTrainer:
         output_dir=args.output,
         max_steps=args.steps,
         per_device_train_batch_size=32,
+        use_cpu=not torch.cuda.is_available(),
         gradient_accumulation_steps=args.accumulation,
         learning_rate=1e-3,
         warmup_steps=20,
         max_grad_norm=1.0,
-        logging_steps=20,
+        logging_steps=min(20, args.every),
         eval_strategy="steps",
-        eval_steps=100,
-        save_steps=100,
+        eval_steps=args.every,
+        save_steps=args.every,
         report_to=[],
         disable_tqdm=True,
     )

@@ -12,7 +12,7 @@ import auxiliaries
 import data
 import inside
 import loop
-import networks
+import nets
 import tables
 import why
 from accuracy import Run
@@ -74,8 +74,8 @@ def test_validation_tests_on_training_images_that_are_not_trained_on() -> None:
 def test_a_step_and_all_its_annealing_compile_once(method) -> None:
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    how = networks.METHODS[method]
-    model = networks.resnet(how.recipe, 4, stages=1, units=1, width=4)
+    how = nets.METHODS[method]
+    model = nets.resnet(how.recipe, 4, stages=1, units=1, width=4)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(6, 3, 8, 8)
     for epoch in range(3):
@@ -92,20 +92,20 @@ def test_a_step_and_all_its_annealing_compile_once(method) -> None:
 def test_the_estimator_of_ir_net_has_the_slope_of_k_tanh_tx() -> None:
     x = torch.randn(5, dtype=torch.float64, requires_grad=True)
     t, k = torch.tensor(2.0), torch.tensor(1.5)
-    (found,) = torch.autograd.grad(networks.DecayingSign.apply(x, t, k).sum(), x)
+    (found,) = torch.autograd.grad(nets.DecayingSign.apply(x, t, k).sum(), x)
     (expected,) = torch.autograd.grad((1.5 * torch.tanh(2 * x)).sum(), x)
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("method", networks.METHODS)
+@pytest.mark.parametrize("method", nets.METHODS)
 def test_real_weights_give_what_the_binary_activations_times_them_give(method) -> None:
-    model = networks.resnet(networks.METHODS[method].recipe, 4, stages=1, units=1, width=4)
+    model = nets.resnet(nets.METHODS[method].recipe, 4, stages=1, units=1, width=4)
     x = torch.randn(2, 4, 8, 8)
     conv, unit = model.layer1[0].conv, model.layer1[0]
-    networks.binarize_weights(model, False)
-    expected = F.conv2d(networks.sign(x), conv.weight, padding=1)
+    nets.binarize_weights(model, False)
+    expected = F.conv2d(nets.sign(x), conv.weight, padding=1)
     torch.testing.assert_close(conv(unit.binary(x)), expected)
-    networks.binarize_weights(model, True)
+    nets.binarize_weights(model, True)
     assert not torch.allclose(conv(unit.binary(x)), expected)
 
 
@@ -130,7 +130,7 @@ def test_redundancy_is_zero_for_balanced_independent_bits_and_falls_by_its_gradi
 
 
 def test_balance_leaves_the_forward_pass_alone_and_reaches_the_weights_before_a_code() -> None:
-    model = networks.resnet(networks.BIREAL, 4, stages=1, units=2, width=4)
+    model = nets.resnet(nets.BIREAL, 4, stages=1, units=2, width=4)
     x = torch.randn(4, 3, 8, 8)
     expected = model(x)
     balance = auxiliaries.Balance(model, weight=2.0)
@@ -284,7 +284,7 @@ def test_another_configuration_or_another_default_is_refused(smoke, monkeypatch)
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_the_loop_fits_its_training_images(optimizer, images) -> None:
     torch.manual_seed(0)
-    model = networks.resnet(networks.BIREAL, 3, stages=1, units=2, width=8)
+    model = nets.resnet(nets.BIREAL, 3, stages=1, units=2, width=8)
     schedule = loop.Schedule(30, 6, optimizer, lr=0.05 if optimizer == "sgd" else 1e-2, weight_decay=0.0)
     history = loop.train(model, images, schedule, seed=0)
     assert history.train_loss[-1] < 0.5 * history.train_loss[0]

@@ -90,6 +90,9 @@ _STEPS |= {"greater", "greater_equal", "less", "less_equal", "signbit", "bernoul
 _NORMS = frozenset({"batch_norm", "instance_norm", "layer_norm", "group_norm", "normalize", "softmax"})
 # An operand of at most a few values among so many elements is listed as quantized to more than one bit.
 _FEW_AMONG = 256
+_RECURRENT = frozenset({"gru", "lstm", "rnn_tanh", "rnn_relu", "multi_head_attention_forward"})
+# How far equal samples are apart at most, in distances between different ones.
+_EQUAL, _ALIKE = 0.02, 0.85
 # Calls that are followed back at most.
 _DEPTH = 12
 
@@ -257,6 +260,7 @@ class _Analysis:
             for result in event.results:
                 self._note_binarizing(event, result)
         self.inner = self._first_product()
+        self.mixed = min((_first_mixing(other) for other in others), default=len(trace.sightings))
 
     # -- 1. operands ---------------------------------------------------------------------------------------------
 
@@ -649,7 +653,8 @@ class _Analysis:
             # Codes drawn at random differ between equal samples: the latent tells.
             if side is binary and side.value.shape == latent.value.shape:
                 by_sample = True
-            if by_sample is False:
+            # What dropout or a rounding error changes grows through the layers: as many rows as samples tell more.
+            if by_sample is False and (rows != batch or self.mixed < 1 << 62):
                 return f"the rows of one sample do not follow each other in its first dimension: {shapes}"
             if by_sample is None and rows != batch:
                 return f"which rows belong to one sample could not be seen: {shapes}; try an example of random values"
@@ -666,10 +671,14 @@ class _Analysis:
 
     def _is_by_sample(self, side: Sighting) -> bool | None:
         """Whether equal samples have equal values; None where that could not be seen."""
-        # After dropout and stochastic binarization they are only alike.
-        limit = 0.85 if self.trace.draws else 1e-2
-        seen = [s.value.apart for s in (side, *self.again.get(side.site, ())) if s.value.apart is not None]
-        return min(seen) < limit if seen else None
+        seen = [s for s in (side, *self.again.get(side.site, ())) if s.value.apart is not None]
+        if not seen:
+            return None
+        nearest = min(seen, key=lambda s: s.value.apart or 0.0)
+        # After dropout and stochastic binarization, or by signs that flip on a rounding error, they are only alike.
+        # Not exactly equal behind a call that told equal ones apart: a recurrent layer, say, and these are time steps.
+        apart = nearest.value.apart or 0.0
+        return apart < (_ALIKE if nearest.seq < self.mixed else _EQUAL)
 
     # -- values --------------------------------------------------------------------------------------------------
 
@@ -682,6 +691,19 @@ class _Analysis:
             step = max(1, len(value.values) // 32)
             self._fingerprints[key] = value.numel, tuple(value.values[::step][:32].tolist())
         return self._fingerprints[key]
+
+
+def _first_mixing(trace: Trace) -> int:
+    """When the first call got equal values for equal samples, and returned different ones."""
+    for event in trace.events if not trace.draws else ():
+        if event.name not in _RECURRENT:
+            continue
+        given = [s.value.apart for s in event.arguments if s.value.apart is not None]
+        results = [s.value.apart or 0.0 for s in event.results]
+        equal = bool(given) and all(apart < 1e-6 for apart in given)
+        if equal and any(_EQUAL < apart < _ALIKE for apart in results):
+            return event.seq
+    return 1 << 62
 
 
 def _key(value: Snapshot, pattern: Tensor) -> tuple[int, int]:

@@ -89,7 +89,7 @@ def batch_sources(model: nn.Module, inputs: Inputs) -> dict[int, BatchSource]:
 
 
 def is_offsets(inputs: Inputs, source: BatchSource) -> bool:
-    """Whether all that has one entry a sample is in rising order: where samples start in another tensor, not samples."""
+    """Whether all that has one entry a sample is in rising order: places in another tensor where samples start."""
     tensors = [t for path, t in tensors_in(inputs) if (path, 0) in source.places]
     rising = [t.ndim == 1 and not t.is_floating_point() and bool((t.diff() >= 0).all()) for t in tensors]
     return bool(rising) and all(rising)

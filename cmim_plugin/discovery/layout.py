@@ -49,9 +49,8 @@ class Layout:
             first, step = index * channels, 1
         else:
             step = self.spatial_shape(shape).numel()
-            row = index // step
             # Each row of the first dimension holds all its channels before the next row starts.
-            first = index + row * ((channels - 1) * step)
+            first = torch.add(index, index // step, alpha=(channels - 1) * step)
         return first.unsqueeze(-1) + torch.arange(0, channels * step, step, device=index.device)
 
     def pooled(self, x: Tensor, batch: int | None = None) -> Tensor:

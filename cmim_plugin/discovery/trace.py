@@ -339,8 +339,16 @@ def _more(model: nn.Module, traces: list[Trace]) -> bool:
 def _trace(model: nn.Module, inputs: Inputs, batch: int, twins: bool = False) -> Trace:
     recorder = _Recorder(model, batch, twins)
     states, drawn = (random.getstate(), _numpy_position()), torch.get_rng_state()
-    with recorder.attached(), recorder:
-        model(*inputs[0], **inputs[1])
+    # Dropout would make equal samples different.
+    drops = [m for m in model.modules() if twins and type(m).__name__.startswith("Drop") and m.training]
+    for module in drops:
+        module.training = False
+    try:
+        with recorder.attached(), recorder:
+            model(*inputs[0], **inputs[1])
+    finally:
+        for module in drops:
+            module.training = True
     recorder.trace.decides |= states != (random.getstate(), _numpy_position())
     recorder.trace.draws |= recorder.trace.decides or not torch.equal(drawn, torch.get_rng_state())
     return recorder.trace

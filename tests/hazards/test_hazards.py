@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import re
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -714,3 +716,17 @@ def test_eval_mode_of_the_plug_in_changes_nothing(inside):
     model, cmim = attached(inside)
     cmim.eval()
     assert works_as_if_new(model, cmim, attached(inside))
+
+
+# -- the table -----------------------------------------------------------------------------------------------------
+
+
+def test_the_tests_that_the_table_names_exist():
+    here = Path(__file__).parent
+    missing = []
+    for file, name in re.findall(r"`(\w+)::(\w+)`", (here / "README.md").read_text()):
+        path = here / f"test_{file}.py"
+        path = path if path.exists() else here.parent / f"test_{file}.py"
+        if f"def {name}(" not in path.read_text():
+            missing.append(f"{file}::{name}")
+    assert not missing

@@ -17,6 +17,7 @@ from torch import nn
 from . import nets_block as block
 from . import nets_layer as layer
 from . import nets_module as module
+from . import nets_structure as structure
 from . import nets_untapped as untapped
 from .common import ActConvNorm, Net
 
@@ -33,6 +34,10 @@ def tokens(batch):
     mask = torch.ones(batch, 6)
     mask[:, 5] = torch.arange(batch) % 2
     return {"input_ids": torch.randint(0, 20, (batch, 6)), "attention_mask": mask}
+
+
+def sequences(batch):
+    return torch.randn(batch, 6, 5), torch.arange(batch, 0, -1).clamp(max=6)
 
 
 def graphs(batch):
@@ -284,6 +289,23 @@ ZOO = [
     Entry("super_resolution", block.SuperResolution,
           ["body.0.binary_activation", "body.1.binary_activation", "up.binary_activation"]),
     Entry("segmentation", block.Segmentation, ["down.0", "up", "fuse.0"], oracle=signed(name="down.0")),
+    # --- sums, joins, scales, random structure, frozen and hidden parts -------------------------------------
+    Entry("skipped_layers", lambda: Net(structure.SkippedLayers(rate=0.002)),
+          [f"body.0.blocks.{i}.act" for i in range(5)]),
+    Entry("residual_binarization", lambda: Net(structure.ResidualBinarization()), ["body.0", "body.0#2"]),
+    Entry("sign_plus_noise", partial(blocks, structure.NoisySign), ACTS),
+    Entry("codes_and_products", lambda: Net(structure.CodesAndProducts()), ["body.0.act"],
+          oracle=signed(name="body.0.act")),
+    Entry("token_scale", structure.TokenScale, [ROOT]),
+    Entry("pixel_scale", partial(blocks, structure.PixelScale), ACTS, oracle=scaled((1,))),
+    Entry("zero_threshold", partial(blocks, structure.ZeroThreshold), ACTS, oracle=signed()),
+    Entry("dead_sign", lambda: Net(ActConvNorm(module.ClampSign()), ActConvNorm(structure.DeadSign())), ACTS,
+          oracle=signed()),
+    Entry("hidden_product", lambda: Net(module.ClampSign(), structure.HiddenConv2d(), nn.BatchNorm2d(8)), ["body.0"],
+          oracle=signed(name="body.0")),
+    Entry("own_generator", lambda: Net(structure.LazyGenerator()), ["body.0.block.act"]),
+    Entry("frozen_stem", structure.frozen_stem, ACTS, oracle=signed(), first="body.0.conv.weight"),
+    Entry("packed_sequences", structure.Packed, [ROOT], inputs=sequences),
     # --- beside what must not be tapped -------------------------------------------------------------------
     Entry("no_grad_branch", lambda: Net(untapped.NoGradBranch()), ["body.0.main.act"],
           untapped=["body.0.encode"], oracle=signed(name="body.0.main.act")),
