@@ -9,7 +9,7 @@ A section `<!-- KIND: NAMES -->` ... `<!-- end -->` is rewritten. NAMES may end 
     table: NAME              all arms of one file
     pooled: NAME minus:ARM   a row an arm, its differences to ARM (`none` if not given) over the pairs of all methods
     dense: NAME              dense prediction
-    overhead: KIND DEVICE    one of the tables of overhead_report.py, from results/overhead.json
+    overhead: KIND DEVICE    `step` or `memory`: a table of overhead.py, from results/overhead.jsonl
 
 A number within a sentence stands between `<!-- number: KIND ... -->` and `<!-- end -->`:
 
@@ -33,10 +33,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import overhead_report
 
+import overhead
 from accuracy import ARMS, RESULTS, ROOT, arm_options, beside, read_results
-from overhead import read_results as read_overhead
 
 DOCUMENTS = [
     ROOT / "README.md",
@@ -341,9 +340,7 @@ def pooled(records: Records, arms: list[str]) -> str:
     reference = next((arm.removeprefix("minus:") for arm in arms if arm.startswith("minus:")), "none")
     arms = [arm for arm in arms if not arm.startswith("minus:")]
     accuracy = by_seed(records)
-    named = arms or [
-        a for a in dict.fromkeys(a for _, a in accuracy) if a not in (beside(a, "none"), beside(a, reference))
-    ]
+    named = arms or [a for a in dict.fromkeys(a for _, a in accuracy) if a not in (beside(a, "none"), beside(a, reference))]
     pairs = {arm: differences(accuracy, arm, reference) for arm in named}
     pairs = {arm: of_method for arm, of_method in pairs.items() if any(of_method.values())}
     methods = sorted({method for of_arm in pairs.values() for method in of_arm})
@@ -357,7 +354,9 @@ def pooled(records: Records, arms: list[str]) -> str:
     return "\n".join(lines) + "\n\n" + note + caption(records) if pairs else "No results yet."
 
 
-def differences(accuracy: dict[tuple[str, str], dict[int, float]], arm: str, reference: str) -> dict[str, list[float]]:
+def differences(
+    accuracy: dict[tuple[str, str], dict[int, float]], arm: str, reference: str
+) -> dict[str, list[float]]:
     """Method -> arm minus reference, over the seeds that both have."""
     found = {}
     for (method, own), values in accuracy.items():
@@ -402,11 +401,11 @@ def number(wanted: list[str], results: Path, overhead_records: Records) -> str:
             return "not measured yet"
         mean, half = paired_difference(np.zeros(len(together)), together)
         return f"{mean:+.2f} points (95 % CI {mean - half:+.2f} to {mean + half:+.2f}, {len(together)} pairs)"
-    shown = overhead_report.of(overhead_records, "step", name)
+    shown = [record for record in overhead_records if record["config"]["device"] == name]
     if kind == "cases":
-        return f"{len(shown)}"
+        return f"{sum(record['arm'] == overhead.BARE for record in shown)}"
     if kind == "cost":
-        ratios = [record["arms"][rest[0]]["ratio"]["median"] for record in shown if rest[0] in record["arms"]]
+        ratios = [record["ratio"] for record in shown if record["arm"] == rest[0]]
         return f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "not measured yet"
     raise SystemExit(f"No such number: {' '.join(wanted)}")
 
@@ -479,13 +478,13 @@ def split_names(text: str) -> tuple[list[str], list[str]]:
 
 def fill(text: str, results: Path) -> str:
     """The document with its marked sections rewritten."""
-    overhead_records = list(read_overhead(results / "overhead.json").values())
+    overhead_records = overhead.read_results(results / "overhead.jsonl")
 
     def section(match: re.Match[str]) -> str:
         begin, kind, wanted, end = match.groups()
         names, arms = split_names(wanted)
         if kind == "overhead":
-            content = overhead_report.table(overhead_records, names[0], *names[1:2], names[2:])
+            content = overhead.table(overhead_records, names[0], names[1], names[2:])
         elif kind == "gains":
             content = gains_table(gains(names, arms, results))
         elif kind == "summary":
@@ -521,9 +520,6 @@ def main() -> None:
     for theme, path in PICTURES.items():
         if found:
             draw(found, theme, path)
-    records = list(read_overhead(RESULTS / "overhead.json").values())
-    for device in sorted({record["case"]["device"] for record in records}):
-        overhead_report.plot(records, device, RESULTS / f"overhead-{device}.png")
 
 
 if __name__ == "__main__":
