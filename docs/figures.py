@@ -22,7 +22,7 @@ sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "benchmarks")]
 
 from cmim_plugin import CMIM, Report  # noqa: E402
 from data import Data, load_data  # noqa: E402
-from networks import BODIES, METHODS  # noqa: E402
+from nets import BODIES, METHODS  # noqa: E402
 from tables import THEMES  # noqa: E402
 
 EPOCHS, EARLY, BATCH = 40, 5, 64
@@ -103,7 +103,9 @@ def narrower(figure: Figure, path: Path) -> None:
     names = {"before": f"after epoch {EARLY}", "now": f"after epoch {EPOCHS}", "at most": "at most"}
     figure.legend(handles, [names[label] for label in labels], loc="outside lower center", ncols=3, frameon=False)
     for axes in figure.axes:
-        axes.set_title(axes.get_title().replace(", at least", ",\nat least").replace("retrieved", "\nretrieved"), fontsize=9)
+        axes.set_title(
+            axes.get_title().replace(", at least", ",\nat least").replace("retrieved", "\nretrieved"), fontsize=9
+        )
     figure.suptitle("")
     figure.set_size_inches(11, 3.2)
     figure.savefig(path, dpi=130)
