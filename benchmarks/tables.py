@@ -33,8 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 import overhead_report
+
 from accuracy import ARMS, RESULTS, ROOT, arm_options, beside, read_results
 from overhead import read_results as read_overhead
 

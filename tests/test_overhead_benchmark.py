@@ -6,12 +6,12 @@ import math
 from functools import partial
 
 import numpy as np
+import overhead_report
 import pytest
 import torch
 from torch.testing import assert_close
 
 import overhead
-import overhead_report
 import tables
 from cmim_plugin import CMIM, info_nce
 from naive import Naive, naive_info_nce
