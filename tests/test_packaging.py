@@ -1,4 +1,4 @@
-"""What a user installs: torch and packaging are all it needs, it is typed, it has one version, and it ships the code."""
+"""What a user installs: torch and packaging are all it needs, it is typed, it has one version, all its code is there."""
 
 import ast
 import importlib.metadata
