@@ -1,4 +1,4 @@
-"""What a user installs: torch and packaging are all it needs, it is typed, it has one version, all its code is there."""
+"""What a user installs: torch and packaging are all it needs, it is typed, and all of its code is in the packages."""
 
 import ast
 import importlib.metadata
