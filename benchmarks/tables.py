@@ -9,7 +9,8 @@ A section `<!-- KIND: NAMES -->` ... `<!-- end -->` is rewritten. NAMES may end 
     table: NAME              all arms of one file
     pooled: NAME minus:ARM   a row an arm, its differences to ARM (`none` if not given) over the pairs of all methods
     dense: NAME              dense prediction
-    overhead: KIND DEVICE    `step` or `memory`: a table of overhead.py, from results/overhead.jsonl
+    overhead: KIND DEVICE    what a training step takes: KIND is `step` (time) or `memory`, from results/overhead.jsonl,
+                             or from overhead-joint.jsonl for a device that is not in there yet
 
 A number within a sentence stands between `<!-- number: KIND ... -->` and `<!-- end -->`:
 
@@ -340,7 +341,9 @@ def pooled(records: Records, arms: list[str]) -> str:
     reference = next((arm.removeprefix("minus:") for arm in arms if arm.startswith("minus:")), "none")
     arms = [arm for arm in arms if not arm.startswith("minus:")]
     accuracy = by_seed(records)
-    named = arms or [a for a in dict.fromkeys(a for _, a in accuracy) if a not in (beside(a, "none"), beside(a, reference))]
+    named = arms or [
+        a for a in dict.fromkeys(a for _, a in accuracy) if a not in (beside(a, "none"), beside(a, reference))
+    ]
     pairs = {arm: differences(accuracy, arm, reference) for arm in named}
     pairs = {arm: of_method for arm, of_method in pairs.items() if any(of_method.values())}
     methods = sorted({method for of_arm in pairs.values() for method in of_arm})
@@ -354,9 +357,7 @@ def pooled(records: Records, arms: list[str]) -> str:
     return "\n".join(lines) + "\n\n" + note + caption(records) if pairs else "No results yet."
 
 
-def differences(
-    accuracy: dict[tuple[str, str], dict[int, float]], arm: str, reference: str
-) -> dict[str, list[float]]:
+def differences(accuracy: dict[tuple[str, str], dict[int, float]], arm: str, reference: str) -> dict[str, list[float]]:
     """Method -> arm minus reference, over the seeds that both have."""
     found = {}
     for (method, own), values in accuracy.items():
@@ -390,7 +391,16 @@ def summary(names: list[str], arms: list[str], results: Path) -> str:
     )
 
 
-def number(wanted: list[str], results: Path, overhead_records: Records) -> str:
+def overhead_of(results: Path, device: str) -> Records:
+    """The newest records of a device: those of today's plug-in, else those from before it trained its heads."""
+    for name in ("overhead.jsonl", "overhead-joint.jsonl"):
+        records = [r for r in overhead.read_results(results / name) if r["config"]["device"] == device]
+        if records:
+            return records
+    return []
+
+
+def number(wanted: list[str], results: Path) -> str:
     """One number within a sentence."""
     kind, name, *rest = wanted
     if kind == "gain":
@@ -401,11 +411,11 @@ def number(wanted: list[str], results: Path, overhead_records: Records) -> str:
             return "not measured yet"
         mean, half = paired_difference(np.zeros(len(together)), together)
         return f"{mean:+.2f} points (95 % CI {mean - half:+.2f} to {mean + half:+.2f}, {len(together)} pairs)"
-    shown = [record for record in overhead_records if record["config"]["device"] == name]
-    if kind == "cases":
-        return f"{sum(record['arm'] == overhead.BARE for record in shown)}"
-    if kind == "cost":
-        ratios = [record["ratio"] for record in shown if record["arm"] == rest[0]]
+    if kind in ("cost", "cases"):
+        shown = overhead_of(results, name)
+        if kind == "cases":
+            return f"{len({json.dumps(r['config']) for r in shown})}"
+        ratios = [r["ratio"] for r in shown if r["arm"] == rest[0]]
         return f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "not measured yet"
     raise SystemExit(f"No such number: {' '.join(wanted)}")
 
@@ -478,13 +488,15 @@ def split_names(text: str) -> tuple[list[str], list[str]]:
 
 def fill(text: str, results: Path) -> str:
     """The document with its marked sections rewritten."""
-    overhead_records = overhead.read_results(results / "overhead.jsonl")
 
     def section(match: re.Match[str]) -> str:
         begin, kind, wanted, end = match.groups()
         names, arms = split_names(wanted)
         if kind == "overhead":
-            content = overhead.table(overhead_records, names[0], names[1], names[2:])
+            what, on, *shown = names
+            if what not in ("step", "memory"):
+                return match[0]  # a measurement that is made no more
+            content = overhead.table(overhead_of(results, on), what, on, tuple(shown))
         elif kind == "gains":
             content = gains_table(gains(names, arms, results))
         elif kind == "summary":
@@ -496,7 +508,7 @@ def fill(text: str, results: Path) -> str:
 
     def inline(match: re.Match[str]) -> str:
         begin, wanted, end = match.groups()
-        return f"{begin}{number(wanted.split(), results, overhead_records)}{end}"
+        return f"{begin}{number(wanted.split(), results)}{end}"
 
     return NUMBER.sub(inline, SECTION.sub(section, text))
 
