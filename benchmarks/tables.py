@@ -340,7 +340,9 @@ def pooled(records: Records, arms: list[str]) -> str:
     reference = next((arm.removeprefix("minus:") for arm in arms if arm.startswith("minus:")), "none")
     arms = [arm for arm in arms if not arm.startswith("minus:")]
     accuracy = by_seed(records)
-    named = arms or [a for a in dict.fromkeys(a for _, a in accuracy) if a not in (beside(a, "none"), beside(a, reference))]
+    named = arms or [
+        a for a in dict.fromkeys(a for _, a in accuracy) if a not in (beside(a, "none"), beside(a, reference))
+    ]
     pairs = {arm: differences(accuracy, arm, reference) for arm in named}
     pairs = {arm: of_method for arm, of_method in pairs.items() if any(of_method.values())}
     methods = sorted({method for of_arm in pairs.values() for method in of_arm})
@@ -354,9 +356,7 @@ def pooled(records: Records, arms: list[str]) -> str:
     return "\n".join(lines) + "\n\n" + note + caption(records) if pairs else "No results yet."
 
 
-def differences(
-    accuracy: dict[tuple[str, str], dict[int, float]], arm: str, reference: str
-) -> dict[str, list[float]]:
+def differences(accuracy: dict[tuple[str, str], dict[int, float]], arm: str, reference: str) -> dict[str, list[float]]:
     """Method -> arm minus reference, over the seeds that both have."""
     found = {}
     for (method, own), values in accuracy.items():
