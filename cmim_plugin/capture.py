@@ -518,7 +518,8 @@ class _ModuleHook(_Hook):
         super().__init__(capture, module)
         self._name = name
         self._plan = plan or {}
-        self._taps = tuple({p.tap for pickups in self._plan.values() for p in pickups})  # a frozenset is no guard in torch 2.6
+        # Not a frozenset, for which torch 2.6 compiles no guard.
+        self._taps = tuple({p.tap for pickups in self._plan.values() for p in pickups})
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         running = self.running(module)
