@@ -515,14 +515,14 @@ class _ModuleHook(_Hook):
         super().__init__(capture, module)
         self._name = name
         self._plan = plan or {}
-        self._taps = frozenset(p.tap for pickups in self._plan.values() for p in pickups)
+        self._taps = tuple({p.tap for pickups in self._plan.values() for p in pickups})
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         running = self.running(module)
         if running is None:
             return
         running.entered = True
-        if self._taps.isdisjoint(running.scheduled) or not self.will_close():
+        if not any(k in running.scheduled for k in self._taps) or not self.will_close():
             return
         number = running.calls.get(self._name, 0)
         running.calls[self._name] = number + 1

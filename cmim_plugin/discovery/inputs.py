@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,12 +59,14 @@ class BatchSource:
         """The number of samples in these inputs, None where it cannot be read."""
         for path, dim in self.places:
             for other in (False, True):
-                with contextlib.suppress(Exception):
+                try:
                     found: Any = (args, kwargs)
                     for key in self._other(path) if other else path:
                         found = found[key]
                     if isinstance(found, Tensor) != (dim is None):
                         return len(found) if dim is None else int(found.size(dim))
+                except Exception:  # noqa: SIM105 (torch.compile of torch 2.6 does not trace contextlib.suppress)
+                    pass
         return None
 
     def _other(self, path: Path) -> Path:
