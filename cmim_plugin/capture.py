@@ -148,7 +148,10 @@ class Pass:
     def attempt(self, tap: int | None, action: Callable[[], None]) -> None:
         """Do something for a tap (None: for the pass). What goes wrong is kept, and the model goes on."""
         if torch.compiler.is_compiling():
-            action()
+            try:
+                action()
+            except CMIMError as error:
+                self.failures.setdefault(tap, error.args[0])
             return
         before, self.muted = self.muted, True
         try:
