@@ -307,6 +307,7 @@ class Capture:
         self.running: dict[int, Pass] = {}
         self._waiting: dict[int, Pass] = {}
         self._handles: list[RemovableHandle] = []
+        self._on = False
         self._plan: dict[str, dict[int, list[_Pickup]]] = defaultdict(lambda: defaultdict(list))
         for k, tap in enumerate(taps):
             for side, site in ((BINARY, tap.binary), (LATENT, tap.latent)):
@@ -318,7 +319,7 @@ class Capture:
     @property
     def attached(self) -> bool:
         """Whether the hooks are on the model."""
-        return bool(self._handles)
+        return self._on
 
     def attach(self) -> None:
         """Put the hooks on the model."""
@@ -326,6 +327,7 @@ class Capture:
         if model is None or self.attached:
             return
         modules = dict(model.named_modules(remove_duplicate=False))
+        self._on = True
         root = _RootHook(self, model)
         # Around all others: first in, last out.
         self._handles.append(model.register_forward_pre_hook(root.enter, prepend=True, with_kwargs=True))
@@ -342,6 +344,7 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._on = False
         self.forget()
 
     def forget(self) -> None:
