@@ -19,7 +19,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -358,7 +358,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return list(newest.values())
 
 
-def table(records: list[dict[str, Any]], value: str, device: str, arms: tuple[str, ...] = ()) -> str:
+def table(records: list[dict[str, Any]], value: str, device: str, arms: Sequence[str] = ()) -> str:
     """A Markdown table, a row a configuration and a column an arm.
 
     value: "step", the time of a step as a multiple of the bare network's, or "memory", the same for its peak memory

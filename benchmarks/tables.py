@@ -9,7 +9,8 @@ A section `<!-- KIND: NAMES -->` ... `<!-- end -->` is rewritten. NAMES may end 
     table: NAME              all arms of one file
     pooled: NAME minus:ARM   a row an arm, its differences to ARM (`none` if not given) over the pairs of all methods
     dense: NAME              dense prediction
-    overhead: KIND DEVICE    one of the tables of overhead_report.py, from results/overhead.json
+    overhead: KIND DEVICE    what a training step takes: KIND is `step` (time) or `memory`, from results/overhead.jsonl,
+                             or from overhead-joint.jsonl for a device that is not in there yet
 
 A number within a sentence stands between `<!-- number: KIND ... -->` and `<!-- end -->`:
 
@@ -33,10 +34,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import overhead_report
 
+import overhead
 from accuracy import ARMS, RESULTS, ROOT, arm_options, beside, read_results
-from overhead import read_results as read_overhead
 
 DOCUMENTS = [
     ROOT / "README.md",
@@ -391,7 +391,16 @@ def summary(names: list[str], arms: list[str], results: Path) -> str:
     )
 
 
-def number(wanted: list[str], results: Path, overhead_records: Records) -> str:
+def overhead_of(results: Path, device: str) -> Records:
+    """The newest records of a device: those of today's plug-in, else those from before it trained its heads."""
+    for name in ("overhead.jsonl", "overhead-joint.jsonl"):
+        records = [r for r in overhead.read_results(results / name) if r["config"]["device"] == device]
+        if records:
+            return records
+    return []
+
+
+def number(wanted: list[str], results: Path) -> str:
     """One number within a sentence."""
     kind, name, *rest = wanted
     if kind == "gain":
@@ -402,11 +411,11 @@ def number(wanted: list[str], results: Path, overhead_records: Records) -> str:
             return "not measured yet"
         mean, half = paired_difference(np.zeros(len(together)), together)
         return f"{mean:+.2f} points (95 % CI {mean - half:+.2f} to {mean + half:+.2f}, {len(together)} pairs)"
-    shown = overhead_report.of(overhead_records, "step", name)
-    if kind == "cases":
-        return f"{len(shown)}"
-    if kind == "cost":
-        ratios = [record["arms"][rest[0]]["ratio"]["median"] for record in shown if rest[0] in record["arms"]]
+    if kind in ("cost", "cases"):
+        shown = overhead_of(results, name)
+        if kind == "cases":
+            return f"{len({json.dumps(r['config']) for r in shown})}"
+        ratios = [r["ratio"] for r in shown if r["arm"] == rest[0]]
         return f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "not measured yet"
     raise SystemExit(f"No such number: {' '.join(wanted)}")
 
@@ -479,13 +488,15 @@ def split_names(text: str) -> tuple[list[str], list[str]]:
 
 def fill(text: str, results: Path) -> str:
     """The document with its marked sections rewritten."""
-    overhead_records = list(read_overhead(results / "overhead.json").values())
 
     def section(match: re.Match[str]) -> str:
         begin, kind, wanted, end = match.groups()
         names, arms = split_names(wanted)
         if kind == "overhead":
-            content = overhead_report.table(overhead_records, names[0], *names[1:2], names[2:])
+            what, on, *shown = names
+            if what not in ("step", "memory"):
+                return match[0]  # a measurement that is made no more
+            content = overhead.table(overhead_of(results, on), what, on, tuple(shown))
         elif kind == "gains":
             content = gains_table(gains(names, arms, results))
         elif kind == "summary":
@@ -497,7 +508,7 @@ def fill(text: str, results: Path) -> str:
 
     def inline(match: re.Match[str]) -> str:
         begin, wanted, end = match.groups()
-        return f"{begin}{number(wanted.split(), results, overhead_records)}{end}"
+        return f"{begin}{number(wanted.split(), results)}{end}"
 
     return NUMBER.sub(inline, SECTION.sub(section, text))
 
@@ -521,9 +532,6 @@ def main() -> None:
     for theme, path in PICTURES.items():
         if found:
             draw(found, theme, path)
-    records = list(read_overhead(RESULTS / "overhead.json").values())
-    for device in sorted({record["case"]["device"] for record in records}):
-        overhead_report.plot(records, device, RESULTS / f"overhead-{device}.png")
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def all_gather(output: Tensor, input: Tensor) -> None:
 
 
 def constant_when_compiled(function: Callable[[], int]) -> Callable[[], int]:
-    """A function whose result ``torch.compile`` takes for a constant, as ``torch.compiler.assume_constant_result`` does.
+    """A function whose result torch.compile takes for a constant, as ``torch.compiler.assume_constant_result`` does.
 
     That one imports ``torch._dynamo``, which takes seconds, when it is called. The mark is the same in torch 2.6 to
     2.14. Where another release reads another mark, the function is traced.

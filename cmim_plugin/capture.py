@@ -148,7 +148,10 @@ class Pass:
     def attempt(self, tap: int | None, action: Callable[[], None]) -> None:
         """Do something for a tap (None: for the pass). What goes wrong is kept, and the model goes on."""
         if torch.compiler.is_compiling():
-            action()
+            try:
+                action()
+            except CMIMError as error:
+                self.failures.setdefault(tap, error.args[0])
             return
         before, self.muted = self.muted, True
         try:
@@ -307,6 +310,7 @@ class Capture:
         self.running: dict[int, Pass] = {}
         self._waiting: dict[int, Pass] = {}
         self._handles: list[RemovableHandle] = []
+        self._on = False
         self._plan: dict[str, dict[int, list[_Pickup]]] = defaultdict(lambda: defaultdict(list))
         for k, tap in enumerate(taps):
             for side, site in ((BINARY, tap.binary), (LATENT, tap.latent)):
@@ -318,7 +322,7 @@ class Capture:
     @property
     def attached(self) -> bool:
         """Whether the hooks are on the model."""
-        return bool(self._handles)
+        return self._on
 
     def attach(self) -> None:
         """Put the hooks on the model."""
@@ -326,6 +330,7 @@ class Capture:
         if model is None or self.attached:
             return
         modules = dict(model.named_modules(remove_duplicate=False))
+        self._on = True
         root = _RootHook(self, model)
         # Around all others: first in, last out.
         self._handles.append(model.register_forward_pre_hook(root.enter, prepend=True, with_kwargs=True))
@@ -342,6 +347,7 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._on = False
         self.forget()
 
     def forget(self) -> None:
@@ -515,6 +521,7 @@ class _ModuleHook(_Hook):
         super().__init__(capture, module)
         self._name = name
         self._plan = plan or {}
+        # Not a frozenset, for which torch 2.6 compiles no guard.
         self._taps = tuple({p.tap for pickups in self._plan.values() for p in pickups})
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -594,7 +601,7 @@ def _current_error() -> int:
 
 def _recording_a_graph() -> bool:
     """Whether a CUDA graph is being recorded, in which a choice of taps would be frozen."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _aside() -> bool:

@@ -22,7 +22,7 @@ sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "benchmarks")]
 
 from cmim_plugin import CMIM, Report  # noqa: E402
 from data import Data, load_data  # noqa: E402
-from networks import BODIES, METHODS  # noqa: E402
+from nets import BODIES, METHODS  # noqa: E402
 from tables import THEMES  # noqa: E402
 
 EPOCHS, EARLY, BATCH = 40, 5, 64

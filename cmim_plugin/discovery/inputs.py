@@ -65,8 +65,8 @@ class BatchSource:
                         found = found[key]
                     if isinstance(found, Tensor) != (dim is None):
                         return len(found) if dim is None else int(found.size(dim))
-                except Exception:  # noqa: SIM105 (torch.compile of torch 2.6 does not trace contextlib.suppress)
-                    pass
+                except Exception:  # not contextlib.suppress: torch 2.6 does not compile it
+                    continue
         return None
 
     def _other(self, path: Path) -> Path:
