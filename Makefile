@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-random test-timm format bench-accuracy bench-overhead tables figures docs dist clean
+.PHONY: help demo test test-slow test-random test-timm format bench-accuracy bench-overhead gpu tables figures docs dist clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 18
@@ -42,8 +42,12 @@ bench-accuracy: $(INSTALLED) ## compare accuracies over several seeds (BENCH_ARG
 	$(BIN)/python benchmarks/accuracy.py $(BENCH_ARGS)
 
 bench-overhead: $(INSTALLED) ## measure what CMIM costs (BENCH_ARGS=--help for its options)
+	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/overhead.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/tables.py
+
+gpu: $(INSTALLED) ## check and measure everything on a GPU, in four minutes (BENCH_ARGS=--help for its options)
+	$(BIN)/python benchmarks/gpu.py $(BENCH_ARGS)
 
 tables: $(INSTALLED) ## rewrite every measured number of README, docs and benchmarks, and draw the gains
 	$(BIN)/python benchmarks/tables.py

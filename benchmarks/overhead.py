@@ -82,7 +82,8 @@ NETWORKS = {
     "bireal-resnet20": Network(partial(cifar, "bireal", "resnet20"), 32, 10, (64, 256)),
     "bireal-resnet18": Network(partial(cifar, "bireal", "resnet18"), 32, 10, (64,)),
     "reactnet-a": Network(reactnet_a, 224, 1000, (16,)),
-    "bireal-vit": Network(partial(binary_vit, "vit_tiny_patch16_224"), 224, 1000, (16,)),
+    "vit-tiny": Network(partial(binary_vit, "vit_tiny_patch16_224"), 224, 1000, (16,)),
+    "vit": Network(partial(binary_vit, "vit_small_patch16_224"), 224, 1000, (16,)),
     # For tests.
     "tiny": Network(partial(cifar, "bireal", "resnet8", width=4), 16, 10, (4,)),
 }
@@ -403,7 +404,7 @@ def described(record: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [name for name in NETWORKS if name != "tiny"]
+    names = [name for name in NETWORKS if name not in ("vit", "tiny")]
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=names)
     parser.add_argument("--batches", type=int, nargs="+", help="for all networks; else what suits each")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))

@@ -131,6 +131,7 @@ def channels_last_changes_nothing(device: str) -> None:
 def compiled_steps_train_as_eager_ones_do(device: str) -> None:
     for settings in BACKENDS[device]:
         torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
         eager, own = attached(device, taps_per_step=None)
         model, cmim = attached(device, taps_per_step=None)
         x, y = batch(device)
@@ -149,6 +150,7 @@ def compiled_steps_train_as_eager_ones_do(device: str) -> None:
             if step == 2:
                 before = unique_graphs()
         assert unique_graphs() == before, "compiled again in a steady step"
+        assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"], "a graph was left out"
         assert all((a != b).all() for a, b in itertools.pairwise(draws))
         cmim.state_dict(), own.state_dict()  # take the steps that are due
         assert cmim.heads.steps == own.heads.steps == 6
