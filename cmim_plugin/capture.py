@@ -148,7 +148,10 @@ class Pass:
     def attempt(self, tap: int | None, action: Callable[[], None]) -> None:
         """Do something for a tap (None: for the pass). What goes wrong is kept, and the model goes on."""
         if torch.compiler.is_compiling():
-            action()
+            try:
+                action()
+            except CMIMError as error:
+                self.failures.setdefault(tap, error.args[0])
             return
         before, self.muted = self.muted, True
         try:
@@ -518,7 +521,8 @@ class _ModuleHook(_Hook):
         super().__init__(capture, module)
         self._name = name
         self._plan = plan or {}
-        self._taps = tuple({p.tap for pickups in self._plan.values() for p in pickups})  # a frozenset is no guard in torch 2.6
+        # Not a frozenset, for which torch 2.6 compiles no guard.
+        self._taps = tuple({p.tap for pickups in self._plan.values() for p in pickups})
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         running = self.running(module)
@@ -597,7 +601,7 @@ def _current_error() -> int:
 
 def _recording_a_graph() -> bool:
     """Whether a CUDA graph is being recorded, in which a choice of taps would be frozen."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _aside() -> bool:
