@@ -42,7 +42,7 @@ bench-accuracy: $(INSTALLED) ## compare accuracies over several seeds (BENCH_ARG
 	$(BIN)/python benchmarks/accuracy.py $(BENCH_ARGS)
 
 bench-overhead: $(INSTALLED) ## measure what CMIM costs (BENCH_ARGS=--help for its options)
-	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/kernel_count.py
 	$(BIN)/python benchmarks/overhead.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/tables.py
 

@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 import gpu
-import kernels
+import kernel_count
 import overhead
 from cmim_plugin import CMIM
 from naive import Naive
@@ -105,14 +105,14 @@ def test_peak_memory_of_a_peak_that_comes_last():
 
 def test_kernels_are_counted_by_stage_without_views_and_allocations():
     model = torch.nn.Linear(3, 3, bias=False)
-    counts = kernels.step_kernels(model, None, torch.randn(2, 3))
+    counts = kernel_count.step_kernels(model, None, torch.randn(2, 3))
     assert counts["forward", "mm"] == 1 and counts["backward", "mm"] == 1
     assert not {name for _, name in counts} & {"t", "detach", "view", "empty", "new_empty"}
     assert {stage for stage, _ in counts} == {"forward", "loss", "backward", "optimizer"}
 
 
 def test_a_step_with_cmim_launches_few_more_kernels():
-    _, added = kernels.added_kernels("bireal", "resnet20")
+    _, added = kernel_count.added_kernels("bireal", "resnet20")
     assert added.total() <= 135, "\n".join(map(str, sorted(added.items())))
 
 
