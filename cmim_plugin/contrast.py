@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .capture import BINARY, Pair, Pass, Tap
 from .errors import CMIMError, warn_once
 from .heads import Heads
 from .negatives import Queue
 from .objectives import count_negatives
+from .passes import BINARY, Pair, Pass, Tap
 from .sampling import Schedule
 
 # Steps in which labels and mask are asked whether they leave any negative: the answer waits for the device.

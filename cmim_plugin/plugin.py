@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .capture import Capture, Pass, Tap, attached_to
+from .capture import Capture, attached_to
 from .contrast import Contrast
 from .discovery import BinaryActivation, discover
 from .errors import CMIMError
 from .heads import Heads
 from .objectives import NCE, InfoNCE
+from .passes import Pass, Tap
 from .report import Report, measure
 from .sampling import Schedule
 from .teacher import Teacher

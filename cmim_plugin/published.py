@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import distributed
-from .capture import Pass
 from .contrast import Contrast, Losses
 from .errors import CMIMError
 from .objectives import NCE
+from .passes import Pass
 from .plugin import CMIM
 from .sampling import advance
 
