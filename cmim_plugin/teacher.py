@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture import BINARY, LATENT, Pass, Tap
-from .discovery.trace import as_inputs, tensors_in
+from .discovery.inputs import as_inputs, tensors_in
 from .errors import CMIMError
 
 
