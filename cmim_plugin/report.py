@@ -23,7 +23,8 @@ from . import distributed
 from .capture import Capture
 from .contrast import Contrast, check_rows
 from .discovery import BatchSource, Layout, is_two_valued
-from .discovery.trace import as_inputs, force_eager, preserve_generators, tensors_in
+from .discovery.inputs import as_inputs, tensors_in
+from .discovery.state import force_eager, preserve_generators
 from .errors import CMIMError, CMIMWarning
 from .passes import Pass
 from .sampling import Schedule, new_draws, stratified_indices
@@ -264,7 +265,7 @@ def measure(
         capture.before = teacher.deliver
     samples, seen = 0, []
     # A loader that shuffles or augments draws from the generators, too: they are kept around all of it.
-    with preserve_generators(model.parameters()), torch.no_grad(), _evaluating(model), force_eager(model):
+    with preserve_generators(model.parameters()), torch.no_grad(), _evaluating(model), force_eager():
         capture.attach()
         try:
             for batch in itertools.islice(loader, max_batches):

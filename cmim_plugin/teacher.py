@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .discovery.trace import as_inputs, tensors_in
+from .discovery.inputs import as_inputs, tensors_in
 from .errors import CMIMError
 from .passes import BINARY, LATENT, Pass, Tap
 

@@ -92,28 +92,23 @@ def is_split_by_threshold(latent: Tensor, pattern: Tensor, index: Tensor, shape:
         shape: of the tensor.
     """
     signed = (pattern != 0) & latent.isfinite()
-    latent, pattern, index = latent[signed].float(), pattern[signed], index[signed]
+    latent, up, index = latent[signed].float(), pattern[signed] > 0, index[signed]
     for shared in _groupings(len(shape))[:6]:
-        group = torch.zeros_like(index)
-        groups = 1
+        group, groups = torch.zeros_like(index), 1
         for d in shared:
             group = group * shape[d] + index // shape[d + 1 :].numel() % shape[d]
             groups *= shape[d]
         # With few values in each group a threshold splits anything.
-        if groups == 1 or len(latent) >= 4 * groups:
-            inf = float("inf")
-            up = pattern > 0
-            ends = []
-            for values, chosen, start, how in (
-                (latent, up, inf, "amin"),
-                (latent, ~up, -inf, "amax"),
-                (latent, up, -inf, "amax"),
-                (latent, ~up, inf, "amin"),
-            ):
-                filled = latent.new_full((groups,), start)
-                ends.append(filled.scatter_reduce(0, group[chosen], values[chosen], how))
-            if bool(((ends[0] >= ends[1]) | (ends[2] <= ends[3])).all()):
-                return True
+        if groups > 1 and len(latent) < 4 * groups:
+            continue
+
+        def is_larger(values: Tensor, group: Tensor = group, groups: int = groups) -> Tensor:
+            least, most = values.new_full((groups,), torch.inf), values.new_full((groups,), -torch.inf)
+            least = least.scatter_reduce(0, group[up], values[up], "amin")
+            return least >= most.scatter_reduce(0, group[~up], values[~up], "amax")
+
+        if bool((is_larger(latent) | is_larger(-latent)).all()):
+            return True
     return False
 
 
@@ -166,15 +161,11 @@ def _pattern_by_group(x: Tensor, reduced: tuple[int, ...], tolerance: float, ind
     two = high - low > 10 * noise
     if two.float().mean() < _SMALLEST_SHARE:
         return None
-    some, lows, highs, noises, twos = (t.expand(x.shape).take(index) for t in (x, low, high, noise, two))
-    is_high = highs - some <= noises
-    is_zero = ((lows + highs).abs() <= 2 * noises) & (some.abs() <= noises)
+    is_high = x >= high - noise
+    is_zero = ((low + high).abs() <= 2 * noise) & (x.abs() <= noise)
     # NaN compares false, and so is never one of the two values.
-    if not bool((is_high | (some - lows <= noises) | is_zero).all()):
+    if not bool((is_high | (x <= low + noise) | is_zero).all()):
         return None
-    # These positions, then all.
-    known = (x <= low + noise) | (x >= high - noise)
-    if not bool(known.all()) and not bool((known | ((low + high).abs() <= 2 * noise) & (x.abs() <= noise)).all()):
-        return None
+    is_high, is_zero, two, some = (t.expand(x.shape).take(index) for t in (is_high, is_zero, two, x))
     pattern = torch.where(is_high, 1, -1).masked_fill(is_zero, 0)
-    return torch.where(twos, pattern, some.sign()).to(torch.int8)
+    return torch.where(two, pattern, some.sign()).to(torch.int8)

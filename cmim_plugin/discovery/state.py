@@ -15,16 +15,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import _compat
+from .functions import WRITES
 
 # How far containers and objects are followed into each other, and up to which length.
 _DEPTH, _LENGTH = 4, 4096
 _NOT_FOLLOWED = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType, torch.Generator)
-# Functions that write into their arguments, though their names do not end in an underscore.
-_WRITE = frozenset({"__setitem__", "batch_norm", "instance_norm", "numpy", "__array__", "__dlpack__"})
-# What takes a parameter's storage, to write into it later.
-_INPLACE = frozenset(
-    f"__i{op}__" for op in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
-)
+_PLAIN = (str, int, float, bool, bytes, type(None))
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -32,8 +28,8 @@ def same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) or (a.is_floating_point() and torch.equal(a.nan_to_num(), b.nan_to_num()))
 
 
-def force_eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """What is compiled of a model, or called by it, runs as plain Python, where every function call can be seen."""
+def force_eager() -> contextlib.AbstractContextManager[Any]:
+    """What is compiled runs as plain Python, where every function call can be seen."""
     return _compat.eager_stance()
 
 
@@ -51,40 +47,34 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     Not put back: global variables, class attributes, variables of closures, files, containers of more than 4,096
     elements inside others, state of C++ extensions, and parameters that such an extension overwrites.
     """
-    parameters = {id(p): p for p in model.parameters()}
+    parameters = list(model.parameters())
     held = _Held()
-    for module in model.modules():
-        held.follow(module)
-    for parameter in parameters.values():
-        # BinaryNet keeps the real weight in an attribute of the parameter.
-        held.follow(parameter)
-    tensors = [t for t in held.tensors.values() if id(t) not in parameters]
-    copies = [(t, t.data, t.detach().clone()) for t in tensors]
+    for owner in (*model.modules(), *parameters):  # BinaryNet keeps the real weight in an attribute of the parameter
+        held.follow(owner)
+    tensors = held.tensors.keys() - {id(p) for p in parameters}
     # An embedding with max_norm overwrites its weight where no function mode sees it.
-    unseen = {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None}
-    copies += [(p, p.data, p.detach().clone()) for key, p in parameters.items() if key in unseen]
-    pointers = [(p, p.data) for p in parameters.values()]
-    flags = [(p, p.requires_grad, p.grad, None if p.grad is None else p.grad.clone()) for p in parameters.values()]
-    guard = _CopyBeforeWrite([p for key, p in parameters.items() if key not in unseen])
+    tensors |= {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None}
+    everything = {**held.tensors, **{id(p): p for p in parameters}}
+    guard = _CopyBeforeWrite([p for p in parameters if id(p) not in tensors])
+    for key in tensors:
+        guard.copy(everything[key])
+    before = [(t, t.data, t.requires_grad, t.grad, None if t.grad is None else t.grad.clone()) for t in parameters]
     try:
-        with preserve_generators([*parameters.values(), *tensors]), guard:
+        with preserve_generators(everything.values()), guard:
             yield
     finally:
         held.put_back()
         with torch.no_grad():
-            for p, data in pointers:
-                if p.data_ptr() != data.data_ptr() or p.shape != data.shape:
-                    p.data = data
-            for t, data, value in [*copies, *guard.copies]:
-                if t.data_ptr() != data.data_ptr() or t.shape != data.shape:
-                    t.data = data
-                if not same(t.detach(), value):
-                    t.data.copy_(value)
-            for p, requires_grad, grad, its_value in flags:
+            for p, data, requires_grad, grad, value in before:
+                _point_at(p, data)
                 p.requires_grad_(requires_grad)
                 p.grad = grad
-                if grad is not None and its_value is not None and not same(grad, its_value):
-                    grad.copy_(its_value)
+                if grad is not None and value is not None and not same(grad, value):
+                    grad.copy_(value)
+            for t, data, value in guard.copies:
+                _point_at(t, data)
+                if not same(t.detach(), value):
+                    t.data.copy_(value)
 
 
 @contextlib.contextmanager
@@ -103,36 +93,43 @@ def preserve_generators(tensors: Iterable[Tensor]) -> Iterator[None]:
             numpy.random.set_state(numpy_state)
 
 
+def _point_at(tensor: Tensor, data: Tensor) -> None:
+    if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape:
+        tensor.data = data
+
+
 class _CopyBeforeWrite(TorchFunctionMode):
     """Copies a parameter before the first torch function that writes into its memory."""
 
-    def __init__(self, parameters: list[Tensor]) -> None:
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__()
+        #: Tensor, its memory, its values.
         self.copies: list[tuple[Tensor, Tensor, Tensor]] = []
         self._pending: dict[int, list[Tensor]] = {}
         for p in parameters:
-            self._pending.setdefault(storage(p), []).append(p)
+            self._pending.setdefault(_storage(p), []).append(p)
+
+    def copy(self, tensor: Tensor) -> None:
+        self.copies.append((tensor, tensor.data, tensor.detach().clone()))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._pending and writes(func, kwargs):
-            flat = [a for arg in (*args, *kwargs.values()) for a in (arg if isinstance(arg, (list, tuple)) else (arg,))]
-            for tensor in flat:
-                if isinstance(tensor, Tensor):
-                    for p in self._pending.pop(storage(tensor), ()):
-                        self.copies.append((p, p.data, p.detach().clone()))
+            for argument in (*args, *kwargs.values()):
+                for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
+                    if isinstance(tensor, Tensor):
+                        for p in self._pending.pop(_storage(tensor), ()):
+                            self.copy(p)
         return func(*args, **kwargs)
 
 
 def writes(func: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a torch function writes into one of its arguments."""
     name = getattr(func, "__name__", "")
-    if name.endswith("__"):
-        return name in _WRITE or name in _INPLACE
-    return name.endswith("_") or name in _WRITE or kwargs.get("out") is not None
+    return name in WRITES or (name.endswith("_") and not name.endswith("__")) or kwargs.get("out") is not None
 
 
-def storage(tensor: Tensor) -> int:
+def _storage(tensor: Tensor) -> int:
     """A number that tensors share that share their memory."""
     try:
         return tensor.untyped_storage().data_ptr()
@@ -145,7 +142,7 @@ class _Held:
 
     def __init__(self) -> None:
         self.tensors: dict[int, Tensor] = {}
-        self._actions: list[Callable[[], None]] = []
+        self._actions: list[Callable[[], Any]] = []
         # The objects themselves: an id is only unique while its object lives.
         self._seen: dict[int, Any] = {}
 
@@ -158,24 +155,20 @@ class _Held:
         if id(value) in self._seen or depth > _DEPTH or (depth and isinstance(value, nn.Module)):
             return
         self._seen[id(value)] = value
-        inner: Iterable[Any] = ()
-        if depth == 0 or _is_plain_object(value):
-            attributes = vars(value)
-            self._actions.append(_mapping_again(attributes))
-            inner = list(attributes.values())
+        inner: list[Any] = []
+        if depth == 0 or (hasattr(value, "__dict__") and not isinstance(value, _NOT_FOLLOWED) and not callable(value)):
+            inner += self._refill(vars(value)).values()
         if isinstance(value, dict):
-            self._actions.append(_mapping_again(value))
-            inner = list(value.values())
+            inner += self._refill(value).values()
         elif isinstance(value, (list, set, deque, bytearray)):
-            self._actions.append(_collection_again(value))
-            inner = () if isinstance(value, bytearray) else list(value)
+            inner += self._extend(value)
         elif isinstance(value, tuple):
-            inner = value
+            inner += value
         elif depth:
-            self._generator(value)
-        if depth < 2 or not isinstance(inner, list) or len(inner) <= _LENGTH:
+            self._keep_state(value)
+        if depth < 2 or len(inner) <= _LENGTH:
             for item in inner:
-                if not isinstance(item, (str, int, float, bool, bytes, type(None))):
+                if not isinstance(item, _PLAIN):
                     self.follow(item, depth + 1)
 
     def put_back(self) -> None:
@@ -183,59 +176,48 @@ class _Held:
         for action in self._actions:
             action()
 
-    def _generator(self, value: Any) -> None:
-        if isinstance(value, torch.Generator):
+    def _refill(self, mapping: dict[Any, Any]) -> dict[Any, Any]:
+        """In place: handles of the user's hooks point at the very dictionaries."""
+        before = list(mapping.items())
+
+        def again() -> None:
+            now = list(mapping.items())
+            if len(now) != len(before) or any(
+                a is not c or b is not d for (a, b), (c, d) in zip(now, before, strict=True)
+            ):
+                mapping.clear()
+                # Not update(): a Counter would add.
+                for key, value in before:
+                    mapping[key] = value
+
+        self._actions.append(again)
+        return mapping
+
+    def _extend(self, collection: Any) -> Any:
+        before = list(collection)
+
+        def again() -> None:
+            now = list(collection)
+            if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
+                collection.clear()
+                (collection.update if isinstance(collection, set) else collection.extend)(before)
+
+        self._actions.append(again)
+        return collection
+
+    def _keep_state(self, value: Any) -> None:
+        """Of random generators and arrays."""
+        numpy: Any = sys.modules.get("numpy")
+        state: Any
+        if isinstance(value, random.Random):
+            state = value.getstate()
+            self._actions.append(lambda: value.setstate(state))
+        elif isinstance(value, torch.Generator) or (numpy and isinstance(value, numpy.random.RandomState)):
             state = value.get_state()
-            self._actions.append(lambda: void(value.set_state(state)))
-        elif isinstance(value, random.Random):
-            python_state = value.getstate()
-            self._actions.append(lambda: value.setstate(python_state))
-        numpy = sys.modules.get("numpy")
-        if numpy is None:
-            return
-        if isinstance(value, numpy.random.Generator):
-            bits, bit_state = value.bit_generator, value.bit_generator.state
-            self._actions.append(lambda: setattr(bits, "state", bit_state))
-        elif isinstance(value, numpy.random.RandomState):
-            numpy_state = value.get_state()
-            self._actions.append(lambda: value.set_state(numpy_state))
-        elif isinstance(value, numpy.ndarray) and value.flags.writeable:
-            copy = value.copy()
-            self._actions.append(lambda: value.__setitem__(..., copy))
-
-
-def void(value: Any) -> None:
-    """Drop a value."""
-
-
-def _is_plain_object(value: Any) -> bool:
-    return hasattr(value, "__dict__") and not isinstance(value, _NOT_FOLLOWED) and not callable(value)
-
-
-def _mapping_again(mapping: dict[Any, Any]) -> Callable[[], None]:
-    """The action that fills a dict again, in place: handles of the user's hooks point at the very dictionaries."""
-    before = list(mapping.items())
-
-    def again() -> None:
-        now = list(mapping.items())
-        if len(now) != len(before) or any(
-            a[0] is not b[0] or a[1] is not b[1] for a, b in zip(now, before, strict=True)
-        ):
-            mapping.clear()
-            # Not update(): a Counter would add.
-            for key, value in before:
-                mapping[key] = value
-
-    return again
-
-
-def _collection_again(collection: Any) -> Callable[[], None]:
-    before = list(collection)
-
-    def again() -> None:
-        now = list(collection)
-        if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
-            collection.clear()
-            (collection.update if isinstance(collection, set) else collection.extend)(before)
-
-    return again
+            self._actions.append(lambda: value.set_state(state))
+        elif numpy and isinstance(value, numpy.random.Generator):
+            bits, state = value.bit_generator, value.bit_generator.state
+            self._actions.append(lambda: setattr(bits, "state", state))
+        elif numpy and isinstance(value, numpy.ndarray) and value.flags.writeable:
+            state = value.copy()
+            self._actions.append(lambda: value.__setitem__(..., state))

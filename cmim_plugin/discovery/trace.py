@@ -1,8 +1,7 @@
-"""The dry run: watch a few forward passes of a model, and leave the model as it was.
+"""What is seen of one forward pass: every tensor that passes a module boundary or a torch function.
 
-The result is some :class:`Trace`: every tensor that passed a module boundary or a torch function, with a
-:class:`Snapshot` of its values at that moment and the :class:`Site` where a hook can pick it up again in training. What
-the tensors mean is decided in :mod:`cmim_plugin.discovery.find`. No tensor of the model is kept.
+Of each there is a :class:`Snapshot` of its values at that moment and the :class:`Site` where a hook can pick it up
+again in training. No tensor of the model is kept.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,60 +22,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import _compat
-from ..errors import CMIMError
 from .codes import is_constant, sign_pattern
-from .inputs import (
-    BatchSource,
-    Inputs,
-    Path,
-    as_inputs,
-    batch_sources,
-    is_offsets,
-    resampled,
-    stated_source,
-    tensors_in,
-    varied,
-)
-from .state import force_eager, preserve_generators, preserve_state, same, storage, writes
+from .functions import RANDOM, SCALINGS, SHAPE_ONLY
+from .inputs import Inputs, Path, tensors_in
+from .state import same, writes
 
-__all__ = [
-    "BatchSource",
-    "Event",
-    "Sighting",
-    "Site",
-    "Snapshot",
-    "Trace",
-    "as_inputs",
-    "dry_run",
-    "force_eager",
-    "preserve_generators",
-    "preserve_state",
-    "same",
-    "tensors_in",
-]
-
-# Values kept of each tensor.
-_VALUES = 2048
-# Values compared between two samples that got the same input.
-_TWIN_VALUES = 512
-# Passes at most where layers are skipped at random.
-_PASSES = 10
+# Values kept of each tensor, and values compared between two samples that got the same input.
+_VALUES, _TWIN_VALUES = 2048, 512
 # A tensor of at most so many values is quantized.
 FEW_LEVELS = 16
-# Results of these functions have the shape of an input, not its values.
-_SHAPE_ONLY = frozenset(f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn", "randint")) | {
-    f"new_{kind}" for kind in ("zeros", "ones", "full", "empty", "tensor")
-}
-RANDOM = frozenset({"rand", "randn", "randint", "rand_like", "randn_like", "bernoulli", "bernoulli_", "uniform_"}) | {
-    "normal",
-    "normal_",
-    "multinomial",
-    "randint_like",
-    "random_",
-    "randperm",
-    "rsample",
-    "sample",
-}
 
 
 @dataclass(frozen=True)
@@ -133,6 +88,19 @@ class Snapshot:
         """Equal values, up to a view."""
         return self.numel == other.numel and self.dtype == other.dtype and same(self.values, other.values)
 
+    @cached_property
+    def fingerprint(self) -> tuple[int, tuple[float, ...]]:
+        """The same where the values are."""
+        return self.numel, tuple(self.values[:: max(1, len(self.values) // 32)].tolist())
+
+    @cached_property
+    def code(self) -> tuple[int, bytes] | None:
+        """The same where the patterns are, of any shape, also where the two codes changed places."""
+        if self.pattern is None:
+            return None
+        first = next((sign for sign in self.pattern.tolist() if sign), 1)
+        return self.numel, bytes((self.pattern * first + 1).tolist())
+
 
 @dataclass(eq=False)
 class Sighting:
@@ -184,208 +152,57 @@ class Event:
 class Trace:
     """Everything seen in one forward pass, in order.
 
-    ``calls`` counts the calls of each module. ``draws``: it drew random numbers; ``decides``: single ones, as random
-    structure does.
+    ``calls`` counts the calls of each module. ``decides``: single random numbers were drawn, as random structure does.
     """
 
     batch: int
     sightings: list[Sighting] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
-    draws: bool = False
     decides: bool = False
 
 
-def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:
-    """Traces of the model in training mode, after one pass of the example as it is.
-
-    Two traces are made on inputs that are varied; where the model does not take these, on the example. In the second
-    trace the last two samples are equal. Where the passes differ in the modules that they call, more passes follow
-    until nothing new appears.
-
-    Raises:
-        CMIMError: the model is frozen or not initialised, its forward fails on the example, or the number of samples
-            is not clear.
-    """
-    inputs = as_inputs(example)
-    _check(model)
-    with preserve_state(model), torch.enable_grad(), force_eager(model):
-        # The result is to depend on the model alone.
-        _seed(0)
-        model.train()
-        _awaken(model)
-        sources = batch_sources(model, inputs)
-        first = None
-        try:
-            if batch_size is None and len(sources) > 1:
-                first = _trace(model, inputs, 1, twins=False)
-            else:
-                model(*inputs[0], **inputs[1])
-        except Exception as error:
-            # Batch normalization of single values needs two samples.
-            if not (len(sources) == 1 and set(sources) == {1}):
-                raise CMIMError(
-                    f"The dry run failed: the model's forward raised {type(error).__name__}: {error}. Pass an "
-                    "example_input that model(*example_input) accepts in training mode, on the model's device."
-                ) from error
-        batch, source = _number_of_samples(model, inputs, sources, first, batch_size)
-        del first
-        attempts = _attempts(inputs, batch, source)
-        failure: Exception | None = None
-        for make, size, twins in attempts:
-            try:
-                traces = [_trace(model, make(0), size)]
-                while len(traces) < 2 or (_more(model, traces) and len(traces) < _PASSES):
-                    traces.append(_trace(model, make(len(traces)), twins or size, twins=twins > 0))
-                return traces, source
-            except Exception as error:
-                failure = error
-        raise CMIMError(
-            f"The dry run failed: the model's forward raised {type(failure).__name__}: {failure} in its second pass on "
-            "the example_input. Pass an example_input that the model accepts again and again in training mode."
-        ) from failure
-
-
-def _check(model: nn.Module) -> None:
-    parameters = list(model.parameters())
-    if any(nn.parameter.is_lazy(p) for p in parameters):
-        raise CMIMError("The model has lazy parameters without a shape yet. Run it once: model(example_input).")
-    if parameters and not any(p.requires_grad for p in parameters):
-        raise CMIMError(
-            "The model is frozen: none of its parameters requires a gradient. Attach to a model in training, after "
-            "model.requires_grad_(True) for the parts that are trained."
-        )
-
-
-def _seed(seed: int) -> None:
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    if (numpy := sys.modules.get("numpy")) is not None:
-        numpy.random.seed(seed)
-
-
-@torch.no_grad()
-def _awaken(model: nn.Module) -> None:
-    """Noise for weights of products and norms that are all zero: a branch that starts as zero hides its signs.
-
-    Not for thresholds and shifts, which are no matrices and belong to no norm.
-    """
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        for name, p in module.named_parameters(recurse=False):
-            matrix = sum(n > 1 for n in p.shape) > 1
-            weight = (matrix or hasattr(module, "eps")) and name.endswith("weight") and p.is_floating_point()
-            if weight and type(p.data) is Tensor and not p.any():
-                p.data.copy_(torch.randn(p.shape, generator=generator, device="cpu"))
-
-
-def _number_of_samples(
-    model: nn.Module, inputs: Inputs, sources: dict[int, BatchSource], first: Trace | None, stated: int | None
-) -> tuple[int, BatchSource | None]:
-    """The number of samples in the example, and where it is read."""
-    if stated is not None:
-        return stated, stated_source(model, inputs, stated)
-    if len(sources) == 1:
-        return next(iter(sources.items()))
-    # What convolutions and matrix products receive tells which of the sizes is the number of samples.
-    rows = Counter(
-        e.arguments[0].value.shape[0]
-        for e in (first.events if first else ())
-        if e.weighted and e.arguments and len(e.arguments[0].value.shape) > 1 and e.arguments[0].from_input
-    )
-    likely = [size for size in sources if rows[size] and 2 * rows[size] > sum(rows[other] for other in sources)]
-    if len(likely) != 1:
-        sizes = f"{sorted(sources)} are lengths of its inputs" if sources else "no input has a length"
-        raise CMIMError(
-            f"The number of samples in example_input is not clear: {sizes}. Say how many samples it has: batch_size=..."
-        )
-    return likely[0], sources[likely[0]]
-
-
-def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[tuple[Callable[[int], Inputs], int, int]]:
-    """What to run, the best first.
-
-    Each is a function from the number of a pass to its inputs, the samples in the first pass, and those in the others
-    if the last two of them are equal, 0 if not.
-    """
-    as_it_is: tuple[Callable[[int], Inputs], int, int] = (lambda n: inputs, batch, 0)
-    as_many: tuple[Callable[[int], Inputs], int, int] = (lambda n: varied(inputs, n), batch, 0)
-    if source is None or is_offsets(inputs, source):
-        return [as_many, as_it_is]
-    # One sample is two for the sake of batch normalization; two are three, that two of them can be equal.
-    filled = inputs if batch > 1 else resampled(inputs, source, [0, 0])
-    size = max(batch, 2)
-    twin = [*range(size), size - 1] if size == 2 else [*range(size - 1), size - 2]
-
-    def make(n: int) -> Inputs:
-        other = varied(filled, n)
-        return other if n == 0 else resampled(other, source, twin)
-
-    return [(make, size, len(twin)), as_many, as_it_is]
-
-
-def _more(model: nn.Module, traces: list[Trace]) -> bool:
-    """Whether another pass may show modules that these did not call. Drops a last trace that shows nothing new."""
-    called = [set(t.calls) for t in traces]
-    missing = {
-        name for name, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))
-    } - set().union(*called)
-    if all(t.calls == traces[0].calls for t in traces):
-        return bool(missing) and any(t.decides for t in traces)
-    recent = called[-1] | called[-2] if len(traces) > 3 else set().union(*called)
-    return bool(missing) or not recent <= set().union(*called[:-2])
-
-
-def _trace(model: nn.Module, inputs: Inputs, batch: int, twins: bool = False) -> Trace:
-    recorder = _Recorder(model, batch, twins)
-    states, drawn = (random.getstate(), _numpy_position()), torch.get_rng_state()
-    # Dropout would make equal samples different.
-    drops = [m for m in model.modules() if twins and type(m).__name__.startswith("Drop") and m.training]
-    for module in drops:
-        module.training = False
-    try:
-        with recorder.attached(), recorder:
-            model(*inputs[0], **inputs[1])
-    finally:
-        for module in drops:
-            module.training = True
-    recorder.trace.decides |= states != (random.getstate(), _numpy_position())
-    recorder.trace.draws |= recorder.trace.decides or not torch.equal(drawn, torch.get_rng_state())
-    return recorder.trace
-
-
-def _numpy_position() -> Any:
-    numpy = sys.modules.get("numpy")
-    return None if numpy is None else numpy.random.get_state()[2]
-
-
-class _Recorder(TorchFunctionMode):
-    """Writes down one pass.
+def record(model: nn.Module, inputs: Inputs, batch: int, twins: bool = False) -> Trace:
+    """Run a model, and write down what passes.
 
     Args:
         model: the model.
-        batch: samples in this pass.
-        twins: whether the last two samples are equal.
+        inputs: what it is given.
+        batch: samples in these inputs.
+        twins: whether the last two samples are equal. Dropout then rests, and both get the same random numbers.
     """
+    recorder = _Recorder(model, batch, twins)
+    before = _positions()
+    with recorder.attached(), recorder:
+        model(*inputs[0], **inputs[1])
+    recorder.trace.decides |= before != _positions()
+    return recorder.trace
+
+
+def _positions() -> tuple[Any, Any]:
+    """Of the generators that draw single numbers."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), None if numpy is None else numpy.random.get_state()[2]
+
+
+class _Recorder(TorchFunctionMode):
+    """Writes down one pass."""
 
     def __init__(self, model: nn.Module, batch: int, twins: bool) -> None:
         super().__init__()
         self.trace = Trace(batch)
         self._twins = twins
         self._names = {module: name for name, module in model.named_modules()}
+        self._parameters = {id(p) for p in model.parameters()}
         self._functions: Counter[Any] = Counter()
         # Modules being run: name, call, and how often each function had been called when the module was entered.
         self._scopes: list[tuple[str, int, Counter[Any]]] = []
-        self._parameters = {id(p) for p in model.parameters()}
         self._numbers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._fresh = itertools.count()
         # By a tensor's number: its last snapshot, and whether it depends on the model's input.
         self._last: dict[int, Snapshot] = {}
         self._from_input: dict[int, bool] = {}
-        # By a view's number: what it is a view of, where that does not depend on the input.
-        self._viewed: dict[int, int] = {}
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
-        self._muted = False
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -393,7 +210,7 @@ class _Recorder(TorchFunctionMode):
         try:
             for module in self._names:
                 handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-                handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
+                handles.append(module.register_forward_hook(self._leave))
             yield
         finally:
             for handle in handles:
@@ -405,48 +222,49 @@ class _Recorder(TorchFunctionMode):
         self.trace.calls[name] += 1
         self._see((args, kwargs), "input", True if len(self._scopes) == 1 else None)
 
-    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._see(output, "output")
         self._scopes.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self._muted or not self._scopes:
+        kwargs = dict(kwargs or {})
+        if not self._scopes:
             return func(*args, **kwargs)
         name, call, before = self._scopes[-1]
         nth = self._functions[func] - before[func]
         self._functions[func] += 1
-        tensors = [tensor for _, tensor in tensors_in((args, kwargs))]
-        weighted = any(t.requires_grad or id(t) in self._parameters for t in tensors)
         function = getattr(func, "__name__", str(func))
-        if function == "__get__" or function == "__set__":
+        if function in ("__get__", "__set__"):
             function = getattr(getattr(func, "__self__", None), "__name__", function)
+        tensors = [tensor for _, tensor in tensors_in((args, kwargs))]
         shapes = [t.shape for t in tensors if not t.is_nested]
-        gradients = torch.is_grad_enabled()
-        event = Event(len(self.trace.sightings), function, name, call, shapes, weighted, gradients)
+        weighted = any(t.requires_grad or id(t) in self._parameters for t in tensors)
+        event = Event(len(self.trace.sightings), function, name, call, shapes, weighted, torch.is_grad_enabled())
         event.arguments = self._see((args, kwargs), "argument", None, func, nth)
-        from_input = function not in _SHAPE_ONLY and any(
-            self._from_input.get(self._number(t)) for t in tensors if id(t) not in self._parameters
-        )
+        numbers = [self._number(t) for t in tensors if id(t) not in self._parameters]
+        from_input = function not in SHAPE_ONLY and any(self._from_input.get(n) for n in numbers)
+        if self._twins and ("drop" in function or "attention" in function):
+            kwargs.update({key: off for key, off in (("training", False), ("dropout_p", 0.0)) if key in kwargs})
         result = func(*args, **kwargs)
-        if from_input and writes(func, kwargs) and tensors:
-            # Written into a view: what it is a view of holds the values, too.
-            number: int | None = self._number(tensors[0])
-            while number is not None:
-                self._from_input[number] = True
-                number = self._viewed.get(number)
+        if function in RANDOM:
+            self._drawn(result)
+        if from_input and numbers and writes(func, kwargs):
+            self._from_input[numbers[0]] = True
         event.results = self._see(result, "result", from_input, func, nth)
         for sighting in event.results:
             sighting.event = len(self.trace.events)
-        if tensors and event.results and not from_input:
-            for _, tensor in tensors_in(result):
-                if tensor is not tensors[0] and storage(tensor) == storage(tensors[0]):
-                    self._viewed[self._number(tensor)] = self._number(tensors[0])
-        if function in RANDOM:
-            self.trace.draws = True
-            self.trace.decides |= all(t.numel() == 1 for _, t in tensors_in(result))
         self.trace.events.append(event)
+        if function in SCALINGS:
+            _inherit(event)
         return result
+
+    def _drawn(self, numbers: Tensor) -> None:
+        """Single random numbers are noted; of many, the last two samples get the same where they are equal."""
+        self.trace.decides |= numbers.numel() == 1
+        rows, rest = divmod(len(numbers) if numbers.ndim else 0, self.trace.batch)
+        if self._twins and rows and not rest:
+            with _compat.unseen():
+                numbers.data[-rows:] = numbers.data[-2 * rows : -rows].clone()
 
     def _see(
         self, tree: Any, kind: str, from_input: bool | None = None, function: Any = None, nth: int = 0
@@ -454,32 +272,29 @@ class _Recorder(TorchFunctionMode):
         """Note the tensors of a tree. ``from_input``: of new ones, None where it has to be told by themselves."""
         name, call, _ = self._scopes[-1]
         seen = []
-        self._muted = True
         with _compat.unseen():
             for path, tensor in tensors_in(tree):
                 if id(tensor) in self._parameters:
                     continue
                 number = self._number(tensor)
-                if number not in self._from_input or (from_input and kind != "argument"):
+                if number not in self._from_input or from_input:
                     # What comes out of code that torch functions do not show has a history all the same.
                     self._from_input[number] = tensor.grad_fn is not None if from_input is None else from_input
                 odd = tensor.layout != torch.strided or tensor.is_complex() or tensor.is_nested or tensor.is_meta
                 if odd or tensor.numel() == 0:
                     continue
-                seen.append(
-                    Sighting(
-                        len(self.trace.sightings),
-                        Site(name, call, kind, path, function, nth),
-                        number,
-                        self._snapshot(number, tensor.detach()),
-                        tensor.requires_grad,
-                        tensor.requires_grad and torch.is_grad_enabled(),
-                        self._from_input[number],
-                        torch.Size(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step).numel(),
-                    )
+                sighting = Sighting(
+                    len(self.trace.sightings),
+                    Site(name, call, kind, path, function, nth),
+                    number,
+                    self._snapshot(number, tensor.detach()),
+                    tensor.requires_grad,
+                    tensor.requires_grad and torch.is_grad_enabled(),
+                    self._from_input[number],
+                    torch.Size(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step).numel(),
                 )
-                self.trace.sightings.append(seen[-1])
-        self._muted = False
+                self.trace.sightings.append(sighting)
+                seen.append(sighting)
         return seen
 
     def _number(self, tensor: Tensor) -> int:
@@ -494,8 +309,7 @@ class _Recorder(TorchFunctionMode):
         # The version counter does not move for `x.data = ...`: only the values tell.
         if last is not None and last.shape == tensor.shape and same(last.values, values):
             return last
-        snapshot = Snapshot(tensor.shape, tensor.dtype, values, index)
-        self._last[number] = snapshot
+        snapshot = self._last[number] = Snapshot(tensor.shape, tensor.dtype, values, index)
         some = set(values[:64].tolist())
         if len(some) == 1 and is_constant(tensor):
             snapshot.constant, snapshot.levels = True, 1
@@ -516,20 +330,28 @@ class _Recorder(TorchFunctionMode):
         last = self.trace.batch - 1
         one, twin, other = (tensor.take(within + size * i).double() for i in (last, last - 1, 0))
         otherwise = (one - other).abs().mean()
-        known = bool(otherwise > 1e-6 * one.abs().mean())
-        return float((one - twin).abs().mean() / otherwise) if known else None
+        return float((one - twin).abs().mean() / otherwise) if otherwise > 1e-6 * one.abs().mean() else None
 
     def _index(self, numel: int, device: torch.device) -> Tensor:
         key = (numel, device)
         if key not in self._indices:
-            if numel <= _VALUES:
-                index = torch.arange(numel, device="cpu")
-            else:
+            index = torch.arange(numel, device="cpu")
+            if numel > _VALUES:
                 # Not evenly spaced: that would see the same column of every image.
                 generator = torch.Generator().manual_seed(0)
                 index = torch.randint(numel, (_VALUES,), generator=generator, device="cpu").sort().values
             self._indices[key] = index.to(device)
         return self._indices[key]
+
+
+def _inherit(event: Event) -> None:
+    """Codes times a scale that many of them share are codes, however the scale is distributed over them."""
+    if len(event.arguments) != 2 or len(event.results) != 1 or event.results[0].value.pattern is not None:
+        return
+    result = event.results[0].value
+    for codes, scale in (event.arguments, event.arguments[::-1]):
+        if codes.value.shape == result.shape and 4 * scale.distinct <= codes.distinct:
+            result.pattern = codes.value.pattern
 
 
 def _is_one_hot(x: Tensor) -> bool:

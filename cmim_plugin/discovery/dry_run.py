@@ -1,0 +1,158 @@
+"""The dry run: record a few forward passes of a model, and leave the model as it was."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CMIMError
+from .inputs import BatchSource, Inputs, as_inputs, batch_sources, is_offsets, resampled, stated_source, varied
+from .state import force_eager, preserve_state
+from .trace import Trace, record
+
+# Passes at most where layers are skipped at random.
+_PASSES = 10
+
+
+def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:
+    """Traces of the model in training mode, after one pass of the example as it is.
+
+    Two traces are made on inputs that are varied; where the model does not take these, on the example. In the second
+    trace the last two samples are equal. Where the passes differ in the modules that they call, more passes follow
+    until nothing new appears.
+
+    Raises:
+        CMIMError: the model is frozen or not initialised, its forward fails on the example, or the number of samples
+            is not clear.
+    """
+    inputs = as_inputs(example)
+    _check(model)
+    with preserve_state(model), torch.enable_grad(), force_eager():
+        _seed(0)  # the result is to depend on the model alone
+        model.train()
+        _awaken(model)
+        sources = batch_sources(model, inputs)
+        rows: Counter[int] = Counter()
+        try:
+            if batch_size is None and len(sources) > 1:
+                rows = _rows_of_products(record(model, inputs, 1))
+            else:
+                model(*inputs[0], **inputs[1])
+        except Exception as error:
+            # Batch normalization of single values needs two samples.
+            if set(sources) != {1}:
+                raise CMIMError(
+                    f"The dry run failed: the model's forward raised {type(error).__name__}: {error}. Pass an "
+                    "example_input that model(*example_input) accepts in training mode, on the model's device."
+                ) from error
+        source: BatchSource | None
+        if batch_size is None:
+            batch_size, source = _clear_source(sources, rows)
+        else:
+            source = stated_source(model, inputs, batch_size)
+        failure: Exception | None = None
+        for attempt in _attempts(inputs, batch_size, source):
+            try:
+                return _traces(model, attempt), source
+            except Exception as error:
+                failure = error
+        raise CMIMError(
+            f"The dry run failed: the model's forward raised {type(failure).__name__}: {failure} in its second pass on "
+            "the example_input. Pass an example_input that the model accepts again and again in training mode."
+        ) from failure
+
+
+def _check(model: nn.Module) -> None:
+    parameters = list(model.parameters())
+    if any(nn.parameter.is_lazy(p) for p in parameters):
+        raise CMIMError("The model has lazy parameters without a shape yet. Run it once: model(example_input).")
+    if parameters and not any(p.requires_grad for p in parameters):
+        raise CMIMError(
+            "The model is frozen: none of its parameters requires a gradient. Attach to a model in training, after "
+            "model.requires_grad_(True) for the parts that are trained."
+        )
+
+
+def _seed(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed)
+
+
+@torch.no_grad()
+def _awaken(model: nn.Module) -> None:
+    """Noise for weights of products and norms that are all zero: a branch that starts as zero hides its signs.
+
+    Not for thresholds and shifts, which are no matrices and belong to no norm.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            matrix = sum(n > 1 for n in p.shape) > 1
+            weight = (matrix or hasattr(module, "eps")) and name.endswith("weight") and p.is_floating_point()
+            if weight and type(p.data) is Tensor and not p.any():
+                p.data.copy_(torch.randn(p.shape, generator=generator, device="cpu"))
+
+
+def _rows_of_products(trace: Trace) -> Counter[int]:
+    """How many convolutions and matrix products receive so many rows."""
+    weighted = [e.arguments[0] for e in trace.events if e.weighted and e.arguments]
+    return Counter(s.value.shape[0] for s in weighted if len(s.value.shape) > 1 and s.from_input)
+
+
+def _clear_source(sources: dict[int, BatchSource], rows: Counter[int]) -> tuple[int, BatchSource]:
+    """The number of samples: the only one possible, or what most products receive."""
+    total = sum(rows[size] for size in sources)
+    likely = [size for size in sources if len(sources) == 1 or 2 * rows[size] > total]
+    if not likely:
+        sizes = f"{sorted(sources)} are lengths of its inputs" if sources else "no input has a length"
+        raise CMIMError(
+            f"The number of samples in example_input is not clear: {sizes}. Say how many samples it has: batch_size=..."
+        )
+    return likely[0], sources[likely[0]]
+
+
+# From the number of a pass: its inputs, how many samples these have, and whether the last two are equal.
+_Attempt = Callable[[int], tuple[Inputs, int, bool]]
+
+
+def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_Attempt]:
+    """What to run, the best first."""
+    attempts: list[_Attempt] = [lambda n: (varied(inputs, n), batch, False), lambda n: (inputs, batch, False)]
+    if source is None or is_offsets(inputs, source):
+        return attempts
+    # One sample is two for the sake of batch normalization; two are three, that two of them can be equal.
+    filled = inputs if batch > 1 else resampled(inputs, source, [0, 0])
+    size = max(batch, 2)
+    twins = [*range(max(size - 1, 2)), max(size - 2, 1)]
+
+    def with_twins(n: int) -> tuple[Inputs, int, bool]:
+        other = varied(filled, n)
+        return (resampled(other, source, twins), len(twins), True) if n else (other, size, False)
+
+    return [with_twins, *attempts]
+
+
+def _traces(model: nn.Module, attempt: _Attempt) -> list[Trace]:
+    traces = [record(model, *attempt(0))]
+    while len(traces) < 2 or (_more(model, traces) and len(traces) < _PASSES):
+        traces.append(record(model, *attempt(len(traces))))
+    return traces
+
+
+def _more(model: nn.Module, traces: list[Trace]) -> bool:
+    """Whether another pass may show modules that these did not call."""
+    called = [set(t.calls) for t in traces]
+    weighted = {name for name, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))}
+    missing = bool(weighted.difference(*called))
+    if all(t.calls == traces[0].calls for t in traces):
+        return missing and any(t.decides for t in traces)
+    recent = called[-1] | called[-2] if len(traces) > 3 else set().union(*called)
+    return missing or not recent <= set().union(*called[:-2])

@@ -1,0 +1,145 @@
+"""What is said of a binarization: why it cannot be tapped, or where it is picked up in training and how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .functions import CONVOLUTIONS, PRODUCTS
+from .index import Index
+from .latents import is_sign_of
+from .layout import Layout
+from .operands import Binarization
+from .trace import Event, Sighting
+
+NO_GRADIENT = "it is made without a gradient (under no_grad or detached)"
+# Calls that are followed back at most.
+_NEAR = 12
+
+
+def reason_against(index: Index, b: Binarization) -> str | None:
+    """Why this is nothing to tap, None where it is."""
+    value = b.source.value
+    if not index.in_graph(b.source):
+        given = [s for a in (b.call.arguments if b.call else ()) for s in index.of_tensor(a)]
+        trained = any(s.requires_grad for s in given) or _has_trained_history(index, given[:1])
+        frozen = given and b.consumer.gradients and not trained
+        return "everything before it is frozen: no gradient reaches it" if frozen else NO_GRADIENT
+    if value.one_hot:
+        return "it is one-hot: a choice, not a code"
+    if not b.latents:
+        if value.constant:
+            return "it held one value only in the dry run, and the call that binarizes is not known: a dead sign"
+        return "no tensor in the graph was found that it is the sign of"
+    latent = b.latents[0].value
+    if value.pattern is not None:
+        if latent.numel == value.numel and bool(latent.values[value.pattern == 0].any()):
+            return "it has three values: its zeros are not only signs of zero"
+        if not is_sign_of(index, b.source, b.call, b.latents[0]):
+            return "no threshold splits its latent into its two values"
+    return None
+
+
+def scope(index: Index, b: Binarization) -> tuple[str, int]:
+    """The module in whose forward it happens, and which call of it."""
+    site = b.call or b.source.site
+    if b.call is not None or b.source.site.kind != "input" or not site.module:
+        return site.module, site.call
+    # What comes in was made by the module around.
+    name = site.module
+    while name:
+        name = name.rpartition(".")[0]
+        calls = [call for (n, call), seq in index.entered.items() if n == name and seq < b.source.seq]
+        if calls:
+            return name, max(calls)
+    return "", 0
+
+
+def child(index: Index, latent: Sighting, module: str, call: int) -> str:
+    """The child of the module whose output in this call the latent is, up to elementwise functions and views."""
+    since, prefix = index.entered[module, call], f"{module}." if module else ""
+    current: Sighting | None = latent
+    for _ in range(_NEAR):
+        if current is None:
+            break
+        outputs = [s.site.module for s in index.of_tensor(current) if s.site.kind == "output" and s.seq > since]
+        names = [name for name in outputs if name.startswith(prefix) and name != module]
+        if names:
+            return min(names, key=len).removeprefix(prefix)
+        event, size = index.producer(current), current.value.numel
+        given = [a for a in (event.arguments if event else ()) if a.value.numel >= size and a.requires_grad]
+        current = given[0] if given and event and event.name not in PRODUCTS else None
+    return ""
+
+
+def cheapest(sightings: Sequence[Sighting], module: str) -> Sighting:
+    """Where to pick a tensor up: by a plain hook if there is one, in the module that binarizes before others."""
+    return min(
+        (s for s in sightings if s.in_graph),
+        key=lambda s: (s.site.kind in ("argument", "result"), s.site.module != module, s.seq),
+    )
+
+
+def layouts(index: Index, binary: Sighting, latent: Sighting, b: Binarization) -> tuple[Layout, Layout] | str:
+    """How both sides are read, or why they cannot be."""
+    windowed = []
+    for side in (binary, latent):
+        rows, batch = side.value.shape[0] if side.value.shape else 0, index.trace.batch
+        shapes = f"{tuple(side.value.shape)} for {batch} samples"
+        if not rows or rows % batch:
+            return f"the batch is not its first dimension, or is mixed with another: {shapes}"
+        by_sample = index.by_sample(side)
+        # A rounding error that flips a sign grows through the layers: as many rows as samples tell more.
+        if by_sample is False and (rows != batch or index.mixes):
+            return f"the rows of one sample do not follow each other in its first dimension: {shapes}"
+        if by_sample is None and rows != batch:
+            return f"which rows belong to one sample could not be seen: {shapes}; try an example of random values"
+        windowed.append(rows != batch)
+    shape, received = binary.value.shape, b.operand.value.shape
+    if b.consumer.name in CONVOLUTIONS and len(received) == 1 + CONVOLUTIONS[b.consumer.name]:
+        return "the convolution receives a single sample, without a batch dimension"
+    spatial = _spatial_dims(shape, b.consumer, b.operand)
+    if spatial is not None and spatial >= len(latent.value.shape):
+        return f"its latent has another rank: {tuple(latent.value.shape)} for {tuple(shape)}"
+    return Layout(spatial, windowed[0]), Layout(spatial, windowed[1])
+
+
+def _spatial_dims(shape: torch.Size, consumer: Event, operand: Sighting) -> int | None:
+    """:attr:`Layout.spatial` of a binary tensor of this shape, from how its consumer contracts it.
+
+    The channels are the dimension that is contracted with a weight: the last, or the first after the batch.
+    """
+    received, name = operand.value.shape, consumer.name
+    if name in CONVOLUTIONS:
+        # Tokens (B, N, C) that a permutation turns into a map have their channels last before it.
+        tokens = received[1] == shape[-1] != shape[1] and len(shape) <= len(received)
+        return None if tokens or len(shape) < 2 + CONVOLUTIONS[name] else CONVOLUTIONS[name]
+    if len(shape) < 3:
+        return None
+    if name == "linear":
+        contracted = {received[-1]}
+    elif any(a is not operand and a.in_graph and a.value.shape[0] == received[0] for a in consumer.arguments):
+        # Two activations, as in attention: the features of a token are last.
+        return None
+    elif name in ("matmul", "__matmul__", "bmm", "mm", "__rmatmul__"):
+        contracted = {received[-1] if operand.site.path == (0, 0) else received[-2]}
+    else:
+        contracted = {n for other in consumer.shapes if other != received for n in other}
+    # The channels themselves, with the kernel's places (unfold), or with all positions (flatten).
+    first = any(n % shape[1] == 0 for n in contracted)
+    return len(shape) - 2 if first and shape[-1] not in contracted else None
+
+
+def _has_trained_history(index: Index, line: list[Sighting]) -> bool:
+    """Whether anything that this was computed from required a gradient."""
+    seen = {s.tensor for s in line}
+    for s in line:
+        event = index.producer(s)
+        for a in event.arguments if event else ():
+            if a.requires_grad:
+                return True
+            if a.tensor not in seen:
+                seen.add(a.tensor)
+                line.append(a)
+    return False
