@@ -12,6 +12,7 @@ What these hooks promise:
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import weakref
@@ -27,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import _compat
 from .discovery import BatchSource, Layout
-from .errors import CMIMError, warn_once
+from .errors import CMIMError, CMIMWarning, warn_once
 from .passes import BINARY, LATENT, Call, Pass, Pickup, Tap, current_error
 from .sampling import Schedule
 
@@ -98,6 +99,10 @@ class Capture:
         root = _RootHook(self, model)
         # Around all others: first in, last out.
         self._handles.append(model.register_forward_pre_hook(root.enter, prepend=True, with_kwargs=True))
+        gone = [name for name in self._plan if name not in modules]
+        if gone:
+            self.detach()
+            raise CMIMError(f"The model has no module {', '.join(gone)} any more: build a new CMIM.")
         for name, plan in self._plan.items():
             hook = _ModuleHook(self, modules[name], name, {call: tuple(found) for call, found in plan.items()})
             self._handles.append(modules[name].register_forward_pre_hook(hook.enter, with_kwargs=True))
@@ -134,7 +139,8 @@ class Capture:
             found.attempt(None, lambda: setattr(found, "batch", source.of(args, kwargs)))
         found.observer = self.observer
         mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim == 2:
+        # As transformers has it: (samples, tokens), zero for padding. Others by that name are not ours to read.
+        if isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == found.batch and not mask.is_floating_point():
             found.mask = mask
         self.running[_thread()] = found
         self._forget_dead_threads()
@@ -156,7 +162,8 @@ class Capture:
             self._waiting[thread] = found
             self.unasked += 1
             if self.unasked == _FORGOTTEN:
-                found.attempt(None, lambda: warn_once(self, _FORGOTTEN_WARNING))
+                with contextlib.suppress(CMIMWarning):  # where warnings are errors: not within the user's forward
+                    warn_once(self, _FORGOTTEN_WARNING)
 
     def drop(self) -> None:
         """The pass of this thread did not come to its end."""
@@ -175,6 +182,12 @@ class Capture:
         self.unasked = 0
         thread = _thread()
         if not torch.compiler.is_compiling():
+            model = self.model()
+            if thread in self.running and model is not None and _compat.running_calls(model):
+                raise CMIMError(
+                    "cmim(model) was called within the forward of the model itself, whose pass is not complete yet. "
+                    "Attach to the inner network, or ask for the loss after the forward."
+                )
             self.drop()  # a pass that was interrupted
             if thread not in self._waiting:
                 # Compiled code leaves its pass to the thread that compiled it.

@@ -17,7 +17,7 @@ from .errors import CMIMError, warn_once
 from .heads import Heads
 from .negatives import Queue
 from .objectives import count_negatives
-from .passes import BINARY, Pair, Pass, Tap
+from .passes import Pair, Pass, Tap
 from .sampling import Schedule
 
 # Steps in which labels and mask are asked whether they leave any negative: the answer waits for the device.
@@ -108,7 +108,8 @@ class Contrast(nn.Module):
             mask: ``(B, positions)`` bool, False for positions that do not count.
         """
         scheduled = captured.scheduled
-        labels, mask = _checked("labels", labels, captured), _checked("mask", mask, captured)
+        device = self.heads.weights.device
+        labels, mask = _checked("labels", labels, captured, device), _checked("mask", mask, captured, device)
         z, row_labels, row_mask, sizes = self.embeddings(captured, labels, mask)
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
         for k, size in sizes.items():
@@ -140,7 +141,8 @@ class Contrast(nn.Module):
             check_rows(self.taps[k], binary, latent, weights.device)
             rows.append((binary, latent))
             sizes[k] = len(binary)
-        shared = distributed.averaged(weights) if self.synced else weights
+        together = self.synced and distributed.ranks() > 1
+        shared = distributed.averaged(weights) if together else weights
         if reached:
             z = self.heads(reached, rows, shared)
         else:
@@ -149,9 +151,16 @@ class Contrast(nn.Module):
             none = [(weights.new_zeros(0, tap.channels), weights.new_zeros(0, tap.latent_channels))]
             z = self.heads([0], none, shared)
         pairs = [(self.taps[k].name, captured.pairs[k]) for k in reached]
+        for name, pair in pairs:
+            if mask is not None and pair.tokens not in (0, mask.shape[1]):
+                warn_once(
+                    self,
+                    f"The mask has {mask.shape[1]} tokens a sample, tap {name} has {pair.tokens}: there all of them "
+                    "count, padding too. Pass a mask with as many tokens, or leave the tap out with taps=.",
+                )
         row_labels = None if labels is None else _of_all(pairs, lambda n, p: labels_of(p, labels, n), labels)
-        row_mask = None if mask is None else _of_all(pairs, lambda n, p: mask_of(p, mask, n), mask)
-        if self.synced:
+        row_mask = None if mask is None else _of_all(pairs, lambda n, p: mask_of(p, mask), mask)
+        if together:
             counts = distributed.counts_of_all(list(sizes.values()), z.device)
             z = distributed.gather(z.transpose(0, 1), counts).transpose(0, 1)
             row_labels = None if row_labels is None else distributed.gather(row_labels, counts)
@@ -205,7 +214,8 @@ class Contrast(nn.Module):
             if k in self.last:
                 losses, i = self.last[k]
                 found[tap.name] = {"loss": losses.values[i]}
-                if bound is not None:
+                nothing_counts = losses.mask is not None and not bool(losses.mask[i].any())
+                if bound is not None and not nothing_counts:
                     found[tap.name]["bound"] = losses.bound(i, bound)
             elif not self._loaded[k].isnan().all():
                 values = zip(("loss", "bound"), self._loaded[k], strict=True)
@@ -265,22 +275,21 @@ def check_rows(tap: Tap, binary: Tensor, latent: Tensor, device: torch.device) -
 # -- what is given for samples or positions, for each row ------------------------------------------------------------
 
 
-def _checked(name: str, value: Tensor | None, captured: Pass) -> Tensor | None:
-    """Labels or a mask of this pass's batch, on its device."""
+def _checked(name: str, value: Tensor | None, captured: Pass, device: torch.device) -> Tensor | None:
+    """Labels or a mask of this pass's batch, on the device of the heads."""
     pair = next((pair for pair in captured.pairs.values() if pair.complete), None)
     if value is None or pair is None:
-        return value
-    batch, rows = pair.batch, pair.rows[BINARY]
+        return value if value is None else value.to(device)
+    batch = pair.batch
     if name == "mask":
-        fits, wanted = getattr(value, "ndim", 0) == 2, f"({batch}, tokens), zero for padding"
+        fits = getattr(value, "ndim", 0) == 2 and pair.index is not None
+        wanted = f'({batch}, tokens) booleans or integers, zero for padding (with instances="position")'
     elif pair.index is None:
         fits, wanted = getattr(value, "ndim", 0) == 1, f'{batch} integers, one an image (instances="image")'
     else:
         fits, wanted = True, f"{batch} integers, one a sample of the batch, or a map of them for each"
-    if isinstance(value, Tensor) and fits and value.ndim and len(value) == batch:
-        assert rows is not None
-        if name == "mask" or not value.is_floating_point():
-            return value.to(rows.device)
+    if isinstance(value, Tensor) and fits and value.ndim and len(value) == batch and not value.is_floating_point():
+        return value.to(device)
     found = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
     raise CMIMError(f"{name} must be {wanted}; found {found}.")
 
@@ -305,14 +314,12 @@ def labels_of(pair: Pair, labels: Tensor, name: str) -> Tensor:
     return labels[(samples, *reversed(at))]
 
 
-def mask_of(pair: Pair, mask: Tensor, name: str) -> Tensor:
-    """Whether each row counts: what the mask says of its token. All count where a tap has no such tokens."""
-    if pair.index is None or pair.spatial is None or pair.windows or not len(pair.spatial):
-        return mask.new_ones(len(pair.rows[BINARY]), dtype=torch.bool)  # type: ignore[arg-type]
+def mask_of(pair: Pair, mask: Tensor) -> Tensor:
+    """Whether each row counts: what the mask says of its token. All count where a tap has other tokens, or none."""
     samples, rest = _samples(pair)
-    if pair.spatial[-1] != mask.shape[1]:
+    if pair.tokens != mask.shape[1]:
         return torch.ones_like(rest, dtype=torch.bool)
-    return mask[samples, rest % mask.shape[1]] > 0
+    return mask[samples, rest % pair.tokens] != 0
 
 
 def _samples(pair: Pair) -> tuple[Tensor, Tensor]:

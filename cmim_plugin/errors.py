@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 
@@ -26,4 +27,8 @@ def warn_once(of: object, message: str) -> None:
     given = _given.setdefault(of, set())
     if message not in given:
         given.add(message)
-        warnings.warn(message, CMIMWarning, stacklevel=4)
+        # At the line of the user's that led here.
+        level, frame = 2, sys._getframe(1)
+        while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "cmim_plugin"):
+            level, frame = level + 1, frame.f_back
+        warnings.warn(message, CMIMWarning, stacklevel=level)

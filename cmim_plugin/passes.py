@@ -62,6 +62,7 @@ class Pair:
         total: positions of the whole batch.
         batch: samples of the batch.
         windows: whether a sample is cut into several rows of the first dimension.
+        tokens: of a sample, 0 where its positions are no sequence.
     """
 
     def __init__(self) -> None:
@@ -71,6 +72,7 @@ class Pair:
         self.total = 0
         self.batch = 0
         self.windows = False
+        self.tokens = 0
 
     @property
     def complete(self) -> bool:
@@ -188,9 +190,10 @@ class Pass:
             CMIMError: something went wrong, or nothing is left to train.
         """
         failures = {k: why for k, why in self.failures.items() if k is not None}
+        fatal = failures.keys() - self.without_gradient
         lines = [f"Tap {self.taps[k].name}: {why}." for k, why in failures.items()]
-        reached = [k for k, pair in self.pairs.items() if pair.complete and k not in self.without_gradient]
-        if None in self.failures or not self.without_gradient.issuperset(failures) or (lines and not reached):
+        reached = [k for k, pair in self.pairs.items() if pair.complete]
+        if None in self.failures or fatal or (failures and not reached):
             whole = [self.failures[None]] if None in self.failures else []
             raise CMIMError("\n".join(["The forward pass could not be captured.", *whole, *lines]))
         if not self.entered:
@@ -245,6 +248,7 @@ class Pass:
             )
         index, elements = self._positions(k, layout, x)
         pair.total, pair.index, pair.spatial = total, index, layout.spatial_shape(x.shape)
+        pair.tokens = pair.spatial[-1] if pair.spatial and layout.spatial in (None, 1) and not layout.windowed else 0
         pair.rows[side] = sampled(x, elements, self._zero(x), self.backward)
 
     def _positions(self, k: int, layout: Layout, x: Tensor) -> tuple[Tensor, Tensor]:

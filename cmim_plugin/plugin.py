@@ -17,7 +17,7 @@ from . import distributed
 from .capture import Capture, attached_to
 from .contrast import Contrast
 from .discovery import BinaryActivation, discover
-from .errors import CMIMError
+from .errors import CMIMError, warn_once
 from .heads import Heads
 from .objectives import NCE, InfoNCE
 from .passes import Pass, Tap
@@ -177,7 +177,8 @@ class CMIM(nn.Module):
             labels: ``(B,)`` integer classes of the batch, or for positions ``(B, *spatial)`` of its pixels, at any
                 resolution. Pairs of the same class are then not contrasted; below zero is no label.
             mask: ``(B, tokens)``, zero or False for padding, which is then no instance. None for the ``attention_mask``
-                that the model itself was given by that name, if there was one.
+                that the model itself was given by that name, if there was one of integers or booleans; it is not read
+                where there is a queue.
 
         Returns:
             0-d float32, with gradients to heads and network. Zero, with its graph, where the batch has no negatives.
@@ -188,9 +189,10 @@ class CMIM(nn.Module):
                 wrong shape; the hooks were removed or are paused.
         """
         captured = self._captured(model)
-        mask = captured.mask if mask is None else mask
         if mask is not None and len(self.contrast.queues):
             raise CMIMError("A mask and a queue do not go together: padding would be queued. Attach with queue_size=0.")
+        if mask is None and self.instances == "position" and not len(self.contrast.queues):
+            mask = captured.mask
         self._sync()
         self.heads.step()
         # In two steps: torch.compile of torch 2.6 would keep the bound method of the first, and compile each loss anew.
@@ -212,7 +214,7 @@ class CMIM(nn.Module):
     def _weighted(self, contrast: Tensor) -> Tensor:
         """The loss, and what goes on to the next one."""
         self.schedule.advance()
-        if self.weight and self.schedule.losses in _LOOK_AT:
+        if not torch.compiler.is_compiling() and self.weight and self.schedule.losses in _LOOK_AT:
             self.contrast.tell_of_idle_heads(self.schedule.losses)
         return self.weight * contrast
 
@@ -256,9 +258,9 @@ class CMIM(nn.Module):
         """Numbers for a logger or a progress bar. Reading them waits for the device.
 
         Returns:
-            ``{"cmim/loss": weight * mean loss, "cmim/bound": mean over taps, "cmim/worst_bound": the lowest}``, in
-            nats, each tap as of its last step; with ``all_taps`` also ``"cmim/bound/<tap name>"``. Without the bounds
-            where the objective gives none; empty before the first loss.
+            In nats, each tap as of its last step: ``"cmim/loss"``, the weight times the mean loss (by layer weight),
+            ``"cmim/bound"``, the mean over the taps, and ``"cmim/worst_bound"``, the lowest; with ``all_taps`` also
+            ``"cmim/bound/<tap name>"``. No bounds where the objective gives none; empty before the first loss.
         """
         return self.contrast.scalars(self.weight, all_taps)
 
@@ -309,8 +311,11 @@ class CMIM(nn.Module):
             yield
         finally:
             model = self._capture.model()
-            if attached and not self._removed and model is not None and not attached_to(model):
-                self._capture.attach()
+            if attached and not self._removed and model is not None:
+                if attached_to(model):
+                    warn_once(self, "Another CMIM was attached within paused(): this one stays off the model.")
+                else:
+                    self._capture.attach()
 
     # -- state ---------------------------------------------------------------------------------------------------
 

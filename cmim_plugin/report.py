@@ -264,6 +264,7 @@ def measure(
     if teacher is not None:
         capture.before = teacher.deliver
     samples, seen = 0, []
+    failures: dict[int | None, str] = {}
     # A loader that shuffles or augments draws from the generators, too: they are kept around all of it.
     with preserve_generators(model.parameters()), torch.no_grad(), _evaluating(model), force_eager():
         capture.attach()
@@ -279,6 +280,7 @@ def measure(
                 model(*args, **kwargs)
                 captured = capture.pop()
                 schedule.advance()
+                failures.update(captured.failures)
                 for k, tally in enumerate(tallies):
                     tally.contrast(contrast, k, captured)
                 samples += max(pair.batch for pair in captured.pairs.values())
@@ -288,7 +290,10 @@ def measure(
         raise CMIMError("The loader gave no batch: nothing to report on. (A generator that was used up does that.)")
     astray = [tally.name for tally in tallies if tally.astray or not tally.values]
     if len(astray) == len(tallies):
-        raise CMIMError("In eval mode the model reached none of the taps with a binary activation and its latent.")
+        why = f" {next(iter(failures.values()))}." if failures else ""
+        raise CMIMError(
+            f"In eval mode the model reached none of the taps with a binary activation and its latent.{why}"
+        )
     if astray:
         warnings.warn(
             f"In eval mode the model takes another way than in training, and the pairs of these taps were not found: "

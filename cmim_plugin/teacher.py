@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ class Teacher:
             raise CMIMError("The teacher is in training mode: leave it out of model.train(), or call teacher.eval().")
         activations = self._run(args, kwargs)
         for k in to.scheduled:
-            to.take(k, LATENT, activations[k])
+            to.attempt(k, partial(to.take, k, LATENT, activations[k]))
 
 
 def _taught(tap: Tap, shape: torch.Size) -> Tap:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cmim_plugin import CMIM, NCE, CMIMError, InfoNCE, find_binary_activations
+from cmim_plugin import CMIM, NCE, CMIMError, CMIMWarning, InfoNCE, find_binary_activations
 from networks import (
     BIREAL,
     METHODS,
@@ -276,7 +276,10 @@ def test_printing_says_how_many_taps_a_step_has():
         ({"embed_dim": 3.5}, "found 3.5"),
         ({"batch_size": 0}, "batch_size must be an integer, 1 or more, or None; found 0"),
         ({"queue_size": -1}, "queue_size must be an integer, 0 or more; found -1"),
-        ({"objective": "nce"}, r"objective must be a function such as InfoNCE\(\) or NCE\(num_samples=...\); found 'nce'"),
+        (
+            {"objective": "nce"},
+            r"objective must be a function such as InfoNCE\(\) or NCE\(num_samples=...\); found 'nce'",
+        ),
         ({"objective": NCE}, r"or NCE\(num_samples=...\); found <class .*NCE"),
         ({"objective": InfoNCE}, r"such as InfoNCE\(\)"),
         ({"temperature": 0.0}, "temperature must be positive; found 0.0"),
@@ -521,3 +524,20 @@ def test_a_default_dtype_does_not_reach_state_or_loss(dtype):
             torch.set_default_dtype(torch.float32)
     assert_same(losses[1], losses[0])
     assert_same(states[1], states[0])
+
+
+def test_a_module_that_is_gone_after_a_pause_is_named_and_no_hook_is_left():
+    model = network()
+    cmim = CMIM(model, X)
+    with pytest.raises(CMIMError, match=r"no module layer1\.0.* any more"), cmim.paused():
+        del model.layer1[0]
+    assert not leftover_hooks(model)
+
+
+def test_another_plug_in_attached_within_a_pause_stays_and_the_first_says_so():
+    model = network()
+    cmim = CMIM(model, X)
+    with pytest.warns(CMIMWarning, match="Another CMIM was attached"), cmim.paused():
+        other = CMIM(model, X)
+    model(X)
+    assert other(model).isfinite()

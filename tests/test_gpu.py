@@ -15,6 +15,14 @@ def test_on_a_gpu(check):
     check("cuda")
 
 
-@pytest.mark.parametrize("check", EVERYWHERE, ids=lambda check: check.__name__)
+# Inductor compiles for half a minute; test_compile.py shows the same with a faster backend.
+LONG = {gpu_checks.compiled_steps_train_as_eager_ones_do}
+
+
+@pytest.mark.parametrize(
+    "check",
+    [pytest.param(check, marks=[pytest.mark.slow] if check in LONG else []) for check in EVERYWHERE],
+    ids=lambda check: check.__name__,
+)
 def test_on_the_cpu(check):
     check("cpu")

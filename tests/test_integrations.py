@@ -534,10 +534,10 @@ def test_ddp_trains_the_heads_in_one_process(monkeypatch):
     check_trained(cmim, steps=8)
 
 
-SLOW = [pytest.param(example, marks=pytest.mark.slow) for example in ("timm", "lightning", "accelerate")]
+SLOW = [pytest.param(example, marks=pytest.mark.slow) for example in ("ddp", "timm", "lightning", "accelerate")]
 
 
-@pytest.mark.parametrize("example", ["ddp", *SLOW])
+@pytest.mark.parametrize("example", SLOW)
 def test_two_processes_train_the_same_network_and_the_same_heads(example, tmp_path, images):
     if example in ("lightning", "accelerate"):
         pytest.importorskip(example)

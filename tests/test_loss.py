@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmim_plugin import CMIM, NCE, CMIMError, InfoNCE, info_nce, stratified_indices
+from cmim_plugin import CMIM, NCE, CMIMError, CMIMWarning, InfoNCE, info_nce, stratified_indices
 from networks import METHODS, Binary, X, Y, a_loss, assert_same, batch, gradients, network, teacher, told
 
 each_method = pytest.mark.parametrize("recipe", METHODS.values(), ids=METHODS)
@@ -175,7 +175,7 @@ MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
 
 
 @pytest.mark.parametrize("given", ["to the loss", "to the model", "to both"])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool], ids=str)
 def test_padding_is_no_instance(given, dtype):
     calls = []
     model, mask = Tokens(), MASK.to(dtype)
@@ -208,7 +208,7 @@ def test_a_mask_leaves_taps_without_such_tokens_as_they_are():
     model = network()
     cmim = CMIM(model, X, **ALL, heads_lr=0)
     expected = a_loss(model, cmim)
-    torch.testing.assert_close(a_loss(model, cmim, mask=torch.zeros(6, 7)), expected)
+    torch.testing.assert_close(a_loss(model, cmim, mask=torch.zeros(6, 7, dtype=torch.bool)), expected)
 
 
 def test_a_mask_of_the_wrong_shape_and_one_beside_a_queue_are_refused():
@@ -561,3 +561,63 @@ def test_the_heads_get_the_rows_at_the_drawn_positions_and_no_others():
     (cmim(model) + 0 * F.cross_entropy(logits, Y)).backward()
     touched = seen[0].grad.abs().sum(1).flatten().nonzero().flatten().tolist()
     assert touched == sorted(index)
+
+
+# -- what a mask means ----------------------------------------------------------------------------------------------
+
+
+class Attending(nn.Module):
+    """Tokens through a binary linear layer; a mask is taken and not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.binary, self.last = nn.Linear(5, 8), nn.LayerNorm(8), Binary(), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.last(self.binary(self.norm(self.stem(x)))).mean(1)
+
+
+SENTENCES = torch.randn(3, 5, 5, generator=torch.Generator().manual_seed(2))
+
+
+def masked_loss(**inputs: Tensor) -> float:
+    torch.manual_seed(0)
+    model = Attending()
+    cmim = CMIM(model, SENTENCES)
+    model(SENTENCES, **inputs)
+    return cmim(model).item()
+
+
+def test_the_mask_of_the_model_is_read_only_where_it_tells_samples_and_tokens():
+    plain = masked_loss()
+    padding = torch.tensor([[1, 1, 1, 0, 0]] * 3)
+    assert masked_loss(attention_mask=padding) != plain
+    assert masked_loss(attention_mask=padding.bool()) == masked_loss(attention_mask=padding)
+    for other in (torch.ones(5, 5).tril(), torch.zeros(3, 5), torch.ones(5, 5, dtype=torch.bool).tril()):
+        assert masked_loss(attention_mask=other) == plain
+
+
+def test_a_mask_that_cannot_be_read_is_refused():
+    model = Attending()
+    cmim = CMIM(model, SENTENCES)
+    for mask in (torch.zeros(3, 5), torch.ones(4, 5, dtype=torch.bool), torch.ones(3, dtype=torch.bool)):
+        model(SENTENCES)
+        with pytest.raises(CMIMError, match=r"mask must be \(3, tokens\) booleans or integers"):
+            cmim(model, mask=mask)
+
+
+def test_a_mask_with_other_tokens_is_warned_about_once_and_counts_nothing_out():
+    model = Attending()
+    cmim = CMIM(model, SENTENCES)
+    model(SENTENCES)
+    with pytest.warns(CMIMWarning, match="mask has 4 tokens a sample, tap binary has 5"):
+        cmim(model, mask=torch.ones(3, 4, dtype=torch.bool))
+
+
+def test_a_mask_that_leaves_nothing_gives_no_bound():
+    model = Attending()
+    cmim = CMIM(model, SENTENCES)
+    model(SENTENCES)
+    with pytest.warns(CMIMWarning, match="no negatives"):
+        assert cmim(model, mask=torch.zeros(3, 5, dtype=torch.bool)).item() == 0
+    assert "bound" not in cmim.metrics["binary"] and "cmim/bound" not in cmim.scalars()

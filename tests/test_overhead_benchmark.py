@@ -116,6 +116,7 @@ def test_a_step_with_cmim_launches_few_more_kernels():
     assert added.total() <= 135, "\n".join(map(str, sorted(added.items())))
 
 
+@pytest.mark.slow
 def test_a_tiny_run_writes_a_record_of_each_arm_and_tables_show_the_newest(tmp_path, capsys):
     path = tmp_path / "overhead.jsonl"
     arguments = ["--networks", "tiny", "--rounds", "2", "--copies", "1", "--device", "cpu", "--results", str(path)]
@@ -138,6 +139,7 @@ def test_a_tiny_run_writes_a_record_of_each_arm_and_tables_show_the_newest(tmp_p
     assert overhead.table(newest, "step", "cuda") == "No results yet."
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_measures_within_its_time(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu, "QUICK", gpu.QUICK[:1])
     path = tmp_path / "gpu.jsonl"

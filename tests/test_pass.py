@@ -445,3 +445,19 @@ def test_that_warning_does_not_stop_the_models_forward_where_warnings_are_errors
         for _ in range(101):
             model(X)
     assert a_loss(model, cmim).isfinite()
+
+
+def test_the_loss_within_the_forward_of_the_model_itself_is_refused_with_the_reason():
+    class Asking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.cmim = network(), []
+
+        def forward(self, x):
+            out = self.net(x)
+            return out.sum() + (self.cmim[0](self) if self.cmim else 0)
+
+    model = Asking()
+    model.cmim.append(CMIM(model, X))
+    with pytest.raises(CMIMError, match="called within the forward of the model itself"):
+        model(X)

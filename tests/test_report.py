@@ -856,3 +856,11 @@ def test_a_single_tensor_in_place_of_a_loader_is_refused():
     model = network()
     with pytest.raises(CMIMError, match=r"pass \[x\]"):
         CMIM(model, X).report(model, X)
+
+
+def test_a_teacher_in_training_mode_is_named_when_nothing_could_be_reported():
+    model, teacher = networks.network(BIREAL), networks.network(full_precision(BIREAL))
+    cmim = CMIM(model, networks.X, teacher=teacher, instances="image")
+    teacher.train()
+    with pytest.raises(CMIMError, match="teacher is in training mode"):
+        cmim.report(model, [networks.X])
