@@ -122,7 +122,7 @@ def _spatial_dims(shape: torch.Size, consumer: Event, operand: Sighting) -> int 
     elif any(a is not operand and a.in_graph and a.value.shape[0] == received[0] for a in consumer.arguments):
         # Two activations, as in attention: the features of a token are last.
         return None
-    elif name in ("matmul", "__matmul__", "bmm", "mm", "__rmatmul__"):
+    elif name in ("matmul", "rmatmul", "bmm", "mm"):
         contracted = {received[-1] if operand.site.path == (0, 0) else received[-2]}
     else:
         contracted = {n for other in consumer.shapes if other != received for n in other}

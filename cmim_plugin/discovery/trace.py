@@ -84,10 +84,6 @@ class Snapshot:
         """Elements of the tensor."""
         return self.shape.numel()
 
-    def same(self, other: Snapshot) -> bool:
-        """Equal values, up to a view."""
-        return self.numel == other.numel and self.dtype == other.dtype and same(self.values, other.values)
-
     @cached_property
     def fingerprint(self) -> tuple[int, tuple[float, ...]]:
         """The same where the values are."""
@@ -236,6 +232,7 @@ class _Recorder(TorchFunctionMode):
         function = getattr(func, "__name__", str(func))
         if function in ("__get__", "__set__"):
             function = getattr(getattr(func, "__self__", None), "__name__", function)
+        function = function.strip("_")
         tensors = [tensor for _, tensor in tensors_in((args, kwargs))]
         shapes = [t.shape for t in tensors if not t.is_nested]
         weighted = any(t.requires_grad or id(t) in self._parameters for t in tensors)
