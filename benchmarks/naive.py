@@ -37,7 +37,9 @@ class Naive(nn.Module):
         heads = []
         for latent, _ in self.kept:
             channels = latent.shape[1] if latent.ndim == 4 else latent.shape[-1]
-            heads.append(nn.ModuleDict({side: nn.Linear(channels, embed_dim) for side in ("binary", "latent")}))
+            heads.append(
+                nn.ModuleDict({side: nn.Linear(channels, embed_dim, bias=False) for side in ("binary", "latent")})
+            )
         self.heads = nn.ModuleList(heads).to(x.device)
         self.kept.clear()
 

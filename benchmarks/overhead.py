@@ -1,75 +1,62 @@
 """What does CMIM cost? Time and memory of a training step without it, with it, and with the method written naively.
 
     python benchmarks/overhead.py
-    python benchmarks/overhead.py step --networks irnet-resnet20 --batches 64 --arms none position
-    python benchmarks/overhead.py step --device cuda --compile --amp bfloat16
+    python benchmarks/overhead.py --networks bireal-resnet20 --batches 64 --arms position
+    python benchmarks/overhead.py --device cuda --compile default --amp bfloat16
 
-Every arm has some copies of the network; in each round every arm takes one step with one of them, in random order, and
-is compared with the bare step of the same round. Cases that are in results/overhead.json already are skipped, so that
-an interrupted benchmark is resumed by the same command. See README.md.
+The arms take their steps in turn, round by round, and each step is compared with the bare network's of the same round.
+Every arm appends one JSON line to results/overhead.jsonl as soon as it is measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import itertools
 import json
-import math
 import os
 import platform
-import random
 import tempfile
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any, TypeVar
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler tells of its start and end
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler announces its start and end
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
-from tqdm import tqdm
 
-from accuracy import RESULTS, commit
-from cmim_plugin import CMIM, __version__, find_binary_activations, info_nce
-from naive import Naive, naive_info_nce
-from nets import (
-    BIREAL,
-    BODIES,
-    IRNET,
-    REACTNET,
-    ApproxSign,
-    Recipe,
-    RPReLU,
-    full_precision,
-    magnitude_aware,
-    resnet,
-)
+from cmim_plugin import CMIM, __version__
+from large import binary_vit, reactnet_a
+from naive import Naive
+from nets import BODIES, METHODS
 
 T = TypeVar("T")
 
-SCRIPTS = ("benchmarks/overhead.py", "benchmarks/naive.py")
-PHASES = ("forward", "loss", "backward", "optimizer")
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
-# NAME:COUNT is an arm on the first COUNT taps only, all of them in every step.
-ARMS = {
-    "none": "the binary network alone",
-    "position": "CMIM's default: one sample is a position",
-    "position_all": "the same, but all taps in every step",
-    "image": "CMIM, one sample is a whole image",
-    "teacher_pass": "no CMIM, but a forward pass of a full-precision teacher: what any method with a teacher pays",
-    "teacher": "CMIM against the teacher's activations, one sample is an image",
-    "naive_position": "the method written naively, one sample is a position",
-    "naive_image": "the same, one sample is an image",
+BARE = "none"
+ARMS: dict[str, Callable[[nn.Module, Tensor], nn.Module | None]] = {
+    BARE: lambda model, x: None,
+    "position": CMIM,  # the default: some taps a step, one sample is a position
+    "all_taps": partial(CMIM, taps_per_step=None),
+    "image": partial(CMIM, instances="image", taps_per_step=None),
+    "naive_position": partial(Naive, instances="position"),
+    "naive_image": partial(Naive, instances="image"),
+}
+
+COMPILERS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "reduce-overhead": {"mode": "reduce-overhead"},
+    "aot_eager": {"backend": "aot_eager"},  # traced, not compiled: to try it out
 }
 
 
@@ -78,188 +65,214 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Network:
-    """build: whether binary, or its full-precision twin with the same module names -> network of `classes` outputs
-    size: height and width of its images
-    batches: that fit into a CPU's time
-    """
+    """build: -> network; size: height and width of its images; classes: its outputs; batches: that suit a CPU."""
 
-    build: Callable[[bool], nn.Module]
+    build: Callable[[], nn.Module]
     size: int
     classes: int
     batches: tuple[int, ...]
 
 
-def cifar(body: Callable[..., nn.Module], recipe: Recipe, binary: bool) -> nn.Module:
-    return body(recipe if binary else full_precision(recipe), 10)
-
-
-def reactnet_imagenet(binary: bool) -> nn.Module:
-    """ReActNet in its ResNet-18 form, with the stem that ResNets have at ImageNet's size."""
-    net = BODIES["resnet18"](REACTNET if binary else full_precision(REACTNET), 1000)
-    net.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-    net.nonlinearity1 = nn.Sequential(RPReLU(64), nn.MaxPool2d(3, 2, 1))
-    return net
-
-
-class MagnitudeAwareLinear(nn.Linear):
-    """Binary weights; the module before it binarizes the tokens."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, magnitude_aware(self.weight), self.bias)
-
-
-def binary_vit(binary: bool) -> nn.Module:
-    """timm's ViT-Tiny with the linear layers of its blocks binarized as in Bi-Real Net."""
-    import timm
-
-    net = timm.create_model("vit_tiny_patch16_224", pretrained=False)
-    for name, layer in list(net.blocks.named_modules()):
-        if isinstance(layer, nn.Linear):
-            kind = MagnitudeAwareLinear if binary else nn.Linear
-            linear = kind(layer.in_features, layer.out_features, layer.bias is not None)
-            steps = OrderedDict(binary=ApproxSign() if binary else nn.Identity(), linear=linear)
-            net.blocks.set_submodule(name, nn.Sequential(steps))
-    return net
+def cifar(method: str, body: str, **settings: Any) -> nn.Module:
+    return BODIES[body](METHODS[method].recipe, 10, **settings)
 
 
 NETWORKS = {
-    "irnet-resnet20": Network(partial(cifar, BODIES["resnet20"], IRNET), 32, 10, (16, 64, 256)),
-    "bireal-resnet20": Network(partial(cifar, BODIES["resnet20"], BIREAL), 32, 10, (16, 64, 256)),
-    "irnet-resnet18": Network(partial(cifar, BODIES["resnet18"], IRNET), 32, 10, (16, 64)),
-    "bireal-resnet18": Network(partial(cifar, BODIES["resnet18"], BIREAL), 32, 10, (16, 64)),
-    "reactnet-imagenet": Network(reactnet_imagenet, 224, 1000, (16,)),
-    "bireal-vit": Network(binary_vit, 224, 1000, (16,)),
-    # All of its taps are of one shape, to see what each of them adds.
-    "bireal-flat": Network(partial(cifar, partial(resnet, stages=1, units=16, width=32), BIREAL), 32, 10, (64,)),
+    "irnet-resnet20": Network(partial(cifar, "irnet", "resnet20"), 32, 10, (64, 256)),
+    "bireal-resnet20": Network(partial(cifar, "bireal", "resnet20"), 32, 10, (64, 256)),
+    "bireal-resnet18": Network(partial(cifar, "bireal", "resnet18"), 32, 10, (64,)),
+    "reactnet-a": Network(reactnet_a, 224, 1000, (16,)),
+    "vit-tiny": Network(partial(binary_vit, "vit_tiny_patch16_224"), 224, 1000, (16,)),
+    "vit": Network(partial(binary_vit, "vit_small_patch16_224"), 224, 1000, (16,)),
+    # For tests.
+    "tiny": Network(partial(cifar, "bireal", "resnet8", width=4), 16, 10, (4,)),
 }
-FLAT = "bireal-flat"
-FLAT_ARMS = ["none", *(f"{kind}:{taps}" for kind in ("position", "image") for taps in (1, 2, 4, 8, 16))]
-DEVICE_BATCHES = (16, 64, 256)  # on a GPU
 
 
-# --- arms ------------------------------------------------------------------------------------------------------------
+# --- one arm ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Case:
-    """What is measured together. `queue` is the critic's; amp: "", "bfloat16" or "float16"."""
+class Config:
+    """What the arms that are compared have in common.
 
-    suite: str
+    compile: "" for eager, or one of `COMPILERS`; amp: "", "bfloat16" or "float16"
+    """
+
     network: str
     batch: int
-    queue: int
-    device: str
-    threads: int
-    compile: bool
-    amp: str
-    contiguous: bool
+    device: str = "cpu"
+    threads: int = 1
+    compile: str = ""
+    amp: str = ""
+    channels_last: bool = True
 
     @property
     def label(self) -> str:
-        words = [self.network, "compiled" * self.compile, self.amp, "contiguous" * self.contiguous]
+        words = [f"{self.network}, batch {self.batch}", self.compile and f"compiled ({self.compile})", self.amp]
         return ", ".join(filter(None, words))
 
 
-def sync(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+class Trainee:
+    """One copy of the network, and what is trained with it."""
 
-
-class Arm:
-    """One copy of the network and what is trained with it.
-
-    extra: (network) -> a further loss of its last forward pass, or none
-    """
-
-    def __init__(self, name: str, case: Case, x: Tensor, y: Tensor):
+    def __init__(self, arm: str, config: Config, network: Network | None = None) -> None:
         torch.manual_seed(0)
-        self.name, self.case, self.x, self.y = name, case, x, y
-        self.network = network(case)
-        self.extra = attach(name, self.network, case, x)
-        parameters = [*self.network.parameters(), *(self.extra.parameters() if self.extra else ())]
-        self.optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
-        self.scaler = torch.amp.GradScaler(case.device, enabled=case.amp == "float16")
-        self.model = torch.compile(self.network) if case.compile else self.network
+        self.config = config
+        network = network or NETWORKS[config.network]
+        where = {
+            "device": config.device,
+            "memory_format": torch.channels_last if config.channels_last else torch.contiguous_format,
+        }
+        self.x = torch.randn(config.batch, 3, network.size, network.size).to(**where)
+        self.y = torch.randint(network.classes, (config.batch,)).to(config.device)
+        self.model = network.build().to(**where)
+        self.extra = ARMS[arm](self.model, self.x)
+        parameters = [*self.model.parameters(), *(self.extra.parameters() if self.extra is not None else ())]
+        self.optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, fused=True)
+        self.scaler = torch.amp.GradScaler(config.device, enabled=config.amp == "float16")
+        # One graph of forward, loss and plug-in; a naive loop is compiled as far as it can be.
+        self.loss_of = torch.compile(self.forward, **COMPILERS[config.compile]) if config.compile else self.forward
+        self.loss = self.step()
 
-    @classmethod
-    def after_a_step(cls, *args: Any) -> Arm:
-        """With the gradients and the optimizer's state that all later steps find."""
-        arm = cls(*args)
-        arm.step()
-        return arm
+    @property
+    def taps(self) -> int:
+        return len(self.extra.taps if isinstance(self.extra, CMIM) else getattr(self.extra, "heads", ()))
+
+    def forward(self) -> Tensor:
+        loss = F.cross_entropy(self.model(self.x), self.y)
+        return loss if self.extra is None else loss + self.extra(self.model)
+
+    def step(self) -> Tensor:
+        """One training step. Returns its loss, without waiting for it."""
+        dtype = getattr(torch, self.config.amp or "bfloat16")
+        with torch.autocast(self.config.device, dtype, enabled=bool(self.config.amp)):
+            loss = self.loss_of()
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.loss = loss.detach()
+        return self.loss
 
     def mark(self) -> Any:
-        """A point in time: on the host's clock, or on the GPU's timeline, where waiting for it would cost time."""
-        if self.case.device != "cuda":
+        """A point in time: on the host's clock, or on the GPU's, which is read later."""
+        if self.config.device != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def step(self) -> list[Any]:
-        """One training step; the marks before it and after each of `PHASES`."""
-        marks = [self.mark()]
-        dtype = getattr(torch, self.case.amp or "bfloat16")
-        with torch.autocast(self.case.device, dtype, enabled=bool(self.case.amp)):
-            loss = F.cross_entropy(self.model(self.x), self.y)
-            marks.append(self.mark())
-            if self.extra is not None:
-                loss = loss + self.extra(self.model)
-        marks.append(self.mark())
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        marks.append(self.mark())
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        marks.append(self.mark())
-        self.loss = loss.detach()
-        return marks
-
-    def seconds(self, steps: int) -> list[float]:
-        """Means over some steps: of each of `PHASES`, then of the whole step."""
-        sync(self.case.device)
-        marks = [self.step() for _ in range(steps)]
-        sync(self.case.device)
-        phases = [sum(elapsed(m[i], m[i + 1]) for m in marks) / steps for i in range(len(PHASES))]
-        return [*phases, elapsed(marks[0][0], marks[-1][-1]) / steps]
-
-
-def elapsed(start: Any, end: Any) -> float:
-    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
-
-
-def network(case: Case, binary: bool = True) -> nn.Module:
-    memory_format = torch.contiguous_format if case.contiguous else torch.channels_last
-    return NETWORKS[case.network].build(binary).to(case.device, memory_format=memory_format)
-
-
-def attach(name: str, model: nn.Module, case: Case, x: Tensor) -> nn.Module | None:
-    """What the arm adds to the loss; its hooks are on the network then."""
-    kind, _, count = name.partition(":")
-    if kind not in ARMS:
-        raise SystemExit(f"There is no arm {kind}; there are {', '.join(ARMS)}.")
-    if kind == "none":
-        return None
-    if kind.startswith("naive"):
-        return Naive(model, x, instances=kind.removeprefix("naive_"))
-    if kind in ("position", "position_all", "image"):
-        settings: dict[str, Any] = {"taps_per_step": None} if count or kind == "position_all" else {}
-        if count:
-            settings["taps"] = [found.name for found in find_binary_activations(model, x) if found.tapped][: int(count)]
-        return CMIM(model, x, instances=kind.removesuffix("_all"), **settings)
-    teacher = network(case, binary=False).eval().requires_grad_(False)
-    if kind == "teacher":
-        return CMIM(model, x, instances="image", teacher=teacher)
-
-    def run_teacher(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        with torch.no_grad():
-            teacher(*inputs)
-
-    model.register_forward_pre_hook(run_teacher)
-    return None
+    def seconds(self, steps: int) -> float:
+        """Of one step, the mean of some."""
+        start = self.mark()
+        for _ in range(steps):
+            self.step()
+        end = self.mark()
+        if self.config.device == "cuda":
+            torch.cuda.synchronize()
+            return start.elapsed_time(end) / 1e3 / steps
+        return (end - start) / steps
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def measure(
+    config: Config,
+    arms: list[str],
+    *,
+    rounds: int,
+    steps: int = 1,
+    copies: int = 1,
+    warmup: int = 2,
+    limit: float = 180,
+    network: Network | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Measure the arms side by side: one record an arm, that of the bare network first.
+
+    Args:
+        rounds: in each of them every arm takes some `steps`.
+        copies: of the network an arm has; a round takes the next. Where in memory a copy lies makes it a percent faster
+            or slower in all its steps.
+        warmup: rounds before those.
+        limit: seconds after which no further round starts, once there are five.
+    """
+    arms = [BARE, *(arm for arm in arms if arm != BARE)]
+    trainees: dict[str, list[Trainee]] = {arm: [] for arm in arms}
+    peaks: dict[str, int] = {}
+    with compiled_apart(bool(config.compile)):
+        for arm in arms:
+            build = partial(Trainee, arm, config, network)
+            first, peaks[arm] = peak_memory(config.device, build, Trainee.step)
+            trainees[arm] = [first, *(build() for _ in range(copies - 1))]
+        seconds = interleaved(
+            {arm: [partial(one.seconds, steps) for one in of_arm] for arm, of_arm in trainees.items()},
+            rounds,
+            warmup,
+            limit,
+        )
+    for arm in arms:
+        if not all(one.loss.isfinite() for one in trainees[arm]):
+            raise SystemExit(f"{config.label}: the loss of arm {arm} is not finite.")
+        yield {
+            "config": asdict(config),
+            "arm": arm,
+            "taps": trainees[arm][0].taps,
+            "seconds": significant(torch.tensor(seconds[arm]).median().item()),
+            **ratio(seconds[arm], seconds[BARE]),
+            "peak_bytes": peaks[arm],
+            "peak_ratio": significant(peaks[arm] / peaks[BARE]),
+            "rounds": len(seconds[arm]),
+            "steps": steps,
+            "copies": copies,
+            **about(config),
+        }
+
+
+@contextlib.contextmanager
+def compiled_apart(compiled: bool) -> Iterator[None]:
+    """The arms share their code. Without this, all would run what was compiled for the first, without its hooks."""
+    if not compiled:
+        yield
+        return
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False, recompile_limit=64):
+        yield
+
+
+def interleaved(
+    arms: dict[str, list[Callable[[], float]]], rounds: int, warmup: int, limit: float
+) -> dict[str, list[float]]:
+    """What the copies of each arm returned, round by round: A B C, B C A, C A B, ..."""
+    turns = {name: itertools.cycle(copies) for name, copies in arms.items()}
+    found: dict[str, list[float]] = {name: [] for name in arms}
+    start = time.monotonic()
+    for done in range(-warmup, rounds):
+        if done >= 5 and time.monotonic() - start > limit:
+            break
+        first = done % len(arms)
+        for name in [*arms][first:] + [*arms][:first]:
+            value = next(turns[name])()
+            if done >= 0:
+                found[name].append(value)
+    return found
+
+
+def ratio(seconds: list[float], reference: list[float]) -> dict[str, Any]:
+    """Median of the rounds' ratios, and its 95 % interval (percentile bootstrap)."""
+    ratios = torch.tensor(seconds, dtype=torch.float64) / torch.tensor(reference, dtype=torch.float64)
+    draws = torch.randint(len(ratios), (2000, len(ratios)), generator=torch.Generator().manual_seed(0))
+    medians = ratios[draws].quantile(0.5, dim=1)
+    interval = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return {
+        "ratio": significant(ratios.quantile(0.5).item()),
+        "interval": [significant(bound) for bound in interval.tolist()],
+    }
+
+
+def significant(value: float) -> float:
+    return float(f"{value:.5g}")
 
 
 def peak_memory(device: str, build: Callable[[], T], run: Callable[[T], Any]) -> tuple[T, int]:
@@ -303,273 +316,123 @@ def highest(events: list[dict[str, Any]]) -> int:
     return max(peak, total)
 
 
-def interleaved(
-    arms: dict[str, Callable[[], list[float]]], rounds: int, warmup: int, limit: float, label: str
-) -> dict[str, np.ndarray]:
-    """Call every arm once a round, in random order: what each returned, (rounds, ...) without the warm-up rounds.
-
-    Past `limit` seconds no further round starts, once there are five.
-    """
-    order = random.Random(0)
-    values: dict[str, list[list[float]]] = {name: [] for name in arms}
-    start = time.monotonic()
-    for done in tqdm(range(-warmup, rounds), desc=label, disable=None):
-        if done >= 5 and time.monotonic() - start > limit:
-            break
-        for name in order.sample(list(arms), len(arms)):
-            result = arms[name]()
-            if done >= 0:
-                values[name].append(result)
-    return {name: np.array(rows) for name, rows in values.items()}
+# --- records ---------------------------------------------------------------------------------------------------------
 
 
-def in_turn(runs: list[Callable[[], T]]) -> Callable[[], T]:
-    """Calls the next of them each time."""
-    turns = itertools.cycle(runs)
-    return lambda: next(turns)()
-
-
-def ratio(seconds: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
-    """Median of the ratios of the rounds, their quartiles, and the median's 95 % interval (percentile bootstrap)."""
-    from scipy import stats
-
-    ratios = seconds / reference
-    quartiles = np.quantile(ratios, (0.25, 0.75))
-    interval = (math.nan, math.nan)
-    if len(ratios) > 1:
-        generator = np.random.default_rng(0)
-        interval = stats.bootstrap(
-            (ratios,), np.median, method="percentile", random_state=generator
-        ).confidence_interval
+def about(config: Config) -> dict[str, Any]:
+    """Where, when and with what a record was made."""
+    cpu = f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}, {config.threads} threads"
     return {
-        "median": digits(np.median(ratios)),
-        "quartiles": [digits(q) for q in quartiles],
-        "interval": [digits(bound) for bound in interval],
-    }
-
-
-def digits(value: float) -> float | None:
-    """Six significant digits; NaN is no JSON."""
-    return None if math.isnan(value) else float(f"{value:.6g}")
-
-
-def measure_step(case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """All arms of a network."""
-    generator = torch.Generator().manual_seed(0)
-    size, classes = NETWORKS[case.network].size, NETWORKS[case.network].classes
-    memory_format = torch.contiguous_format if case.contiguous else torch.channels_last
-    x = torch.randn(case.batch, 3, size, size, generator=generator).to(case.device, memory_format=memory_format)
-    y = torch.randint(classes, (case.batch,), generator=generator).to(case.device)
-
-    arms: dict[str, list[Arm]] = {name: [] for name in case_arms(case, args)}
-    peaks: dict[str, int] = {}
-    for name in arms:
-        first, peaks[name] = peak_memory(case.device, partial(Arm.after_a_step, name, case, x, y), Arm.step)
-        arms[name].append(first)
-    # Where in memory a copy happens to lie makes it a per cent faster or slower in all rounds.
-    for _ in range(args.copies - 1):
-        for name in arms:
-            arms[name].append(Arm.after_a_step(name, case, x, y))
-    seconds = interleaved(
-        {name: in_turn([partial(arm.seconds, args.steps) for arm in copies]) for name, copies in arms.items()},
-        args.rounds,
-        args.warmup,
-        args.case_seconds,
-        f"{case.label}, batch {case.batch}",
-    )
-    for arm in itertools.chain(*arms.values()):
-        if not arm.loss.isfinite():
-            raise SystemExit(f"{case}: the loss of arm {arm.name} is {arm.loss}; its time may not be that of training.")
-    none = seconds["none"]
-    records = {}
-    for name in arms:
-        extra = np.median(seconds[name] - none, 0)
-        records[name] = {
-            "taps": taps_of(arms[name][0].extra),
-            "seconds": digits(np.median(seconds[name][:, -1])),
-            "ratio": ratio(seconds[name][:, -1], none[:, -1]),
-            # Medians of the differences of a round: of the hooks; of heads and critic; of what both add to backward.
-            "extra_seconds": dict(zip((*PHASES, "step"), map(digits, extra), strict=True)),
-            "peak_bytes": peaks[name],
-            "peak_ratio": digits(peaks[name] / peaks["none"]),
-            "step_seconds": [digits(s) for s in seconds[name][:, -1]],
-        }
-    record = {"arms": records, "rounds": len(none), "steps": args.steps, "copies": args.copies}
-    if case.suite == "step":
-        record["attach"] = measure_attach(case, x)
-    return record
-
-
-def taps_of(extra: nn.Module | None) -> int:
-    if isinstance(extra, CMIM):
-        return len(extra.taps)
-    return len(extra.heads) if isinstance(extra, Naive) else 0
-
-
-def measure_attach(case: Case, x: Tensor) -> dict[str, float]:
-    """Seconds of a forward pass in training mode and of building a CMIM, in turn; medians of five."""
-    model = network(case)
-    forwards, attachings = [], []
-    for measured in [False, *[True] * 5]:
-        sync(case.device)
-        start = time.perf_counter()
-        model(x)
-        sync(case.device)
-        middle = time.perf_counter()
-        cmim = CMIM(model, x)
-        sync(case.device)
-        end = time.perf_counter()
-        cmim.remove()
-        if measured:
-            forwards.append(middle - start)
-            attachings.append(end - middle)
-    return {"seconds": digits(median(attachings)), "forward_seconds": digits(median(forwards))}
-
-
-def measure_critic(case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """Forward and backward of `info_nce` and of the naive one on embeddings of width 128."""
-    generator = torch.Generator().manual_seed(0)
-
-    def embeddings(rows: int) -> Tensor:
-        return F.normalize(torch.randn(rows, 128, generator=generator), dim=1).to(case.device)
-
-    def embed() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        z_b, z_f = (embeddings(case.batch).requires_grad_() for _ in range(2))
-        return z_b, z_f, {f"queue_{side}": embeddings(case.queue) for side in "bf"} if case.queue else {}
-
-    def run(objective: Callable[..., Tensor], given: tuple[Tensor, Tensor, dict[str, Tensor]]) -> list[float]:
-        z_b, z_f, queues = given
-        z_b.grad = z_f.grad = None
-        sync(case.device)
-        start = time.perf_counter()
-        objective(z_b, z_f, **queues).backward()
-        sync(case.device)
-        return [time.perf_counter() - start]
-
-    arms, peaks = {}, {}
-    for name, objective in (("naive", naive_info_nce), ("info_nce", info_nce)):
-        given, peaks[name] = peak_memory(case.device, embed, partial(run, objective))
-        arms[name] = partial(run, objective, given)
-    label = f"critic, batch {case.batch}, queue {case.queue}"
-    seconds = interleaved(arms, args.rounds, args.warmup, args.case_seconds, label)
-    records = {
-        name: {
-            "seconds": digits(np.median(seconds[name])),
-            "ratio": ratio(seconds[name][:, 0], seconds["naive"][:, 0]),
-            "peak_bytes": peaks[name],
-        }
-        for name in arms
-    }
-    return {"arms": records, "rounds": len(seconds["naive"])}
-
-
-# --- cases and results -----------------------------------------------------------------------------------------------
-
-
-def case_arms(case: Case, args: argparse.Namespace) -> list[str]:
-    """The first is what the others are compared with."""
-    if case.suite == "critic":
-        return ["naive", "info_nce"]
-    return FLAT_ARMS if case.suite == "taps" else ["none", *(arm for arm in args.arms if arm != "none")]
-
-
-def cases(args: argparse.Namespace) -> list[Case]:
-    setting = {"device": args.device, "threads": args.threads}
-    training = {**setting, "queue": 0, "compile": args.compile, "amp": args.amp, "contiguous": args.contiguous}
-    plain = {**setting, "compile": False, "amp": "", "contiguous": False}
-    result = []
-    for name in args.networks if "step" in args.suites else ():
-        fitting = NETWORKS[name].batches if args.device == "cpu" else DEVICE_BATCHES
-        result += [Case("step", name, batch, **training) for batch in args.batches or fitting]
-    if "taps" in args.suites:
-        result += [Case("taps", FLAT, batch, **training) for batch in args.batches or NETWORKS[FLAT].batches]
-    if "critic" in args.suites:
-        result += [Case("critic", "", b, queue=q, **plain) for q in args.queues for b in args.critic_batches]
-    return result
-
-
-def read_results(path: Path) -> dict[Case, dict[str, Any]]:
-    records = json.loads(path.read_text()) if path.exists() else []
-    return {Case(**record["case"]): record for record in records}
-
-
-def write_results(path: Path, records: dict[Case, dict[str, Any]]) -> None:
-    """At once or not at all: an interruption leaves the file as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "[\n" + ",\n".join(json.dumps(record) for record in records.values()) + "\n]\n"  # a case a line
-    partial_path = path.with_suffix(".partial")
-    partial_path.write_text(text)
-    partial_path.replace(path)
-
-
-def about(case: Case) -> dict[str, Any]:
-    versions = {"cmim_plugin": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    name = f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}, {case.threads} threads"
-    return {
-        "case": asdict(case),
-        "device": torch.cuda.get_device_name() if case.device == "cuda" else name,
-        "versions": versions,
-        "commit": commit(*SCRIPTS),
+        "device": torch.cuda.get_device_name() if config.device == "cuda" else cpu,
+        "versions": {"cmim_plugin": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def commit() -> str:
+    """What is checked out, `-dirty` where it was changed; "unknown" where there is no git."""
+    import subprocess
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "cmim_plugin", "benchmarks/*.py")
+        return (git("rev-parse", "--short=10", "HEAD") or "unknown") + ("-dirty" if changed else "")
+    except OSError:
+        return "unknown"
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The newest record of each configuration and arm, in the order of their first."""
+    newest: dict[str, dict[str, Any]] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        record = json.loads(line)
+        newest[json.dumps([record["config"], record["arm"]], sort_keys=True)] = record
+    return list(newest.values())
+
+
+def table(records: list[dict[str, Any]], value: str, device: str, arms: Sequence[str] = ()) -> str:
+    """A Markdown table, a row a configuration and a column an arm.
+
+    value: "step", the time of a step as a multiple of the bare network's, or "memory", the same for its peak memory
+    """
+    records = [r for r in records if r["config"]["device"] == device and (not arms or r["arm"] in (BARE, *arms))]
+    if not records:
+        return "No results yet."
+    columns = [arm for arm in ARMS if arm != BARE and any(r["arm"] == arm for r in records)]
+    unit = "ms a step" if value == "step" else "MiB"
+    lines = [f"| network | bare, {unit} | " + " | ".join(f"`{arm}`" for arm in columns) + " |"]
+    lines.append("|---" * (len(columns) + 2) + "|")
+    for config, group in itertools.groupby(records, lambda r: Config(**r["config"])):
+        row = {record["arm"]: record for record in group}
+        if BARE not in row:
+            continue
+        bare = row[BARE]["seconds"] * 1e3 if value == "step" else row[BARE]["peak_bytes"] / 2**20
+        cells = [config.label, f"{bare:.1f}"]
+        for arm in columns:
+            found = row.get(arm)
+            if found is None:
+                cells.append("")
+            elif value == "memory":
+                cells.append(f"{found['peak_ratio']:.3f}")
+            else:
+                cells.append("{:.3f} ({:.3f} to {:.3f})".format(found["ratio"], *found["interval"]))
+        lines.append(f"| {' | '.join(cells)} |")
+    last = records[-1]
+    note = f"{last['device']}, torch {last['versions']['torch']}, {last['date'][:10]}, commit {last['commit']}."
+    return "\n".join([*lines, "", note])
+
+
+def described(record: dict[str, Any]) -> str:
+    """One line to look at."""
+    label = Config(**record["config"]).label
+    low, high = record["interval"]
+    step = f"step {record['ratio']:.3f} ({low:.3f} to {high:.3f}, {record['seconds'] * 1e3:.2f} ms)"
+    return f"{label}: {record['arm']}: {step}, memory {record['peak_ratio']:.3f}"
 
 
 # --- command line ----------------------------------------------------------------------------------------------------
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    suites = ("step", "taps", "critic")
-    parser.add_argument("suites", nargs="*", help="step: networks; taps: 1 to 16 of one shape; critic: info_nce alone")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=[name for name in NETWORKS if name != FLAT])
-    parser.add_argument("--batches", type=int, nargs="+", help="for all networks; else what fits each")
-    parser.add_argument("--arms", nargs="+", help=f"of {', '.join(ARMS)}; NAME:COUNT for some taps")
-    parser.add_argument("--critic-batches", type=int, nargs="+", default=[256, 1024, 4096])
-    parser.add_argument("--queues", type=int, nargs="+", default=[0, 4096, 65_536])
+    names = [name for name in NETWORKS if name not in ("vit", "tiny")]
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=names)
+    parser.add_argument("--batches", type=int, nargs="+", help="for all networks; else what suits each")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--copies", type=int, default=4, help="of each arm, a round takes the next")
-    parser.add_argument("--warmup", type=int, default=2, help="rounds before those")
     parser.add_argument("--steps", type=int, help="of an arm in a round; 1, on a GPU 10")
-    parser.add_argument("--case-seconds", type=float, default=180, help="no further round then, once there are five")
+    parser.add_argument("--copies", type=int, default=2, help="of each arm's network, in turn")
+    parser.add_argument("--seconds", type=float, default=180, help="a configuration, once it has five rounds")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--compile", action="store_true", help="the network, by torch.compile")
+    parser.add_argument("--compile", choices=("", *COMPILERS), default="")
     parser.add_argument("--amp", choices=("", "bfloat16", "float16"), default="")
-    parser.add_argument("--contiguous", action="store_true", help="networks and images not in channels_last")
-    parser.add_argument("--again", action="store_true", help="measure what the file has already, too")
-    parser.add_argument("--results", type=Path, default=RESULTS / "overhead.json")
+    parser.add_argument("--contiguous", action="store_true", help="not in channels_last")
+    parser.add_argument("--results", type=Path, default=RESULTS / "overhead.jsonl")
     args = parser.parse_args(arguments)
-    args.suites = args.suites or suites
-    if unknown := set(args.suites) - set(suites):
-        parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(suites)}")
-    # Its graph breaks, and what torch then gives up to compile as a whole is code that all arms share.
-    uncompiled = {"teacher"} if args.compile else set()
-    if args.arms and uncompiled & set(args.arms):
-        parser.error("the teacher arm does not compile in one graph: leave it out of --arms")
-    args.arms = args.arms or [arm for arm in ARMS if arm not in uncompiled]
-    args.steps = args.steps or (10 if args.device == "cuda" else 1)
-    return args
-
-
-def main(arguments: list[str] | None = None) -> None:
-    args = parse(arguments)
     torch.set_num_threads(args.threads)
-    commit(*SCRIPTS)  # as it is now, not after hours
-    if args.compile:
-        # The arms share their code: without these, all would run what was compiled for the first, without its hooks.
-        torch._dynamo.config.skip_nnmodule_hook_guards = False
-        torch._dynamo.config.recompile_limit = 64
-    for case in cases(args):
-        done = read_results(args.results)
-        if case in done and set(case_arms(case, args)) <= done[case]["arms"].keys() and not args.again:
-            continue
-        start = time.monotonic()
-        measured = (measure_critic if case.suite == "critic" else measure_step)(case, args)
-        done[case] = {**about(case), **measured, "took_seconds": round(time.monotonic() - start, 1)}
-        write_results(args.results, done)
-        reference = case_arms(case, args)[0]
-        ratios = [f"{n} {m['ratio']['median']:.3f}" for n, m in measured["arms"].items() if n != reference]
-        print(f"{case.suite} {case.label}, batch {case.batch}, queue {case.queue}: {', '.join(ratios)}", flush=True)
+    shared = (args.device, args.threads, args.compile, args.amp, not args.contiguous)
+    for name in args.networks:
+        for batch in args.batches or NETWORKS[name].batches:
+            config = Config(name, batch, *shared)
+            steps = args.steps or (10 if args.device == "cuda" else 1)
+            for record in measure(
+                config, args.arms, rounds=args.rounds, steps=steps, copies=args.copies, limit=args.seconds
+            ):
+                append(args.results, record)
+                memory = f"memory {record['peak_ratio']:.3f}"
+                print(
+                    f"{config.label}: {record['arm']} {record['ratio']:.3f} {record['interval']}, {memory}", flush=True
+                )
 
 
 if __name__ == "__main__":

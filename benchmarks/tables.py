@@ -4,14 +4,22 @@
 
 A section `<!-- KIND: NAMES -->` ... `<!-- end -->` is rewritten. NAMES may end in `/ ARM ARM ...`: only those arms.
 
-    gains: NAME NAME ...     gain over the bare network, by setting (results/NAME.jsonl) and method; the section of the
-                             README is also drawn into docs/gains-light.svg and docs/gains-dark.svg
+    gains: NAME NAME ...     gain over the bare network, by setting (results/NAME.jsonl) and method
+    summary: NAME NAME ...   gain over the bare network, a row for each setting and arm, over the pairs of all methods
     table: NAME              all arms of one file
     pooled: NAME minus:ARM   a row an arm, its differences to ARM (`none` if not given) over the pairs of all methods
     dense: NAME              dense prediction
-    overhead: KIND DEVICE    one of the tables of overhead_report.py, from results/overhead.json
+    overhead: KIND DEVICE    what a training step takes: KIND is `step` (time) or `memory`, from results/overhead.jsonl,
+                             or from overhead-joint.jsonl for a device that is not in there yet
 
-A document without such a section stays as it is.
+A number within a sentence stands between `<!-- number: KIND ... -->` and `<!-- end -->`:
+
+    gain NAME ARM [REFERENCE]    the mean of ARM minus REFERENCE (`none`), its interval and the number of pairs
+    cost DEVICE ARM              the lowest and the highest ratio of a training step to the bare step
+    cases DEVICE                 how many settings that is of
+
+`<!-- picture: NAMES / ARMS -->` (or the first `gains` section) says what docs/gains-light.svg and docs/gains-dark.svg
+show. A document without any of these stays as it is. Results that do not exist yet have no rows.
 """
 
 from __future__ import annotations
@@ -27,13 +35,20 @@ from typing import Any
 
 import numpy as np
 
-import overhead_report
+import overhead
 from accuracy import ARMS, RESULTS, ROOT, arm_options, beside, read_results
-from overhead import read_results as read_overhead
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "benchmarks" / "FINDINGS.md"]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "benchmarks" / "FINDINGS.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 PICTURES = {"light": ROOT / "docs" / "gains-light.svg", "dark": ROOT / "docs" / "gains-dark.svg"}
-SECTION = re.compile(r"(<!-- (gains|table|pooled|dense|overhead): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+KINDS = "gains|summary|table|pooled|dense|overhead"
+SECTION = re.compile(rf"(<!-- ({KINDS}): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+NUMBER = re.compile(r"(<!-- number: (.*?) -->).*?(<!-- end -->)", re.DOTALL)
+PICTURED = re.compile(r"<!-- (?:gains|picture): (.*?) -->")
 
 METHOD_NAMES = {"irnet": "IR-Net", "bireal": "Bi-Real Net", "reactnet": "ReActNet"}
 CONTROLS = ("shuffled", "entropy", "balance")
@@ -229,7 +244,7 @@ def draw(found: list[Gain], theme: str, path: Path) -> None:
         "axes.edgecolor": grid,
     }
     with matplotlib.rc_context(style):
-        figure, axes = plt.subplots(figsize=(6.2, 0.6 + 0.17 * y), facecolor=surface)
+        figure, axes = plt.subplots(figsize=(4.5, 0.6 + 0.17 * y), facecolor=surface)
         axes.set_facecolor(surface)
         axes.axvline(0, color=muted, linewidth=0.8, zorder=1)
         for at, gain in rows:
@@ -251,7 +266,7 @@ def draw(found: list[Gain], theme: str, path: Path) -> None:
         left = axes.get_xlim()[0]
         side = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "annotation_clip": False}
         for at, title in titles:
-            axes.annotate(title, (0, at), (-62, 0), va="center", ha="left", fontsize=7, fontweight="bold", **side)
+            axes.annotate(title, (0, at), (-58, 0), va="center", ha="left", fontsize=7, **side)
         for at, name in labels:
             axes.annotate(name, (0, at), (-4, 0), va="center", ha="right", color=muted, **side)
         axes.set_xlim(left, axes.get_xlim()[1] * 1.05)
@@ -262,9 +277,7 @@ def draw(found: list[Gain], theme: str, path: Path) -> None:
         for edge in ("top", "left", "right"):
             axes.spines[edge].set_visible(False)
         axes.tick_params(axis="x", colors=muted, length=0)
-        axes.set_xlabel(
-            "test accuracy minus that of the bare network, points (95 % interval, paired by seed)", color=muted
-        )
+        axes.set_xlabel("gain in test accuracy over the bare network, points (95 % interval)", color=muted)
         handles = [
             axes.plot([], [], "-o", color=colour[arm], markersize=4, linewidth=1.6, label=words(arm))[0] for arm in arms
         ]
@@ -275,7 +288,7 @@ def draw(found: list[Gain], theme: str, path: Path) -> None:
             for arm in controls
         ]
         figure.legend(handles=handles, loc="upper center", ncols=4, frameon=False, fontsize=7, labelcolor=text)
-        figure.subplots_adjust(left=0.16, right=0.97, top=1 - 0.3 / (0.6 + 0.17 * y), bottom=0.36 / (0.6 + 0.17 * y))
+        figure.subplots_adjust(left=0.19, right=0.97, top=1 - 0.3 / (0.6 + 0.17 * y), bottom=0.36 / (0.6 + 0.17 * y))
         metadata = {"Date": None, "Creator": None, "Title": "Gain over the bare network", "Description": digest(found)}
         figure.savefig(path, metadata=metadata if path.suffix == ".svg" else None, facecolor=surface)
         plt.close(figure)
@@ -328,11 +341,10 @@ def pooled(records: Records, arms: list[str]) -> str:
     reference = next((arm.removeprefix("minus:") for arm in arms if arm.startswith("minus:")), "none")
     arms = [arm for arm in arms if not arm.startswith("minus:")]
     accuracy = by_seed(records)
-    pairs: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for (method, arm), values in accuracy.items():
-        base = accuracy.get((method, beside(arm, reference)), {})
-        if arm not in (beside(arm, "none"), beside(arm, reference)) and (not arms or arm in arms):
-            pairs[arm][method] += [value - base[seed] for seed, value in values.items() if seed in base]
+    named = arms or [
+        a for a in dict.fromkeys(a for _, a in accuracy) if a not in (beside(a, "none"), beside(a, reference))
+    ]
+    pairs = {arm: differences(accuracy, arm, reference) for arm in named}
     pairs = {arm: of_method for arm, of_method in pairs.items() if any(of_method.values())}
     methods = sorted({method for of_arm in pairs.values() for method in of_arm})
     lines = [f"| arm | pairs | minus `{reference}` | {' | '.join(methods)} |", "|---" * (3 + len(methods)) + "|"]
@@ -343,6 +355,69 @@ def pooled(records: Records, arms: list[str]) -> str:
         lines.append(f"| `{arm}` | {len(together)} | {difference_to_zero} | {' | '.join(means)} |")
     note = "The pairs of one seed with several methods count as independent. "
     return "\n".join(lines) + "\n\n" + note + caption(records) if pairs else "No results yet."
+
+
+def differences(accuracy: dict[tuple[str, str], dict[int, float]], arm: str, reference: str) -> dict[str, list[float]]:
+    """Method -> arm minus reference, over the seeds that both have."""
+    found = {}
+    for (method, own), values in accuracy.items():
+        base = accuracy.get((method, beside(arm, reference)), {})
+        if own == arm:
+            found[method] = [value - base[seed] for seed, value in values.items() if seed in base]
+    return found
+
+
+def summary(names: list[str], arms: list[str], results: Path) -> str:
+    """Markdown: a row for each setting and arm, the gain over the bare network of all methods and of each."""
+    lines = [f"| setting | arm | pairs | gain, all methods | {' | '.join(METHOD_NAMES.values())} |"]
+    lines.append("|---" * (4 + len(METHOD_NAMES)) + "|")
+    for name in names:
+        records = list(read_results(results / f"{name}.jsonl").values())
+        accuracy = by_seed(records)
+        setting = setting_of(records[0], name) if records else ""
+        for arm in arms:
+            pairs = differences(accuracy, arm, "none")
+            together = [d for of_method in pairs.values() for d in of_method]
+            if together:
+                means = (f"{np.mean(pairs[m]):+.2f}" if pairs.get(m) else "" for m in METHOD_NAMES)
+                gain = interval(*paired_difference(np.zeros(len(together)), together))
+                lines.append(f"| {setting} | `{arm}` | {len(together)} | {gain} | {' | '.join(means)} |")
+                setting = ""
+    if len(lines) == 2:
+        return "No results yet."
+    return "\n".join(lines) + (
+        "\n\nPoints of test accuracy after the last epoch, minus the bare network of the same seed; 95 % interval in "
+        "brackets, bold where it excludes zero."
+    )
+
+
+def overhead_of(results: Path, device: str) -> Records:
+    """The newest records of a device: those of today's plug-in, else those from before it trained its heads."""
+    for name in ("overhead.jsonl", "overhead-joint.jsonl"):
+        records = [r for r in overhead.read_results(results / name) if r["config"]["device"] == device]
+        if records:
+            return records
+    return []
+
+
+def number(wanted: list[str], results: Path) -> str:
+    """One number within a sentence."""
+    kind, name, *rest = wanted
+    if kind == "gain":
+        accuracy = by_seed(list(read_results(results / f"{name}.jsonl").values()))
+        pairs = differences(accuracy, rest[0], rest[1] if len(rest) > 1 else "none")
+        together = [d for of_method in pairs.values() for d in of_method]
+        if len(together) < 2:
+            return "not measured yet"
+        mean, half = paired_difference(np.zeros(len(together)), together)
+        return f"{mean:+.2f} points (95 % CI {mean - half:+.2f} to {mean + half:+.2f}, {len(together)} pairs)"
+    if kind in ("cost", "cases"):
+        shown = overhead_of(results, name)
+        if kind == "cases":
+            return f"{len({json.dumps(r['config']) for r in shown})}"
+        ratios = [r["ratio"] for r in shown if r["arm"] == rest[0]]
+        return f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "not measured yet"
+    raise SystemExit(f"No such number: {' '.join(wanted)}")
 
 
 def dense_table(records: Records, arms: list[str]) -> str:
@@ -413,29 +488,35 @@ def split_names(text: str) -> tuple[list[str], list[str]]:
 
 def fill(text: str, results: Path) -> str:
     """The document with its marked sections rewritten."""
-    overhead_records = list(read_overhead(results / "overhead.json").values())
 
     def section(match: re.Match[str]) -> str:
         begin, kind, wanted, end = match.groups()
         names, arms = split_names(wanted)
         if kind == "overhead":
-            content = overhead_report.table(overhead_records, names[0], *names[1:2], names[2:])
+            what, on, *shown = names
+            if what not in ("step", "memory"):
+                return match[0]  # a measurement that is made no more
+            content = overhead.table(overhead_of(results, on), what, on, tuple(shown))
         elif kind == "gains":
             content = gains_table(gains(names, arms, results))
+        elif kind == "summary":
+            content = summary(names, arms or list(SHOWN), results)
         else:
             write = {"table": table, "pooled": pooled, "dense": dense_table}[kind]
             content = write(list(read_results(results / f"{names[0]}.jsonl").values()), names[1:] + arms)
         return f"{begin}\n{content}\n\n{end}"
 
-    return SECTION.sub(section, text)
+    def inline(match: re.Match[str]) -> str:
+        begin, wanted, end = match.groups()
+        return f"{begin}{number(wanted.split(), results)}{end}"
+
+    return NUMBER.sub(inline, SECTION.sub(section, text))
 
 
 def pictured(text: str, results: Path) -> list[Gain]:
-    """What the picture shows: the gains of the document's first such section."""
-    for match in SECTION.finditer(text):
-        if match[2] == "gains":
-            return gains(*split_names(match[3]), results)
-    return []
+    """What the picture shows: by the document's first marker that says so."""
+    match = PICTURED.search(text)
+    return gains(*split_names(match[1]), results) if match else []
 
 
 def main() -> None:
@@ -444,14 +525,13 @@ def main() -> None:
         filled = fill(text, RESULTS)
         if filled != text:
             document.write_text(filled, encoding="utf-8")
-        print(f"{document.relative_to(ROOT)}: {len(SECTION.findall(text))} tables")
+        if SECTION.search(text) or NUMBER.search(text):
+            sections, numbers = len(SECTION.findall(text)), len(NUMBER.findall(text))
+            print(f"{document.relative_to(ROOT)}: tables: {sections}, numbers: {numbers}")
     found = pictured(DOCUMENTS[0].read_text(encoding="utf-8"), RESULTS)
     for theme, path in PICTURES.items():
         if found:
             draw(found, theme, path)
-    records = list(read_overhead(RESULTS / "overhead.json").values())
-    for device in sorted({record["case"]["device"] for record in records}):
-        overhead_report.plot(records, device, RESULTS / f"overhead-{device}.png")
 
 
 if __name__ == "__main__":

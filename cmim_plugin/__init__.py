@@ -12,10 +12,10 @@ for x, y in loader:
     optimizer.step()
 """
 
-from .capture import Tap
 from .discovery import BinaryActivation, find_binary_activations
 from .errors import CMIMError, CMIMWarning
 from .objectives import NCE, InfoNCE, count_negatives, info_nce, info_nce_bound, nce, nce_bound
+from .passes import Tap
 from .plugin import CMIM
 from .published import PublishedCMIM
 from .report import Report, TapReport

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -101,6 +102,16 @@ def all_gather(output: Tensor, input: Tensor) -> None:
     """Gather tensors of one shape from all ranks into one. torch 2.14 renamed ``all_gather_into_tensor``."""
     gather = _all_gather_single or dist.all_gather_into_tensor
     gather(output, input)
+
+
+def constant_when_compiled(function: Callable[[], int]) -> Callable[[], int]:
+    """A function whose result torch.compile takes for a constant, as ``torch.compiler.assume_constant_result`` does.
+
+    That one imports ``torch._dynamo``, which takes seconds, when it is called. The mark is the same in torch 2.6 to
+    2.14. Where another release reads another mark, the function is traced.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def eager_stance() -> contextlib.AbstractContextManager[Any]:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .capture import BINARY, Pair, Pass, Tap
 from .errors import CMIMError, warn_once
 from .heads import Heads
 from .negatives import Queue
 from .objectives import count_negatives
+from .passes import BINARY, Pair, Pass, Tap
 from .sampling import Schedule
 
 # Steps in which labels and mask are asked whether they leave any negative: the answer waits for the device.
@@ -122,7 +122,8 @@ class Contrast(nn.Module):
             z_b, z_f = _side_by_side(z, taps, sizes, 1)
             losses = self._losses(taps, z_b, z_f, *of_taps)
             parts.append(losses.dot(torch.cat([weights[k : k + 1] for k in taps]).to(losses.dtype)))
-        self._steps = min(self._steps + 1, _FIRST_STEPS)
+        if not torch.compiler.is_compiling():  # each number would be compiled anew
+            self._steps = min(self._steps + 1, _FIRST_STEPS)
         return sum(parts[1:], parts[0]) if parts else z.sum()  # a zero with a graph, where no rank has rows
 
     def embeddings(

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .capture import Capture, Pass, Tap, attached_to
+from .capture import Capture, attached_to
 from .contrast import Contrast
 from .discovery import BinaryActivation, discover
 from .errors import CMIMError
 from .heads import Heads
 from .objectives import NCE, InfoNCE
+from .passes import Pass, Tap
 from .report import Report, measure
 from .sampling import Schedule
 from .teacher import Teacher
@@ -192,7 +193,9 @@ class CMIM(nn.Module):
             raise CMIMError("A mask and a queue do not go together: padding would be queued. Attach with queue_size=0.")
         self._sync()
         self.heads.step()
-        return self._weighted(self.contrast(captured, labels, mask))
+        # In two steps: torch.compile of torch 2.6 would keep the bound method of the first, and compile each loss anew.
+        contrast = self.contrast(captured, labels, mask)
+        return self._weighted(contrast)
 
     def _captured(self, model: nn.Module) -> Pass:
         """The pass to take the loss of."""

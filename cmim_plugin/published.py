@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .capture import Pass
+from . import distributed
 from .contrast import Contrast, Losses
 from .errors import CMIMError
 from .objectives import NCE
+from .passes import Pass
 from .plugin import CMIM
 from .sampling import advance
 
@@ -112,6 +113,13 @@ class PublishedCMIM(CMIM):
         self.bank = MemoryBank(self.contrast, targets, num_negatives, momentum)
         self.bank.to(self.heads.weights.device)
 
+    def _sync(self) -> None:
+        super()._sync()
+        bank = getattr(self, "bank", None)
+        if distributed.ranks() > 1 and bank is not None and not bank.synced:
+            distributed.broadcast(bank.state_dict().values(), bank.entries.device)
+            bank.synced = True
+
     def forward(self, model: nn.Module, *, indices: Tensor) -> Tensor:  # type: ignore[override]
         """The weighted loss of the model's last forward pass, which is used up by it.
 
@@ -145,6 +153,8 @@ class MemoryBank(nn.Module):
         super().__init__()
         self.num_negatives = num_negatives
         self.momentum = momentum
+        #: Several ranks started from the same bank.
+        self.synced = False
         generator = torch.Generator("cpu").manual_seed(torch.initial_seed() % 2**63)
         taps, dim = len(contrast.taps), contrast.heads.embed_dim
         with torch.device("cpu"):

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .capture import Capture, Pass
+from .capture import Capture
 from .contrast import Contrast, check_rows
 from .discovery import BatchSource, Layout, is_two_valued
 from .discovery.inputs import as_inputs, tensors_in
 from .discovery.state import force_eager, preserve_generators
 from .errors import CMIMError, CMIMWarning
+from .passes import Pass
 from .sampling import Schedule, new_draws, stratified_indices
 from .teacher import Teacher
 from .text import table

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import BINARY, LATENT, Pass, Tap
 from .discovery.inputs import as_inputs, tensors_in
 from .errors import CMIMError
+from .passes import BINARY, LATENT, Pass, Tap
 
 
 class Teacher:

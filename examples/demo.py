@@ -55,7 +55,7 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def train(model: nn.Module, method: str, x: Tensor, y: Tensor, epochs: int, cmim: CMIM | None) -> None:
     adam = method == "Bi-Real Net"
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3) if adam else torch.optim.SGD(model.parameters(), 0.1, 0.9)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3) if adam else torch.optim.SGD(model.parameters(), 0.1, 0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     generator = torch.Generator().manual_seed(0)
     for epoch in range(epochs):

@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> CMIMTrainer:
 
     torch.manual_seed(0)
     model = binary_bert(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
-    # Tokens that differ; zeros would make all positions of all sequences the same.
+    # Any tokens will do; these draw no random number, so that the seed gives the same run without CMIM.
     example = {"input_ids": torch.arange(32).view(2, 16), "attention_mask": torch.ones(2, 16)}
     cmim = CMIM(model, example, weight=args.cmim_weight)
     print(cmim)

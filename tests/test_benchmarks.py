@@ -13,6 +13,7 @@ import data
 import inside
 import loop
 import nets
+import overhead
 import tables
 import why
 from accuracy import Run
@@ -347,6 +348,30 @@ def test_tables_of_one_file(results) -> None:
     assert f"| bireal | `default` | 4 | 41.15 ± 0.13 | 60.0 | {GAIN} |" in filled
     assert f"| `default` | 3 | {GAIN} | +1.10 |" in filled and "2020-01-01, cpu, commit abc" in filled
     assert "`none`" not in filled.partition("\nb\n")[0].split("|---|", 1)[1]
+
+
+def test_summary_has_a_row_for_each_setting_and_arm_and_skips_what_does_not_exist(results) -> None:
+    filled = tables.fill("<!-- summary: later gains / default shuffled -->\n<!-- end -->\n", results)
+    rows = [line for line in filled.splitlines() if line.startswith("|")]
+    assert len(rows) == 4
+    assert rows[2] == f"| CIFAR-10, 500 images, VGG-Small, 50 epochs, Adam | `default` | 3 | {GAIN} |  | +1.10 |  |"
+    assert rows[3].startswith("|  | `shuffled` | 3 | +1.00 (-1.48 to +3.48) |")
+    assert "No results yet." in tables.fill("<!-- summary: later -->\n<!-- end -->\n", results)
+
+
+def test_numbers_within_a_sentence(results) -> None:
+    def number(wanted: str) -> str:
+        filled = tables.fill(f"It is <!-- number: {wanted} -->stale<!-- end -->.", results)
+        assert tables.fill(filled, results) == filled
+        return filled.removeprefix(f"It is <!-- number: {wanted} -->").removesuffix("<!-- end -->.")
+
+    assert number("gain gains default") == f"{GAIN.strip('*').replace(' (', ' points (95 % CI ')[:-1]}, 3 pairs)"
+    assert number("gain gains default shuffled") == "+0.10 points (95 % CI -2.14 to +2.34, 3 pairs)"
+    assert number("gain later default") == number("cost cpu position") == "not measured yet"
+    config = vars(overhead.Config("tiny", 4))
+    lines = [{"config": config, "arm": arm, "ratio": ratio} for arm, ratio in (("none", 1.0), ("position", 1.042))]
+    (results / "overhead.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert number("cost cpu position") == "1.04 to 1.04" and number("cases cpu") == "1"
 
 
 def test_dense_results_get_their_own_table(tmp_path) -> None:

@@ -68,6 +68,12 @@ def test_network_and_plug_in_may_be_wrapped_together(ranks):
     assert all(close(rank["wrapped together"], expected) for rank in ranks)
 
 
+def test_the_published_variant_trains_what_one_process_trains(ranks):
+    expected = cases.train_published()
+    for rank in ranks:
+        assert rank["published"] == pytest.approx(expected, rel=1e-9)
+
+
 def test_ranks_that_trained_alone_agree_from_the_second_step_together(ranks):
     """The pass of the first one was captured before they heard of each other."""
     first, *others = (rank["trained before the group"] for rank in ranks)

@@ -1,12 +1,15 @@
-"""The documentation: its pages and what they include exist, its API is complete, and it builds without a warning.
+"""The documentation: it reads as plain Markdown, its links and pictures exist, its API is complete, and it builds.
 
-That the Python blocks of the pages run is tested in test_readme.py.
+That the Python blocks of the pages run is tested in test_readme.py; that the numbers are those of the results, in
+test_benchmarks.py.
 """
 
+import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -15,57 +18,86 @@ import cmim_plugin
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("**/*.md"))
-DIRECTIVE = re.compile(r"^```\{(include|literalinclude|toctree)\}(.*)\n([^`]*)^```", re.MULTILINE)
-MARK = re.compile(r"^:(?:start-after|end-before|start-at|end-at): (.*)$", re.MULTILINE)
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
+FENCE = re.compile(r"^ *```.*?^ *``` *$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]*)\)")
+SOURCE = re.compile(r'\b(?:src|srcset)="([^"]+)"')
+
+each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 
 
-def directives(page: Path) -> list[tuple[str, str, str]]:
-    """(name, argument, body) of each."""
-    return [(d[1], d[2].strip(), d[3]) for d in DIRECTIVE.finditer(page.read_text(encoding="utf-8"))]
+def anchors(path: Path) -> set[str]:
+    """Of the headings, as a forge and MyST make them."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", path.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_navigation_names_every_page_and_nothing_else() -> None:
-    named = [
-        line
-        for name, _, body in directives(DOCS / "index.md")
-        if name == "toctree"
-        for line in body.split()
-        if not line.startswith(":")
-    ]
-    assert sorted(named) == [str(page.relative_to(DOCS).with_suffix("")) for page in PAGES if page.stem != "index"]
+@each_document
+def test_links_and_pictures_lead_somewhere(path: Path) -> None:
+    text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    for label, target in LINK.findall(text):
+        assert label and target, f"an empty link in {path.name}: [{label}]({target})"
+        if "://" not in target:
+            name, _, anchor = target.partition("#")
+            file = (path.parent / name).resolve() if name else path
+            assert file.exists(), f"{path.name} links to {target}"
+            assert not anchor or anchor in anchors(file), f"{path.name} links to {target}"
+    for source in SOURCE.findall(text):
+        assert (path.parent / source).is_file(), f"{path.name} shows {source}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_what_a_page_includes_exists(page: Path) -> None:
-    for name, argument, body in directives(page):
-        if name != "toctree":
-            text = (page.parent / argument).read_text(encoding="utf-8")
-            for mark in MARK.findall(body):
-                assert mark.strip('"') in text, f"{page.name} cuts {argument} at a text that is not in it: {mark}"
+@each_document
+def test_a_forge_can_show_it(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"^ *```\{|^:::|\{\w[\w:-]*\}`", text, re.MULTILINE), f"{path.name} has a directive of Sphinx"
+
+
+def test_pictures_come_in_both_themes() -> None:
+    for light in DOCS.glob("*-light.svg"):
+        assert light.with_name(light.name.replace("-light", "-dark")).is_file()
+    drawings = [(DOCS / f"how-{theme}.svg").read_text() for theme in ("light", "dark")]
+    uncoloured = {re.sub(r"#[0-9a-f]{6}", "#", drawing) for drawing in drawings}
+    assert len(uncoloured) == 1, "docs/how-light.svg and how-dark.svg are one drawing in two palettes"
+
+
+def test_the_index_links_to_every_page() -> None:
+    linked = re.findall(r"^- \[[^\]]+\]\((\w+\.md)\)", (DOCS / "index.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(linked) == sorted(page.name for page in PAGES if page.name != "index.md")
+
+
+def configuration() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_conf", DOCS / "conf.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_the_api_has_every_public_name() -> None:
-    documented = re.findall(r"^\.\. auto\w+:: (\w+)", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert sorted(documented) == sorted(cmim_plugin.__all__)
+    listed = re.findall(r"^- (`.*?`):", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(listed))) == sorted(cmim_plugin.__all__)
+    pytest.importorskip("sphinx")
+    assert sorted(name.removesuffix("()") for name in configuration().API) == sorted(cmim_plugin.__all__)
+
+
+def test_the_changelog_starts_with_this_version() -> None:
+    first = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert first and first[1] == cmim_plugin.__version__
+
+
+def test_the_map_names_every_file() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    package = ROOT / "cmim_plugin"
+    files = {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
+    assert set(re.findall(r"^\| `([\w/]+\.py)` \|", text, re.MULTILINE)) == files
 
 
 @pytest.mark.slow
 def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("sphinx")
-    command = [
-        sys.executable,
-        "-m",
-        "sphinx",
-        "-W",
-        "--keep-going",
-        "-E",
-        "-q",
-        "-d",
-        tmp_path / "trees",
-        DOCS,
-        tmp_path,
-    ]
+    options = ["-W", "--keep-going", "-E", "-q", "-d", tmp_path / "trees"]
+    command = [sys.executable, "-m", "sphinx", *options, DOCS, tmp_path / "html"]
     built = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert built.returncode == 0, built.stderr
     for page in PAGES:
-        assert (tmp_path / page.relative_to(DOCS).with_suffix(".html")).is_file()
+        assert (tmp_path / "html" / page.relative_to(DOCS).with_suffix(".html")).is_file()

@@ -108,7 +108,7 @@ def detector():
     def forward(m, images, targets):
         size = max(i.shape[-1] for i in images)
         batch = torch.stack([F.pad(i, (0, size - i.shape[-1], 0, size - i.shape[-2])) for i in images])
-        for target, image in zip(targets, images):
+        for target, image in zip(targets, images, strict=False):
             assert (target["boxes"] < image.shape[-1]).all() and target["boxes"].shape[-1] == 4
         return m.net(batch)
 
@@ -236,7 +236,7 @@ def windows(m, x, major):
 @pytest.mark.parametrize("example", [torch.randn(4, 3, 8, 8), torch.zeros(2, 3, 16, 8), torch.zeros(1, 3, 8, 8)])
 def test_rows_of_windows_belong_to_their_images_or_are_refused(example):
     for major in (True, False):
-        parts = dict(stem=nn.Conv2d(3, 16, 1), n=nn.LayerNorm(16), b=BinaryLinear(16, 16))
+        parts = {"stem": nn.Conv2d(3, 16, 1), "n": nn.LayerNorm(16), "b": BinaryLinear(16, 16)}
         (found,) = find_binary_activations(Of(lambda m, x, major=major: windows(m, x, major), **parts), example)
         assert found.tapped == major, found.reason
         if major:
@@ -400,7 +400,12 @@ def test_gradients_and_the_renormalized_rows_of_an_embedding_are_put_back():
         m.side(x.detach()).sum().backward()
         return m.b(m.n(x))
 
-    parts = dict(e=nn.Embedding(9, 16, max_norm=0.1), side=nn.Linear(16, 1), n=nn.LayerNorm(16), b=BinaryLinear(16, 4))
+    parts = {
+        "e": nn.Embedding(9, 16, max_norm=0.1),
+        "side": nn.Linear(16, 1),
+        "n": nn.LayerNorm(16),
+        "b": BinaryLinear(16, 4),
+    }
     model = Of(forward, **parts)
     model.side.weight.grad = torch.ones(1, 16)
     before = model.e.weight.clone()
@@ -590,5 +595,5 @@ def test_names_are_unique():
             x = m.conv(m.act(m.norm(x)))
         return x
 
-    parts = dict(norm=nn.BatchNorm2d(3), act=Binary(), conv=nn.Conv2d(3, 3, 1))
+    parts = {"norm": nn.BatchNorm2d(3), "act": Binary(), "conv": nn.Conv2d(3, 3, 1)}
     assert tapped(nn.Sequential(nn.Conv2d(3, 3, 1), Of(forward, **parts)), X) == ["1.act", "1.act#2", "1.act#3"]

@@ -181,7 +181,7 @@ def one_direction(anchors, candidates, queue, labels, queue_labels) -> Tensor:
 
 
 def oracle(pairs, heads, shares, chosen, labels=None, queues=None):
-    """The weighted loss and, for the queue of the next step, the embeddings. ``heads``: both sides' weights of each tap."""
+    """The weighted loss and, for the queue of the next step, the embeddings; `heads`: both sides of each tap."""
     total, embeddings = 0.0, []
     for k, (a_b, a_f) in enumerate(pairs):
         positions = chosen[k]

@@ -253,6 +253,7 @@ def test_timm_says_when_there_are_fewer_images_than_one_batch(images):
 # -- transformers --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # transformers takes long to import
 def test_a_trainer_of_transformers_trains_the_heads_and_resumes(tmp_path, monkeypatch, capsys):
     # transformers takes any module of the name "kernels" for a package of Hugging Face's.
     monkeypatch.setattr(sys, "path", [folder for folder in sys.path if not folder.endswith("benchmarks")])

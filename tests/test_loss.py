@@ -214,7 +214,11 @@ def test_a_mask_leaves_taps_without_such_tokens_as_they_are():
 def test_a_mask_of_the_wrong_shape_and_one_beside_a_queue_are_refused():
     model = Tokens()
     cmim = CMIM(model, TOKENS)
-    for mask, found in ((MASK[:2], r"mask must be \(3, tokens\).* found shape \(2, 5\)"), (MASK[0], r"found shape \(5,\)"), ([1], "found list")):
+    for mask, found in (
+        (MASK[:2], r"mask must be \(3, tokens\).* found shape \(2, 5\)"),
+        (MASK[0], r"found shape \(5,\)"),
+        ([1], "found list"),
+    ):
         model(TOKENS)
         with pytest.raises(CMIMError, match=found):
             cmim(model, mask=mask)

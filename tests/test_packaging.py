@@ -1,11 +1,14 @@
-"""What a user installs: torch and packaging are all it needs, it is typed, and it has one version."""
+"""What a user installs: torch and packaging are all it needs, it is typed, and all of its code is in the packages."""
 
 import ast
 import importlib.metadata
+import re
 import subprocess
 import sys
+import tarfile
 import textwrap
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -77,6 +80,34 @@ def test_version() -> None:
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("cmim-plugin is not installed here, only importable")
     assert installed == cmim_plugin.__version__, "the version changed since the install: run `make clean`"
+
+
+def test_metadata() -> None:
+    tomllib = pytest.importorskip("tomllib")  # since Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    oldest = Version(project["requires-python"].removeprefix(">="))
+    listed = [
+        c.rpartition(" ")[2] for c in project["classifiers"] if c.startswith("Programming Language :: Python :: 3.")
+    ]
+    assert Version(listed[0]) == oldest and listed == sorted(listed, key=Version)
+    assert {re.split("[>=<]", requirement)[0] for requirement in project["dependencies"]} == ALLOWED - {"cmim_plugin"}
+    for path in (project["readme"], *project["license-files"]):
+        assert (ROOT / path).is_file()
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist_hold_what_they_should(tmp_path: Path) -> None:
+    pytest.importorskip("build")
+    command = [sys.executable, "-m", "build", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True, timeout=280)
+    (wheel,), (sdist,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    code = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")} | {"cmim_plugin/py.typed"}
+    assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} == code
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert code | {"README.md", "CHANGELOG.md", "LICENSE", "docs/index.md", "tests/conftest.py", "Makefile"} <= names
+    left_out = ("benchmarks/results/", ".git/", ".github/", ".ci/", ".venv", "build/", "data/", "runs/")
+    assert not [name for name in names if name.startswith(left_out)]
 
 
 @pytest.mark.slow

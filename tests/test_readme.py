@@ -1,9 +1,12 @@
 """Every Python block of the documentation runs, and every diff shows code that runs.
 
-The blocks of one file share their names, in the order of the file, as a reader meets them. What a
-```diff block leads to (its lines without the removed ones) has to stand in one of them, in that order.
+The blocks of one file share their names, in the order of the file, as a reader meets them. A ```text block right behind
+a Python block is what that one prints. What a ```diff block leads to (its lines without the removed ones) has to stand
+in one of the Python blocks, in that order.
 """
 
+import contextlib
+import io
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -49,10 +52,37 @@ def test_readme_has_snippets() -> None:
 def test_python_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}
+    last: Block | None = None
+    printed = io.StringIO()
     for block in blocks(path):
         if block.language == "python":
             # The empty lines make a traceback point at the line of the document.
-            exec(compile("\n" * (block.line - 1) + block.code, str(path), "exec"), namespace)
+            program = compile("\n" * (block.line - 1) + block.code, str(path), "exec")
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(program, namespace)
+        elif block.language == "text" and last and last.language == "python":
+            assert printed.getvalue().rstrip() == block.code, f"{path.name}:{block.line} shows another output"
+        last = block
+
+
+def prose(text: str) -> str:
+    """What is read: no code blocks, comments, tags and no punctuation of tables."""
+    text = re.sub(r"<!--.*?-->|<[^>]+>", " ", FENCE.sub("", text), flags=re.DOTALL)
+    return re.sub(r"\|?-{3,}|\|", " ", text)
+
+
+def test_the_readme_is_short_enough_to_be_read() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("|") and not line.startswith("|---")]
+    assert len(prose(text).split()) <= 1500
+    assert len(rows) <= 35
+
+
+def test_the_readme_shows_the_figure_the_lines_and_the_effect_first() -> None:
+    top = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Install")[0]
+    for wanted in ("docs/how-dark.svg", "docs/gains-light.svg", "loss += cmim(model)", "**Cost:**", "**When not"):
+        assert wanted in top
 
 
 @each_document

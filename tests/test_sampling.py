@@ -80,7 +80,7 @@ def test_ranks_that_share_the_draws_draw_what_one_process_would():
 
 # -- layouts -------------------------------------------------------------------------------------------------------
 
-# shape, layout, channels, positions of a sample, and the index within the tensor of (sample, position, channel), by hand
+# shape, layout, channels, positions of a sample, and the index in the tensor of (sample, position, channel), by hand
 CASES = {
     "features": ((4, 3), Layout(None), 3, 1, lambda s, p, c: (s, c)),
     "maps": ((4, 3, 2, 5), Layout(2), 3, 10, lambda s, p, c: (s, c, p // 5, p % 5)),

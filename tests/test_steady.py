@@ -84,6 +84,10 @@ def test_what_would_wait_or_copy_is_seen():
 def on_cuda(model: nn.Module, cmim: CMIM) -> Iterator[tuple[Tensor, Tensor]]:
     """All of it as fake tensors of a CUDA device, which need none; and a batch there."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        try:
+            mode.from_tensor(X).to("cuda")
+        except RuntimeError:
+            pytest.skip("this release of torch asks the driver, also for fake tensors")
 
         def moved(tensor: Tensor) -> Tensor:
             return mode.from_tensor(tensor).to("cuda")

@@ -14,7 +14,6 @@ PRODUCTS = _names(
 )
 LOOKUPS = _names("embedding embedding_bag")
 SUMS = _names("add radd iadd sub rsub isub")
-REDUCTIONS = _names("sum mean")
 SCALINGS = _names("mul rmul imul multiply div divide true_divide truediv itruediv")
 JOINS = _names("cat concat concatenate stack hstack vstack")
 #: The values of the first argument, in another order, type or shape, repeated or with zeros among them.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,13 +58,15 @@ class BatchSource:
     def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
         """The number of samples in these inputs, None where it cannot be read."""
         for path, dim in self.places:
-            for read in (lambda path: path, self._other):
-                with contextlib.suppress(Exception):
+            for other in (False, True):
+                try:
                     found: Any = (args, kwargs)
-                    for key in read(path):
+                    for key in self._other(path) if other else path:
                         found = found[key]
                     if isinstance(found, Tensor) != (dim is None):
                         return len(found) if dim is None else int(found.size(dim))
+                except Exception:  # not contextlib.suppress: torch 2.6 does not compile it
+                    continue
         return None
 
     def _other(self, path: Path) -> Path:

@@ -38,7 +38,7 @@ def latents_of(index: Index, source: Sighting, call: Event | None) -> list[Sight
         return _separable(index, source)
     size = call.results[0].value.numel
     given = [a for a in call.arguments if a.value.numel == size and _is_continuous(a)]
-    for argument in sorted(given, key=lambda a: not _in_graph(index, a)):
+    for argument in given:
         for ancestor in _ancestors(index, argument):
             if found := _in_graph(index, ancestor):
                 return found

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cmim_plugin import CMIM, NCE, CMIMError
+from cmim_plugin import CMIM, NCE, CMIMError, PublishedCMIM
 from networks import Binary, BinaryConv
 
 BATCH = 8
@@ -179,6 +179,26 @@ def train_wrapped_together(rank: int = 0, world: int = 1) -> list[Tensor]:
     return [*(p.detach() for p in whole.parameters()), whole.cmim.heads.weights.detach()]
 
 
+def train_published(rank: int = 0, world: int = 1) -> list[float]:
+    """Losses of the published variant: its bank is that of rank 0."""
+    model, teacher = network(), network()
+    targets = torch.arange(40) % 3
+    torch.manual_seed(100 + rank)
+    cmim = PublishedCMIM(
+        model, batch(0)[0], teacher=teacher, targets=targets, num_negatives=6, train_heads=True
+    ).double()
+    ddp = DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
+    losses = []
+    for step in range(STEPS):
+        x, _ = (share(t, rank, world, uneven=False) for t in batch(step))
+        indices = share(torch.arange(BATCH) + step, rank, world, uneven=False)
+        logits = ddp(x)
+        loss = cmim(ddp, indices=indices)
+        (0 * logits.sum() + loss).backward()
+        losses.append(loss.item())
+    return losses
+
+
 def two_backward_passes(rank: int, world: int) -> dict[str, str]:
     """What a backward pass of the network's loss, and then one of the contrast, say, in either order."""
     said = {}
@@ -238,6 +258,7 @@ def main(out: Path) -> None:
     for name in SHARDED:
         results[f"sharded {name}"] = train(name, *attached(name, rank), rank, world, shard=True)
     results["wrapped together"] = train_wrapped_together(rank, world)
+    results["published"] = train_published(rank, world)
     results["two backward passes"] = two_backward_passes(rank, world)
     results["other ways"] = train_with_other_ways(rank, world, None)
     results["other ways, one tap a step"] = train_with_other_ways(rank, world, 1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cmim_plugin import CMIM, CMIMError
-from cmim_plugin.capture import BINARY, LATENT, Pass
+from cmim_plugin.passes import BINARY, LATENT, Pass
 
 from .registry import ZOO, Entry
 

@@ -1,7 +1,7 @@
 """Which kernels does CMIM add to a training step?
 
-    python benchmarks/kernels.py
-    python benchmarks/kernels.py --method irnet --body resnet18 --taps-per-step 16
+    python benchmarks/kernel_count.py
+    python benchmarks/kernel_count.py --method irnet --body resnet18 --taps-per-step 16
 
 Counts the operations that torch dispatches in a step of the network alone and in a step with CMIM, stage by stage, and
 lists those that CMIM adds. Views and allocations are left out: on a GPU each of the others launches a kernel, most of

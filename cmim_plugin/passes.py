@@ -1,0 +1,292 @@
+"""What one forward pass of the model leaves: rows of a_B and a_F, tap by tap, and what could not be captured.
+
+Nothing is kept of an activation but the sampled or pooled rows, taken at once: the network may overwrite it later.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from . import _compat
+from .discovery import BinaryActivation, Layout, Site
+from .errors import CMIMError, warn_once
+from .sampling import BackwardRule, sampled, stratified_indices
+
+BINARY, LATENT = 0, 1
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A binary activation that is contrasted. Everything about it was decided in the dry run.
+
+    Attributes:
+        name: of the binarization, as :func:`find_binary_activations` gives it.
+        channels: channels of a_B.
+        latent_channels: channels of what it is contrasted with: a_F, or the teacher's activation.
+        module: qualified name of the module that binarizes.
+        binary, latent: where a_B and a_F are picked up; no latent where a teacher stands in for it.
+        layouts: how both are read.
+    """
+
+    name: str
+    channels: int
+    latent_channels: int
+    module: str
+    binary: Site
+    latent: Site | None
+    layouts: tuple[Layout, Layout]
+
+    @classmethod
+    def of(cls, found: BinaryActivation) -> Tap:
+        """The tap of a binary activation that can be tapped."""
+        assert found.binary and found.binary_layout and found.latent_layout
+        layouts = (found.binary_layout, found.latent_layout)
+        return cls(found.name, found.channels, found.latent_channels, found.module, found.binary, found.latent, layouts)
+
+
+class Pair:
+    """What one pass left of one tap.
+
+    Attributes:
+        rows: ``(n, C_b)`` of a_B and ``(n, C_f)`` of a_F, in the autograd graph; None until seen.
+        index: ``(n,)`` the positions that the rows come from, counted over the batch; None for pooled samples.
+        spatial: the dimensions that the positions of one row of the batch are counted over.
+        total: positions of the whole batch.
+        batch: samples of the batch.
+        windows: whether a sample is cut into several rows of the first dimension.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[Tensor | None] = [None, None]
+        self.index: Tensor | None = None
+        self.spatial: torch.Size | None = None
+        self.total = 0
+        self.batch = 0
+        self.windows = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether both sides were seen."""
+        return self.rows[BINARY] is not None and self.rows[LATENT] is not None
+
+
+@dataclass(frozen=True)
+class Pickup:
+    """One side of one tap, picked up at one site."""
+
+    tap: int
+    side: int
+    site: Site
+
+
+class Call:
+    """A call of a module that runs."""
+
+    def __init__(self, hook: object, pickups: Sequence[Pickup]) -> None:
+        self.hook = hook
+        self.pickups = pickups
+        self.listener: TorchFunctionMode | None = None
+        #: The exception that was being handled when the call started: a call that raised ends with another one.
+        self.error = current_error()
+
+
+class Pass:
+    """One forward pass of the model, from its first hook to its last, and until its loss is asked for.
+
+    Args:
+        taps: all of them.
+        scheduled: which are captured.
+        draws: ``(len(scheduled), n)`` int64 random numbers to choose positions by; None to pool over all positions.
+        training: whether the model is in training mode.
+    """
+
+    def __init__(self, taps: Sequence[Tap], scheduled: Sequence[int], draws: Tensor | None, training: bool) -> None:
+        self.taps = taps
+        self.scheduled = tuple(scheduled)
+        self.draws = draws
+        #: Samples in the batch, where the inputs tell.
+        self.batch: int | None = None
+        self.training = training
+        self.compiled = torch.compiler.is_compiling()
+        self.pairs = {k: Pair() for k in self.scheduled}
+        #: What went wrong: tap, or None for the pass as a whole -> message.
+        self.failures: dict[int | None, str] = {}
+        #: Whether any module with a tap ran.
+        self.entered = False
+        #: Taps whose binary activation came without a gradient.
+        self.without_gradient: set[int] = set()
+        #: The mask that the model itself got.
+        self.mask: Tensor | None = None
+        #: Calls of modules that run, the innermost last, and how often each module was called so far.
+        self.open: list[Call] = []
+        self.calls: dict[str, int] = {}
+        #: The exception that was being handled when the pass started.
+        self.error = current_error()
+        #: Within a hook of ours: our own torch calls are not the model's.
+        self.muted = False
+        #: Given the tap, a_B as a whole and its layout, before rows are taken.
+        self.observer: Callable[[int, Tensor, Layout], None] | None = None
+        #: What is asked of the backward passes.
+        self.backward = BackwardRule()
+        self._elements: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._zeros: dict[Any, Tensor] = {}
+
+    def pick_up(self, pickups: Sequence[Pickup], kind: str, tree: Any) -> None:
+        """Take the rows of those activations that are picked up at sites of this kind."""
+        for p in pickups:
+            if p.site.kind == kind:
+                self.attempt(p.tap, partial(self._take_at, p, tree))
+
+    def _take_at(self, p: Pickup, tree: Any) -> None:
+        self.take(p.tap, p.side, _at(tree, p.site.path))
+
+    def attempt(self, tap: int | None, action: Callable[[], None]) -> None:
+        """Do something for a tap (None: for the pass). What goes wrong is kept, and the model goes on."""
+        if torch.compiler.is_compiling():
+            try:
+                action()
+            except CMIMError as error:
+                self.failures.setdefault(tap, error.args[0])
+            return
+        before, self.muted = self.muted, True
+        try:
+            action()
+        except Exception as error:
+            told = str(error) if isinstance(error, CMIMError) else f"{type(error).__name__}: {error}"
+            self.failures.setdefault(tap, told)
+        finally:
+            self.muted = before
+
+    def close(self, hook: object) -> Call | None:
+        """The innermost call of a hook's module ends, with all that was opened within it."""
+        if not any(call.hook is hook for call in self.open):
+            return None
+        while True:
+            call = self.open.pop()
+            if call.listener is not None:
+                _leave(call.listener)
+            if call.hook is hook:
+                return call
+
+    def abandon(self) -> None:
+        """The pass did not come to its end."""
+        while self.open:
+            self.close(self.open[-1].hook)
+
+    def check(self, plugin: object) -> None:
+        """Tell what could not be captured; warn once for each plug-in of what adds nothing to the loss.
+
+        Raises:
+            CMIMError: something went wrong, or nothing is left to train.
+        """
+        failures = {k: why for k, why in self.failures.items() if k is not None}
+        lines = [f"Tap {self.taps[k].name}: {why}." for k, why in failures.items()]
+        reached = [k for k, pair in self.pairs.items() if pair.complete and k not in self.without_gradient]
+        if None in self.failures or not self.without_gradient.issuperset(failures) or (lines and not reached):
+            whole = [self.failures[None]] if None in self.failures else []
+            raise CMIMError("\n".join(["The forward pass could not be captured.", *whole, *lines]))
+        if not self.entered:
+            raise CMIMError(
+                "The forward pass reached none of the taps. A model that was compiled and run before CMIM was attached "
+                "does that (attach first, or call torch._dynamo.reset()), inputs that take another way through it, "
+                "modules that were replaced, and hooks that other code cleared (attach again)."
+            )
+        missing = [k for k in self.pairs if k not in reached and k not in failures]
+        lines += [f"The forward pass did not reach tap {self.taps[k].name}." for k in missing]
+        for line in lines:
+            warn_once(plugin, f"{line} It adds nothing to the loss.")
+
+    def take(self, k: int, side: int, x: Tensor) -> None:
+        """Take the rows of one side of a tap out of its activation."""
+        tap, pair = self.taps[k], self.pairs[k]
+        layout = tap.layouts[side]
+        if side == BINARY and self.observer is not None:
+            self.observer(k, x, layout)
+        if side == BINARY and self.observer is None and not x.requires_grad:
+            self.without_gradient.add(k)
+            raise CMIMError(
+                "its binary activation came without a gradient. Layers that were frozen do that (nothing is left to "
+                "train there), and reentrant activation checkpointing (pass use_reentrant=False to checkpoint)"
+            )
+        wanted = tap.channels if side == BINARY else tap.latent_channels
+        if (found := layout.channels(x.shape)) != wanted:
+            raise CMIMError(
+                f"it has {found} channels, and had {wanted} when CMIM was attached. After pruning, or after another "
+                "change of the layers, attach again"
+            )
+        rows = x.shape[0]
+        pair.batch = rows
+        if layout.windowed:
+            pair.windows = True
+            if rows and (not self.batch or rows % self.batch):
+                raise CMIMError(f"its {rows} rows are not a whole number of windows for each of {self.batch} samples")
+            pair.batch = self.batch or 0
+        if self.draws is None:
+            pair.rows[side] = layout.pooled(x, pair.batch)
+            return
+        if x.device != self.draws.device:
+            raise CMIMError(
+                f"it is on {x.device}, the heads are on {self.draws.device}: call cmim.to({str(x.device)!r}), or "
+                "attach after moving the model"
+            )
+        total = layout.positions(x.shape)
+        if pair.rows[1 - side] is not None and pair.total != total:
+            raise CMIMError(
+                f"its two sides have {pair.total} and {total} positions in this batch, and cannot be paired position "
+                'by position. Leave it out with taps=, or use instances="image"'
+            )
+        index, elements = self._positions(k, layout, x)
+        pair.total, pair.index, pair.spatial = total, index, layout.spatial_shape(x.shape)
+        pair.rows[side] = sampled(x, elements, self._zero(x), self.backward)
+
+    def _positions(self, k: int, layout: Layout, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The positions of a tap, ``(n,)``, and where their channels stand in the activation, ``(n, C)``."""
+        assert self.draws is not None
+        total, slot = layout.positions(x.shape), self.scheduled.index(k)
+        if torch.compiler.is_compiling():
+            index = stratified_indices(self.draws[slot], total)
+            return index, layout.elements(index, x.shape)
+        # Of all taps at once, for each shape: two small operations instead of two for each tap and side.
+        key = layout, x.shape
+        if key not in self._elements:
+            of_all = stratified_indices(self.draws, total)
+            self._elements[key] = of_all, layout.elements(of_all, x.shape)
+        index, elements = self._elements[key]
+        return index[slot], elements[slot]
+
+    def _zero(self, x: Tensor) -> Tensor:
+        key = x.dtype, x.device
+        if key not in self._zeros:
+            self._zeros[key] = x.new_zeros(())
+        return self._zeros[key]
+
+
+def _leave(listener: TorchFunctionMode) -> None:
+    if torch.compiler.is_compiling():
+        listener.__exit__(None, None, None)
+    else:
+        _compat.leave_mode(listener)
+
+
+def current_error() -> int:
+    """Which exception is being handled: while it is that of a forward, torch calls the hooks that are always called."""
+    return 0 if torch.compiler.is_compiling() else id(sys.exc_info()[1])
+
+
+def _at(tree: Any, path: tuple[Any, ...]) -> Tensor:
+    for key in path:
+        tree = tree[key]
+    if not isinstance(tree, Tensor):
+        raise CMIMError(
+            f"the forward went another way than in the dry run: a tensor was expected, found a {type(tree).__name__}. "
+            "Attach again with an example_input like the training batches"
+        )
+    return tree
