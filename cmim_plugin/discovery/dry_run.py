@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CMIMError
-from .inputs import BatchSource, Inputs, as_inputs, batch_sources, is_offsets, resampled, stated_source, varied
+from .inputs import BatchSource, Inputs, as_inputs, batch_sources, is_offsets, resampled, varied
 from .state import force_eager, preserve_state
 from .trace import Trace, record
 
@@ -55,7 +55,7 @@ def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[lis
         if batch_size is None:
             batch_size, source = _clear_source(sources, rows)
         else:
-            source = stated_source(model, inputs, batch_size)
+            source = batch_sources(model, inputs, batch_size).get(batch_size)
         failure: Exception | None = None
         for attempt in _attempts(inputs, batch_size, source):
             try:

@@ -23,7 +23,7 @@ from .index import Index
 from .inputs import BatchSource
 from .layout import Layout
 from .operands import Binarization, binarizations, first_product, operands, terms
-from .sites import NO_GRADIENT, cheapest, child, layouts, reason_against, scope
+from .sites import FROZEN, NO_GRADIENT, cheapest, child, layouts, reason_against, scope
 from .trace import FEW_LEVELS, Site, Trace
 
 # An operand of at most a few values among so many elements is listed as quantized to more than one bit.
@@ -188,7 +188,7 @@ def _named(found: list[_Found]) -> list[BinaryActivation]:
     taps = Counter(f.activation.module for f in tapped)
     # Without a gradient in one call of a module, with one in another: nothing is missed.
     rest = [f for f in found if not f.activation.tapped]
-    rest = [f for f in rest if f.activation.module not in taps or f.activation.reason != NO_GRADIENT]
+    rest = [f for f in rest if f.activation.module not in taps or f.activation.reason not in (FROZEN, NO_GRADIENT)]
     used: Counter[str] = Counter()
     names = {}
     for f in [*tapped, *rest]:

@@ -1,4 +1,4 @@
-"""Names of torch functions, by what they do to the values that they are given."""
+"""Names of torch functions, without underscores at their ends, by what they do to the values that they are given."""
 
 
 def _names(text: str) -> frozenset[str]:
@@ -9,27 +9,24 @@ def _names(text: str) -> frozenset[str]:
 CONVOLUTIONS = {f"conv{t}{d}d": d for t in ("", "_transpose") for d in (1, 2, 3)}
 #: Other products, of which every argument may be an activation.
 PRODUCTS = _names(
-    "matmul __matmul__ __rmatmul__ bmm mm mv dot addmm addbmm baddbmm einsum inner tensordot bilinear "
+    "matmul rmatmul bmm mm mv dot addmm addbmm baddbmm einsum inner tensordot bilinear "
     "scaled_dot_product_attention multi_head_attention_forward"
 )
 LOOKUPS = _names("embedding embedding_bag")
-SUMS = _names("add add_ sub sub_ rsub __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__")
-REDUCTIONS = _names("sum mean")
-SCALINGS = _names(
-    "mul mul_ multiply div div_ divide true_divide __mul__ __rmul__ __imul__ __div__ __truediv__ __itruediv__"
-)
+SUMS = _names("add radd iadd sub rsub isub")
+SCALINGS = _names("mul rmul imul multiply div divide true_divide truediv itruediv")
 JOINS = _names("cat concat concatenate stack hstack vstack")
 #: The values of the first argument, in another order, type or shape, repeated or with zeros among them.
 MOVES = _names(
     "view view_as reshape reshape_as flatten unflatten squeeze unsqueeze permute transpose t T mT swapaxes movedim "
-    "contiguous clone to type_as type float half bfloat16 double dropout pad unfold __getitem__ chunk split unbind "
+    "contiguous clone to type_as type float half bfloat16 double dropout pad unfold getitem chunk split unbind "
     "expand expand_as roll"
 )
 DETACHES = _names("detach data")
 #: Calls that make few values of many, whatever they are given.
 STEPS = _names(
-    "sign sign_ sgn heaviside round round_ floor ceil trunc where signbit bernoulli bool gt ge lt le gt_ ge_ lt_ le_ "
-    "__gt__ __ge__ __lt__ __le__ greater greater_equal less less_equal"
+    "sign sgn heaviside round floor ceil trunc where signbit bernoulli bool gt ge lt le greater greater_equal less "
+    "less_equal"
 )
 #: Smooth functions of all values of a group: of a group of two values they make two values, too.
 NORMS = _names("batch_norm instance_norm layer_norm group_norm normalize softmax")
@@ -41,10 +38,9 @@ SHAPE_ONLY = _names(
     "new_zeros new_ones new_full new_empty new_tensor"
 )
 RANDOM = _names(
-    "rand randn randint randperm rand_like randn_like randint_like bernoulli bernoulli_ uniform_ normal normal_ "
-    "random_ multinomial"
+    "rand randn randint randperm rand_like randn_like randint_like bernoulli uniform normal random multinomial"
 )
-#: They write into their arguments, though their names do not end in an underscore.
+#: Whole names: they write into their arguments, though their names do not end in a single underscore.
 WRITES = _names(
     "__setitem__ batch_norm instance_norm numpy __array__ __dlpack__ __iadd__ __isub__ __imul__ __idiv__ __itruediv__ "
     "__ifloordiv__ __imod__ __ipow__ __iand__ __ior__ __ixor__"

@@ -20,7 +20,6 @@ class Index:
         self.trace = trace
         self.again: dict[Site, list[Sighting]] = defaultdict(list)
         self._of_tensor: dict[int, list[Sighting]] = defaultdict(list)
-        self._of_value: dict[tuple[int, tuple[float, ...]], list[Sighting]] = defaultdict(list)
         #: Code -> calls that made it out of something that is not two-valued.
         self.binarizing: dict[tuple[int, bytes] | None, list[Event]] = defaultdict(list)
         #: When each call of a module began.
@@ -30,7 +29,6 @@ class Index:
                 self.again[s.site].append(s)
         for s in trace.sightings:
             self._of_tensor[s.tensor].append(s)
-            self._of_value[s.value.fingerprint].append(s)
             self.entered.setdefault((s.site.module, s.site.call), s.seq)
         for event in trace.events:
             for result in event.results:
@@ -45,10 +43,6 @@ class Index:
     def of_value(self, sighting: Sighting) -> list[Sighting]:
         """All sightings of this tensor that hold the same."""
         return [s for s in self._of_tensor[sighting.tensor] if s.value is sighting.value]
-
-    def copies(self, sighting: Sighting) -> list[Sighting]:
-        """All sightings of these values, of any tensor."""
-        return [s for s in self._of_value[sighting.value.fingerprint] if s.value.same(sighting.value)]
 
     def in_graph(self, sighting: Sighting) -> bool:
         """Also of a tensor seen within the forward of a custom autograd function, where gradients are disabled."""

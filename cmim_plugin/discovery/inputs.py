@@ -72,20 +72,28 @@ class BatchSource:
     def _other(self, path: Path) -> Path:
         """By keyword where the example came by position, and the reverse."""
         side, key, *rest = path
-        if side == 0:
-            return (1, self.names[key], *rest)
-        return (0, self.names.index(key), *rest)
+        return (1 - side, self.names[key] if side == 0 else self.names.index(key), *rest)
 
 
-def batch_sources(model: nn.Module, inputs: Inputs) -> dict[int, BatchSource]:
-    """The numbers of samples that the inputs may have, most likely first, each with where it is read."""
+def batch_sources(model: nn.Module, inputs: Inputs, stated: int | None = None) -> dict[int, BatchSource]:
+    """The numbers of samples that the inputs may have, most likely first, each with where it is read.
+
+    They are lengths of first dimensions; or of any dimension, for the number that the user stated.
+    """
     places: dict[int, list[tuple[Path, int | None]]] = {}
     for path, value in _lists_in(inputs):
         places.setdefault(len(value), []).append((path, None))
-    for path, tensor in tensors_in(inputs):
+    tensors = list(tensors_in(inputs))
+    for path, tensor in tensors:
         if tensor.ndim:
             places.setdefault(tensor.size(0), []).append((path, 0))
-    names = _parameter_names(model)
+    if stated is not None and stated not in places:
+        inner = [(path, t.shape.index(stated)) for path, t in tensors if not t.is_nested and stated in t.shape]
+        places = {stated: [*inner]} if inner else {}
+    try:
+        names = tuple(inspect.signature(model.forward).parameters)
+    except (TypeError, ValueError):
+        names = ()
     return {size: BatchSource(tuple(found), names) for size, found in places.items() if size}
 
 
@@ -94,19 +102,6 @@ def is_offsets(inputs: Inputs, source: BatchSource) -> bool:
     tensors = [t for path, t in tensors_in(inputs) if (path, 0) in source.places]
     rising = [t.ndim == 1 and not t.is_floating_point() and bool((t.diff() >= 0).all()) for t in tensors]
     return bool(rising) and all(rising)
-
-
-def stated_source(model: nn.Module, inputs: Inputs, batch_size: int) -> BatchSource | None:
-    """Where ``batch_size``, given by the user, is read off the inputs; None if nothing has that size."""
-    known = batch_sources(model, inputs).get(batch_size)
-    if known is not None:
-        return known
-    found = [
-        (path, tensor.shape.index(batch_size))
-        for path, tensor in tensors_in(inputs)
-        if not tensor.is_nested and batch_size in tensor.shape
-    ]
-    return BatchSource(tuple(found), _parameter_names(model)) if found else None
 
 
 def resampled(inputs: Inputs, source: BatchSource, samples: Sequence[int]) -> Inputs:
@@ -174,13 +169,6 @@ def _lists_in(inputs: Inputs) -> Iterator[tuple[Path, Any]]:
             entries = value if isinstance(value, (list, tuple)) else []
             if entries and any(all(isinstance(v, kind) for v in entries) for kind in (Tensor, Mapping)):
                 yield (side, key), value
-
-
-def _parameter_names(model: nn.Module) -> tuple[str, ...]:
-    try:
-        return tuple(inspect.signature(model.forward).parameters)
-    except (TypeError, ValueError):
-        return ()
 
 
 def _is_dense(tensor: Tensor) -> bool:

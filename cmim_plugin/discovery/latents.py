@@ -12,11 +12,10 @@ _FAR, _NEAR = 48, 8
 
 
 def maker(index: Index, source: Sighting) -> Event | None:
-    """The call that made the source's codes: the first one in the scope of the last one before the source."""
+    """The last call before the source that made its codes."""
     calls = [e for e in index.binarizing.get(source.value.code, ()) if e.results[0].seq <= source.seq]
     # Sums rebuild codes in the detach trick (`sign(x).detach() - f(x).detach() + f(x)`); they do not make them.
-    calls = [e for e in calls if e.name not in SUMS] or calls
-    return next((e for e in calls if (e.module, e.call) == (calls[-1].module, calls[-1].call)), None)
+    return next((e for e in reversed(calls) if e.name not in SUMS), calls[-1] if calls else None)
 
 
 def step(index: Index, operand: Sighting) -> Event | None:
@@ -39,9 +38,9 @@ def latents_of(index: Index, source: Sighting, call: Event | None) -> list[Sight
         return _separable(index, source)
     size = call.results[0].value.numel
     given = [a for a in call.arguments if a.value.numel == size and _is_continuous(a)]
-    for argument in sorted(given, key=lambda a: not _in_graph(index, a, source)):
+    for argument in given:
         for ancestor in _ancestors(index, argument):
-            if found := _in_graph(index, ancestor, source):
+            if found := _in_graph(index, ancestor):
                 return found
     return _separable(index, source)
 
@@ -65,13 +64,9 @@ def _is_continuous(sighting: Sighting) -> bool:
     return sighting.value.dtype.is_floating_point and not sighting.value.constant
 
 
-def _in_graph(index: Index, sighting: Sighting, source: Sighting) -> list[Sighting]:
-    """Where the same values pass in the graph before the source, the same tensor first."""
-    found = [s for s in index.of_value(sighting) if s.in_graph]
-    if not found:
-        found = [s for s in index.copies(sighting) if s.in_graph]
-        found = [s for s in found if s.tensor == found[-1].tensor]
-    return [s for s in found if s.seq <= source.seq or s.tensor == sighting.tensor]
+def _in_graph(index: Index, sighting: Sighting) -> list[Sighting]:
+    """Where the tensor passes in the graph."""
+    return [s for s in index.of_value(sighting) if s.in_graph]
 
 
 def _ancestors(index: Index, sighting: Sighting) -> list[Sighting]:
@@ -94,5 +89,5 @@ def _separable(index: Index, source: Sighting) -> list[Sighting]:
         if s.in_graph and s.value.numel == size and s.value.pattern is None and _is_continuous(s):
             above, below = s.value.values[pattern > 0], s.value.values[pattern <= 0]
             if len(above) and len(below) and (above.min() > below.max() or below.min() > above.max()):
-                return _in_graph(index, s, source)
+                return _in_graph(index, s)
     return []

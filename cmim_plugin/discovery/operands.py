@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from .functions import CONVOLUTIONS, JOINS, LOOKUPS, MOVES, NORMS, PRODUCTS, REDUCTIONS, SCALINGS, SUMS
+from .functions import CONVOLUTIONS, JOINS, LOOKUPS, MOVES, NORMS, PRODUCTS, SCALINGS, SUMS
 from .index import Index
 from .latents import latents_of, maker, step
 from .trace import Event, Sighting, Trace
@@ -73,13 +73,12 @@ def terms(index: Index, operand: Sighting, depth: int = 0) -> list[Sighting]:
     if event is None or depth > _DEPTH or operand.value.constant:
         return []
     size, arguments = operand.value.numel, index.given(operand)
-    if event.name in MOVES | REDUCTIONS:
+    if event.name in MOVES:
         arguments = arguments[:1]
     elif event.name in SCALINGS:
-        large = [a for a in arguments if a.distinct == size]
-        if len(large) > 1 or any(8 * a.distinct > size for a in arguments if a not in large):
+        arguments = [a for a in arguments if a.distinct == size]
+        if len(arguments) > 1:
             return []
-        arguments = large
     elif event.name not in SUMS | JOINS:
         return []
     inner = [(a, terms(index, a, depth + 1)) for a in arguments]
@@ -101,7 +100,7 @@ def _is_code(index: Index, sighting: Sighting) -> bool:
 def _sources(index: Index, current: Sighting, like: Callable[[Sighting], bool], depth: int = 0) -> list[Sighting]:
     """The first tensor in the graph of which ``like`` is true on the way to this one.
 
-    Where this one joins or multiplies several, those of each part.
+    Where this one is made of several, those of each part.
     """
     event, graph = index.producer(current), index.in_graph(current)
     before = [a for a in index.given(current) if like(a) and (not graph or index.in_graph(a))]
@@ -112,5 +111,4 @@ def _sources(index: Index, current: Sighting, like: Callable[[Sighting], bool], 
     if event.name in JOINS and len(event.arguments) > 1:
         parts = [a for a in before if _is_code(index, a)]
         return [s for part in parts for s in _sources(index, part, like, depth + 1)] or [current]
-    several = event.name in SCALINGS and len({id(a.value) for a in before}) > 1
-    return [s for part in (before if several else before[:1]) for s in _sources(index, part, like, depth + 1)]
+    return [s for part in before for s in _sources(index, part, like, depth + 1)]

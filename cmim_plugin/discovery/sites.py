@@ -13,6 +13,7 @@ from .layout import Layout
 from .operands import Binarization
 from .trace import Event, Sighting
 
+FROZEN = "everything before it is frozen: no gradient reaches it"
 NO_GRADIENT = "it is made without a gradient (under no_grad or detached)"
 # Calls that are followed back at most.
 _NEAR = 12
@@ -22,10 +23,8 @@ def reason_against(index: Index, b: Binarization) -> str | None:
     """Why this is nothing to tap, None where it is."""
     value = b.source.value
     if not index.in_graph(b.source):
-        given = [s for a in (b.call.arguments if b.call else ()) for s in index.of_tensor(a)]
-        trained = any(s.requires_grad for s in given) or _has_trained_history(index, given[:1])
-        frozen = given and b.consumer.gradients and not trained
-        return "everything before it is frozen: no gradient reaches it" if frozen else NO_GRADIENT
+        before = index.trace.sightings[: b.source.seq]
+        return NO_GRADIENT if any(s.requires_grad for s in before) else FROZEN
     if value.one_hot:
         return "it is one-hot: a choice, not a code"
     if not b.latents:
@@ -122,24 +121,10 @@ def _spatial_dims(shape: torch.Size, consumer: Event, operand: Sighting) -> int 
     elif any(a is not operand and a.in_graph and a.value.shape[0] == received[0] for a in consumer.arguments):
         # Two activations, as in attention: the features of a token are last.
         return None
-    elif name in ("matmul", "__matmul__", "bmm", "mm", "__rmatmul__"):
+    elif name in ("matmul", "rmatmul", "bmm", "mm"):
         contracted = {received[-1] if operand.site.path == (0, 0) else received[-2]}
     else:
         contracted = {n for other in consumer.shapes if other != received for n in other}
     # The channels themselves, with the kernel's places (unfold), or with all positions (flatten).
     first = any(n % shape[1] == 0 for n in contracted)
     return len(shape) - 2 if first and shape[-1] not in contracted else None
-
-
-def _has_trained_history(index: Index, line: list[Sighting]) -> bool:
-    """Whether anything that this was computed from required a gradient."""
-    seen = {s.tensor for s in line}
-    for s in line:
-        event = index.producer(s)
-        for a in event.arguments if event else ():
-            if a.requires_grad:
-                return True
-            if a.tensor not in seen:
-                seen.add(a.tensor)
-                line.append(a)
-    return False

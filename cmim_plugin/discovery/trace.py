@@ -84,10 +84,6 @@ class Snapshot:
         """Elements of the tensor."""
         return self.shape.numel()
 
-    def same(self, other: Snapshot) -> bool:
-        """Equal values, up to a view."""
-        return self.numel == other.numel and self.dtype == other.dtype and same(self.values, other.values)
-
     @cached_property
     def fingerprint(self) -> tuple[int, tuple[float, ...]]:
         """The same where the values are."""
@@ -134,7 +130,7 @@ class Event:
     """One torch function call: its tensor arguments before the call, its tensor results after.
 
     ``shapes`` are those of all tensor arguments; parameters are not among the sightings. ``weighted``: a parameter, or
-    what requires a gradient, is among the arguments. ``gradients``: they were enabled.
+    what requires a gradient, is among the arguments.
     """
 
     seq: int
@@ -143,7 +139,6 @@ class Event:
     call: int
     shapes: list[torch.Size]
     weighted: bool
-    gradients: bool
     arguments: list[Sighting] = field(default_factory=list)
     results: list[Sighting] = field(default_factory=list)
 
@@ -236,10 +231,11 @@ class _Recorder(TorchFunctionMode):
         function = getattr(func, "__name__", str(func))
         if function in ("__get__", "__set__"):
             function = getattr(getattr(func, "__self__", None), "__name__", function)
+        function = function.strip("_")
         tensors = [tensor for _, tensor in tensors_in((args, kwargs))]
         shapes = [t.shape for t in tensors if not t.is_nested]
         weighted = any(t.requires_grad or id(t) in self._parameters for t in tensors)
-        event = Event(len(self.trace.sightings), function, name, call, shapes, weighted, torch.is_grad_enabled())
+        event = Event(len(self.trace.sightings), function, name, call, shapes, weighted)
         event.arguments = self._see((args, kwargs), "argument", None, func, nth)
         numbers = [self._number(t) for t in tensors if id(t) not in self._parameters]
         from_input = function not in SHAPE_ONLY and any(self._from_input.get(n) for n in numbers)
