@@ -376,8 +376,9 @@ def test_everything_that_a_forward_changes_is_put_back():
     model = Of(
         forward, net=net(), g=torch.Generator().manual_seed(0), numpy=np.random.default_rng(0), python=random.Random(0),
         old=np.random.RandomState(0), bank=deque(maxlen=64), counts=Counter(calls=2), lists=defaultdict(list, a=[1]),
-        order=OrderedDict(a=1, b=2), names={"old"}, array=np.zeros(3), meter=Meter(), pair=([], 1), cache=[torch.zeros(2)],
-        ema=nn.Parameter(torch.zeros(3)), scale=nn.Parameter(torch.ones(2)), assigned=nn.Parameter(torch.ones(2)), steps=0,
+        order=OrderedDict(a=1, b=2), names={"old"}, array=np.zeros(3), meter=Meter(), pair=([], 1), steps=0,
+        cache=[torch.zeros(2)], ema=nn.Parameter(torch.zeros(3)), scale=nn.Parameter(torch.ones(2)),
+        assigned=nn.Parameter(torch.ones(2)),
     )  # fmt: skip
     held = model.bank, model.counts, model.lists["a"], model.assigned.data_ptr()
     states = model.g.get_state(), model.numpy.bit_generator.state, model.python.getstate(), model.old.get_state()[2]
