@@ -227,11 +227,7 @@ class Capture:
 
 
 class _Hook:
-    """Its bound methods are what a model holds.
-
-    Copied or pickled with the model it turns into a hook without effect: the copy is a plain model, and never writes
-    into the original's plug-in.
-    """
+    """The model holds bound methods of this class. If the model is copied or pickled, the copy's hooks do nothing."""
 
     def __init__(self, capture: Capture | None = None, module: nn.Module | None = None) -> None:
         self.capture = capture
@@ -267,7 +263,7 @@ class _RootHook(_Hook):
             return
         running = self.running(module)
         if running is not None:
-            # A forward that calls itself; or the pass before was interrupted (torch calls no hook then).
+            # A pass is open: this forward calls itself, or the last one was interrupted, and torch called no hook.
             if _compat.running_calls(module) > 1 + sum(call.hook is self for call in running.open):
                 running.open.append(Call(self, ()))
                 return
@@ -359,7 +355,7 @@ def _recording_a_graph() -> bool:
 
 
 def _aside() -> bool:
-    """Whether the pass that starts is none of a training step.
+    """Whether this pass is not part of a training step.
 
     Recomputation of a checkpointed model within a backward pass, torch.func, forward-mode differentiation, torch.jit.
     """

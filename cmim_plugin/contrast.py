@@ -20,7 +20,7 @@ from .objectives import count_negatives
 from .passes import Pair, Pass, Tap
 from .sampling import Schedule
 
-# Steps in which labels and mask are asked whether they leave any negative: the answer waits for the device.
+# In the first steps we check that labels and mask leave a negative. The check synchronizes with the device.
 _FIRST_STEPS = 3
 # Losses after which a bound under so many nats is told.
 _LONG, _NOTHING = 1000, 0.05

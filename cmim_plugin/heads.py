@@ -95,7 +95,7 @@ class Heads(nn.Module):
         for position, (x, _) in enumerate(sides):
             groups[x.shape].append(position)
         order = [position for group in groups.values() for position in group]
-        # All heads in one copy. The optimizer's step writes into the weights, and a retained graph keeps the copy.
+        # index_select copies. The graph keeps the copy, so a later step cannot change what a backward pass reads.
         chosen = weights.index_select(0, torch.cat([self._channels[sides[p][1]] for p in order]))
         per_group = chosen.split([len(group) * width for (_, width), group in groups.items()])
         projected = []

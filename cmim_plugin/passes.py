@@ -96,7 +96,7 @@ class Call:
         self.hook = hook
         self.pickups = pickups
         self.listener: TorchFunctionMode | None = None
-        #: The exception that was being handled when the call started: a call that raised ends with another one.
+        #: The exception that was being handled when the call started. A call that raised ends with another one.
         self.error = current_error()
 
 
@@ -184,7 +184,7 @@ class Pass:
             self.close(self.open[-1].hook)
 
     def check(self, plugin: object) -> None:
-        """Tell what could not be captured; warn once for each plug-in of what adds nothing to the loss.
+        """Tell what could not be captured. Warn once about each tap that adds nothing to the loss.
 
         Raises:
             CMIMError: something went wrong, or nothing is left to train.
@@ -281,7 +281,8 @@ def _leave(listener: TorchFunctionMode) -> None:
 
 
 def current_error() -> int:
-    """Which exception is being handled: while it is that of a forward, torch calls the hooks that are always called."""
+    """The id of the exception that is being handled. torch calls hooks with ``always_call`` while it handles that of
+    the forward: an id that changed during a call means that the call raised."""
     return 0 if torch.compiler.is_compiling() else id(sys.exc_info()[1])
 
 

@@ -27,9 +27,9 @@ from .teacher import Teacher
 from .text import folded, table
 from .wrappers import averages_one_backward, path_to, unwrapped
 
-# Heads hold at most this share of the network's parameters, or so many where that is more: embeddings get narrower.
+# The heads may hold this share of the parameters, and always so many. If they need more, embeddings get narrower.
 _HEADS_SHARE, _HEADS_LEAST = 0.2, 250_000
-# Losses after which it is looked whether the heads learn; the answer waits for the device.
+# After so many losses we check that the heads learn. The check synchronizes with the device.
 _LOOK_AT = (100, 1000)
 
 
@@ -195,7 +195,7 @@ class CMIM(nn.Module):
             mask = captured.mask
         self._sync()
         self.heads.step()
-        # In two steps: torch.compile of torch 2.6 would keep the bound method of the first, and compile each loss anew.
+        # On two lines: in one, torch.compile of torch 2.6 keeps the bound method of the first call and compiles anew.
         contrast = self.contrast(captured, labels, mask)
         return self._weighted(contrast)
 
@@ -212,7 +212,7 @@ class CMIM(nn.Module):
         return captured
 
     def _weighted(self, contrast: Tensor) -> Tensor:
-        """The loss, and what goes on to the next one."""
+        """Multiply by the weight, and advance the schedule."""
         self.schedule.advance()
         if not torch.compiler.is_compiling() and self.weight and self.schedule.losses in _LOOK_AT:
             self.contrast.tell_of_idle_heads(self.schedule.losses)
@@ -320,7 +320,7 @@ class CMIM(nn.Module):
     # -- state ---------------------------------------------------------------------------------------------------
 
     def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        # Names may differ: those of a wrapped model have a prefix. Widths may not, though the shapes may be the same.
+        # Names may differ: a wrapped model adds a prefix. Channels must match, and the shape of the weights may hide it.
         channels = state.get(prefix + "_channels")
         if channels is not None and not torch.equal(channels.cpu(), self._channels.cpu()):
             raise CMIMError(

@@ -32,15 +32,15 @@ class Schedule(nn.Module):
     """Which taps the next pass captures, and at which positions.
 
     Args:
-        count: of all taps.
-        taps_per_step: of a pass, None for all.
-        positions: a tap and step, of all ranks together; None to pool over all positions.
-        generator: of the CPU, for the first draws.
+        count: number of taps.
+        taps_per_step: how many taps each pass captures, None for all.
+        positions: how many positions each tap samples in a step, on all ranks together; None to pool over all.
+        generator: for the first draws, on the CPU.
         shared: each rank takes its share of the positions.
 
     Attributes:
         draws: ``(count, positions)`` int64; a pass of ``m`` taps uses the first ``m`` rows.
-        losses: that were asked for.
+        losses: how many were computed.
     """
 
     draws: Tensor
