@@ -320,7 +320,7 @@ class CMIM(nn.Module):
     # -- state ---------------------------------------------------------------------------------------------------
 
     def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        # Names may differ: a wrapped model adds a prefix. Channels must match, and the shape of the weights may hide it.
+        # Names may differ: a wrapper adds a prefix. Channels must match, and the shape of the weights may hide that.
         channels = state.get(prefix + "_channels")
         if channels is not None and not torch.equal(channels.cpu(), self._channels.cpu()):
             raise CMIMError(
