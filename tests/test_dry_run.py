@@ -520,6 +520,7 @@ CONSTANT = {
     "after_relu": lambda m, x: Sign.apply(F.relu(x)),
     "detach_trick": lambda m, x: x + ((x > 9).float() - x).detach(),
     "scaled": lambda m, x: Sign.apply(x - 9) * 0.3,
+    "of_two": lambda m, x: Sign.apply(x + 9) * Sign.apply(x + 8),
     "rounded": lambda m, x: x + (x.clamp(0, 1).mul(0.1).round() - x).detach(),
 }
 
@@ -588,6 +589,14 @@ def test_equal_codes_of_one_latent_are_one_tap():
         nn.Linear(8, 16), nn.LayerNorm(16), Of(lambda m, x: m.query(x) * m.key(x) + m.value(x), **layers)
     )
     assert tapped(model, torch.randn(4, 6, 8)) == ["2.query"]
+
+
+def test_equal_codes_of_two_latents_are_two_taps():
+    layers = {name: BinaryLinear(16, 16) for name in ("query", "key")}
+    norm = nn.LayerNorm(16)
+    nn.init.constant_(norm.bias, 2.5)  # few values are below zero, where the two latents differ
+    both = Of(lambda m, x: m.query(x) * m.key(F.leaky_relu(x)), **layers)
+    assert tapped(nn.Sequential(nn.Linear(8, 16), norm, both), torch.randn(4, 64, 8)) == ["2.query", "2.key"]
 
 
 def test_names_are_unique():

@@ -61,7 +61,7 @@ def binarizations(index: Index, consumer: Event, operand: Sighting) -> Iterator[
             yield Binarization(source, call, latents_of(index, source, call), consumer, operand)
     if not found and operand.value.constant and operand.from_input and operand.requires_grad:
         call = step(index, operand)
-        (source,) = _sources(index, operand, lambda s: s.value.constant and s.value.numel > 1)
+        source = _sources(index, operand, lambda s: s.value.constant and s.value.numel > 1)[0]
         yield Binarization(source, call, latents_of(index, source, call), consumer, operand)
 
 
