@@ -112,15 +112,11 @@ class Capture:
         self._handles.append(root.closing)
 
     def detach(self) -> None:
-        """Take the hooks off the model, and forget what was captured."""
+        """Take the hooks off, forget what was captured, and leave no mode on torch's stack, also after an interrupt."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._on = False
-        self.forget()
-
-    def forget(self) -> None:
-        """Forget what was captured, and leave no mode of ours on torch's stack, also after an interrupt."""
         for running in self.running.values():
             running.abandon()
         self.running.clear()

@@ -201,9 +201,7 @@ class Contrast(nn.Module):
     def sync(self, schedule: Schedule) -> None:
         """Start from the state of rank 0 on all ranks."""
         for part in (self, schedule):
-            state = part.state_dict()
-            distributed.broadcast(state.values(), self.heads.weights.device)
-            part.load_state_dict(state)  # what is kept beside the tensors follows them
+            distributed.start_alike(part, self.heads.weights.device)
         self.synced = True
 
     def metrics(self) -> dict[str, dict[str, Tensor]]:

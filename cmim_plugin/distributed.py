@@ -6,13 +6,13 @@ hand without another exchange. DistributedDataParallel and FSDP *average* gradie
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import _compat
 
@@ -27,13 +27,15 @@ def rank() -> int:
     return dist.get_rank() if ranks() > 1 else 0
 
 
-def broadcast(tensors: Iterable[Tensor], device: torch.device) -> None:
-    """Copy the tensors of rank 0 into those of every rank; ``device``: one that the backend can send from."""
+def start_alike(module: nn.Module, device: torch.device) -> None:
+    """Give a module the state that it has on rank 0; ``device``: one that the backend can send from."""
+    state = module.state_dict()
     with torch.no_grad():
-        for tensor in tensors:
+        for tensor in state.values():
             sent = tensor.detach().to(device).contiguous()
             dist.broadcast(sent, 0)
             tensor.copy_(sent)
+    module.load_state_dict(state)  # what is kept beside the tensors follows them
 
 
 def counts_of_all(counts: Sequence[int], device: torch.device) -> tuple[tuple[int, ...], ...]:

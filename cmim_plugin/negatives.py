@@ -57,8 +57,4 @@ class Queue(nn.Module):
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
-        self.recount()
-
-    def recount(self) -> None:
-        """Follow the buffers, which were written from outside."""
         self.filled = min(int(self.pushed), len(self.labels))

@@ -22,7 +22,7 @@ from .heads import Heads
 from .objectives import NCE, InfoNCE
 from .passes import Pass, Tap
 from .report import Report, measure
-from .sampling import Schedule
+from .sampling import Schedule, seeded_generator
 from .teacher import Teacher
 from .text import folded, table
 from .wrappers import averages_one_backward, path_to, unwrapped
@@ -130,8 +130,7 @@ class CMIM(nn.Module):
         self.taps: tuple[Tap, ...] = tapped
         self.weight = weight
         self.instances = instances
-        # The seed follows the user's torch.manual_seed(); reading it does not move the generator.
-        generator = torch.Generator("cpu").manual_seed(torch.initial_seed() % 2**63)
+        generator = seeded_generator()
         self.contrast = Contrast(
             tapped,
             objective=objective or InfoNCE(),

@@ -15,7 +15,7 @@ from .errors import CMIMError
 from .objectives import NCE
 from .passes import Pass
 from .plugin import CMIM
-from .sampling import advance
+from .sampling import advance, new_draws, seeded_generator
 
 # As in the code of CRD (arXiv 1910.10699), which the published code took over.
 _EPSILON = 1e-7
@@ -117,7 +117,7 @@ class PublishedCMIM(CMIM):
         super()._sync()
         bank = getattr(self, "bank", None)
         if distributed.ranks() > 1 and bank is not None and not bank.synced:
-            distributed.broadcast(bank.state_dict().values(), bank.entries.device)
+            distributed.start_alike(bank, bank.entries.device)
             bank.synced = True
 
     def forward(self, model: nn.Module, *, indices: Tensor) -> Tensor:  # type: ignore[override]
@@ -155,7 +155,7 @@ class MemoryBank(nn.Module):
         self.momentum = momentum
         #: Several ranks started from the same bank.
         self.synced = False
-        generator = torch.Generator("cpu").manual_seed(torch.initial_seed() % 2**63)
+        generator = seeded_generator()
         taps, dim = len(contrast.taps), contrast.heads.embed_dim
         with torch.device("cpu"):
             classes, targets = targets.cpu().unique(return_inverse=True)
@@ -166,7 +166,7 @@ class MemoryBank(nn.Module):
             self.register_buffer("entries", (2 * drawn - 1) * (3 / dim) ** 0.5)
             self.register_buffer("normalizers", torch.zeros(taps, 2, dtype=torch.float32))
             # One random sequence for each negative; a batch of any size reads on from it.
-            self.register_buffer("draws", torch.randint(-(2**63), 2**63 - 1, (num_negatives,), generator=generator))
+            self.register_buffer("draws", new_draws((num_negatives,), generator))
             for name, tensor in (
                 ("order", order),
                 ("first", size.cumsum(0) - size),

@@ -14,6 +14,11 @@ from .errors import CMIMError
 _MULTIPLIER, _INCREMENT = 6364136223846793005, 1442695040888963407
 
 
+def seeded_generator() -> torch.Generator:
+    """A generator of the CPU whose seed follows the user's ``torch.manual_seed()``; reading it does not move theirs."""
+    return torch.Generator("cpu").manual_seed(torch.initial_seed() % 2**63)
+
+
 def new_draws(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Random numbers over all of int64, on the CPU."""
     return torch.randint(-(2**63), 2**63 - 1, size, generator=generator, dtype=torch.int64, device="cpu")
