@@ -50,10 +50,12 @@ class Capture:
         batch: where the number of samples is read off the model's inputs.
         observer: called with tap, a_B as a whole and its layout. With it every pass is captured, in eval mode and
             without gradients too.
+        before: called with the pass and the inputs of the model, before the model runs.
 
     Attributes:
-        before: called with the pass and the inputs of the model, before the model runs.
         unasked: passes that were captured since a loss was asked for.
+        removed: the hooks are off for good.
+        model_was_loaded: whether the model loaded a state_dict since the hooks were put on it.
     """
 
     def __init__(
@@ -63,13 +65,16 @@ class Capture:
         schedule: Schedule,
         batch: BatchSource | None,
         observer: Callable[[int, Tensor, Layout], None] | None = None,
+        before: Callable[[Pass, tuple[Any, ...], dict[str, Any]], None] | None = None,
     ) -> None:
         self.taps = taps
         self.schedule = schedule
         self.batch = batch
         self.observer = observer
-        self.before: Callable[[Pass, tuple[Any, ...], dict[str, Any]], None] | None = None
+        self.before = before
         self.unasked = 0
+        self.removed = False
+        self.model_was_loaded = False
         self.model = weakref.ref(model)
         # Thread -> its pass that runs, and its pass that waits for its loss to be asked for.
         self.running: dict[int, Pass] = {}
@@ -110,6 +115,7 @@ class Capture:
             self._handles.append(hook.closing)
         root.closing = model.register_forward_hook(root.leave, with_kwargs=True, always_call=True)
         self._handles.append(root.closing)
+        self._handles.append(model.register_load_state_dict_post_hook(root.loaded))
 
     def detach(self) -> None:
         """Take the hooks off, forget what was captured, and leave no mode on torch's stack, also after an interrupt."""
@@ -129,15 +135,12 @@ class Capture:
         every = torch.compiler.is_compiling() or _recording_a_graph()
         scheduled = tuple(range(len(self.taps))) if every else self.schedule.taps
         draws = self.schedule.draws_of(len(scheduled))
-        found = Pass(self.taps, scheduled, draws, model.training)
-        source = self.batch
-        if source is not None:
-            found.attempt(None, lambda: setattr(found, "batch", source.of(args, kwargs)))
-        found.observer = self.observer
+        batch = None if self.batch is None else self.batch.of(args, kwargs)
         mask = kwargs.get("attention_mask")
         # As transformers has it: (samples, tokens), zero for padding. Others by that name are not ours to read.
-        if isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == found.batch and not mask.is_floating_point():
-            found.mask = mask
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != batch or mask.is_floating_point():
+            mask = None
+        found = Pass(self.taps, scheduled, draws, model.training, batch, mask, self.observer)
         self.running[_thread()] = found
         self._forget_dead_threads()
         before = self.before
@@ -173,8 +176,12 @@ class Capture:
         """The last pass of this thread, which is then forgotten here.
 
         Raises:
-            CMIMError: there is none.
+            CMIMError: there is none, or the hooks are off.
         """
+        if self.removed:
+            raise CMIMError("This CMIM was removed from its model: build a new one to go on.")
+        if not self.attached:
+            raise CMIMError("This CMIM is paused: leave the `with cmim.paused()` block before asking for the loss.")
         self.unasked = 0
         thread = _thread()
         if not torch.compiler.is_compiling():
@@ -277,6 +284,10 @@ class _RootHook(_Hook):
                 self.capture.drop()
             else:
                 self.capture.end()
+
+    def loaded(self, module: nn.Module, incompatible: Any) -> None:
+        if self.capture is not None and self.serves(module):
+            self.capture.model_was_loaded = True
 
 
 class _ModuleHook(_Hook):

@@ -57,6 +57,43 @@ class Losses:
         return of(self.values[i], counts if self.mask is None else counts[self.mask[i]])
 
 
+@dataclass
+class Embedded:
+    """The embeddings of some taps, one tap after another.
+
+    Attributes:
+        z: ``(2, rows, D)``, of a_B and of a_F.
+        labels, mask: ``(rows,)`` integers and booleans, or None.
+        counts: tap -> how many of the rows are its own.
+    """
+
+    z: Tensor
+    labels: Tensor | None
+    mask: Tensor | None
+    counts: dict[int, int]
+
+    def of_all_ranks(self) -> Embedded:
+        """The same with the rows of all ranks, in the order that one process would have them in."""
+        counts = distributed.counts_of_all(list(self.counts.values()), self.z.device)
+        z = distributed.gather(self.z.transpose(0, 1), counts).transpose(0, 1)
+        labels = None if self.labels is None else distributed.gather(self.labels, counts)
+        mask = None if self.mask is None else distributed.gather(self.mask.to(torch.uint8), counts).bool()
+        return Embedded(z, labels, mask, {k: sum(of_tap) for k, *of_tap in zip(self.counts, *counts, strict=True)})
+
+    def side_by_side(self, taps: list[int]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """``(taps, n, D)`` of both sides, and ``(taps, n)`` labels and mask, of taps that have ``n`` rows each."""
+
+        def of_taps(rows: Tensor, dim: int) -> Tensor:
+            if len(taps) == len(self.counts):
+                return rows.unflatten(dim, (len(taps), -1))
+            parts = dict(zip(self.counts, rows.split(list(self.counts.values()), dim), strict=True))
+            return torch.stack([parts[k] for k in taps], dim)
+
+        z_b, z_f = of_taps(self.z, 1)
+        labels = None if self.labels is None else of_taps(self.labels, 0)
+        return z_b, z_f, labels, None if self.mask is None else of_taps(self.mask, 0)
+
+
 class Contrast(nn.Module):
     """The heads, queues and objective of all taps.
 
@@ -93,6 +130,8 @@ class Contrast(nn.Module):
         self.register_buffer("_layer_weights", weights, persistent=False)
         # The metrics of a loaded state, until there are new ones.
         self.register_buffer("_loaded", torch.full((len(taps), 2), math.nan, dtype=torch.float32, device="cpu"))
+        #: A state was loaded.
+        self.was_loaded = False
         #: Several ranks started from the same state.
         self.synced = False
         #: Tap -> where its last loss is.
@@ -100,73 +139,66 @@ class Contrast(nn.Module):
         self._steps = 0
 
     def forward(self, captured: Pass, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """The weighted sum of the losses of all taps, 0-d, from those that this pass captured.
+        """The weighted sum of the losses of the taps that this pass captured, 0-d.
 
         Args:
             captured: a pass; a tap that it did not reach adds nothing.
             labels: ``(B,)`` or ``(B, *spatial)`` integers of this rank's batch.
-            mask: ``(B, positions)`` bool, False for positions that do not count.
+            mask: ``(B, tokens)``, zero or False for tokens that do not count.
         """
-        scheduled = captured.scheduled
-        device = self.heads.weights.device
-        labels, mask = _checked("labels", labels, captured, device), _checked("mask", mask, captured, device)
-        z, row_labels, row_mask, sizes = self.embeddings(captured, labels, mask)
+        embedded = self.embed(captured, labels, mask)
+        # Taps with as many rows and as full a queue are one call of the objective.
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for k, size in sizes.items():
-            if size:
-                groups[size, self._queued(k)].append(k)
-        # Those that were scheduled stand for all.
-        weights = self._layer_weights * (len(self.taps) / len(scheduled))
-        parts = []
+        for k, count in embedded.counts.items():
+            if count:
+                groups[count, self._queued(k)].append(k)
+        sums = []
         for taps in groups.values():
-            of_taps = [None if side is None else _side_by_side(side, taps, sizes) for side in (row_labels, row_mask)]
-            z_b, z_f = _side_by_side(z, taps, sizes, 1)
-            losses = self._losses(taps, z_b, z_f, *of_taps)
-            parts.append(losses.dot(torch.cat([weights[k : k + 1] for k in taps]).to(losses.dtype)))
+            losses = self._losses(taps, *embedded.side_by_side(taps))
+            layer_weights = torch.cat([self._layer_weights[k : k + 1] for k in taps])
+            sums.append(losses.dot(layer_weights.to(losses.dtype)))
         if not torch.compiler.is_compiling():  # each number would be compiled anew
             self._steps = min(self._steps + 1, _FIRST_STEPS)
-        return sum(parts[1:], parts[0]) if parts else z.sum()  # a zero with a graph, where no rank has rows
+        return sum(sums[1:], sums[0]) if sums else embedded.z.sum()  # a zero with a graph, where no rank has rows
 
-    def embeddings(
-        self, captured: Pass, labels: Tensor | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, dict[int, int]]:
-        """Both sides' embeddings of all ranks ``(2, rows, D)``, tap by tap; labels and mask; the rows of each tap."""
-        weights = self.heads.weights
-        rows: list[tuple[Tensor, Tensor]] = []
-        reached = [k for k in captured.scheduled if captured.pairs[k].complete]
-        sizes = dict.fromkeys(captured.scheduled, 0)
-        for k in reached:
-            binary, latent = captured.pairs[k].rows
-            assert binary is not None and latent is not None
-            check_rows(self.taps[k], binary, latent, weights.device)
-            rows.append((binary, latent))
-            sizes[k] = len(binary)
+    def embed(self, captured: Pass, labels: Tensor | None, mask: Tensor | None) -> Embedded:
+        """The embeddings of what a pass captured, with the label and the mask of each row; on several ranks, of all."""
+        pairs = {k: captured.pairs[k] for k in captured.scheduled if captured.pairs[k].complete}
+        device = self.heads.weights.device
+        for k, pair in pairs.items():
+            check_rows(self.taps[k], *pair.sides, device)
+        first = next(iter(pairs.values()), None)
+        if labels is not None:
+            labels = labels if first is None else _checked_labels(labels, first).to(device)
+            of_rows = [labels_of(pair, labels, self.taps[k].name) for k, pair in pairs.items()]
+            labels = torch.cat(of_rows) if of_rows else labels.to(device).new_zeros(0)
+        if mask is not None:
+            mask = mask if first is None else _checked_mask(mask, first).to(device)
+            self._warn_of_unmasked(pairs, mask)
+            of_rows = [mask_of(pair, mask) for pair in pairs.values()]
+            mask = torch.cat(of_rows) if of_rows else mask.to(device).new_zeros(0, dtype=torch.bool)
+
         together = self.synced and distributed.ranks() > 1
-        shared = distributed.averaged(weights) if together else weights
-        if reached:
-            z = self.heads(reached, rows, shared)
+        weights = distributed.averaged(self.heads.weights) if together else self.heads.weights
+        if pairs:
+            z = self.heads(list(pairs), [pair.sides for pair in pairs.values()], weights)
         else:
             # No rows, but a graph: other ranks may have some, and wait for this one in the backward pass.
             tap = self.taps[0]
-            none = [(weights.new_zeros(0, tap.channels), weights.new_zeros(0, tap.latent_channels))]
-            z = self.heads([0], none, shared)
-        pairs = [(self.taps[k].name, captured.pairs[k]) for k in reached]
-        for name, pair in pairs:
-            if mask is not None and pair.tokens not in (0, mask.shape[1]):
+            nothing = weights.new_zeros(0, tap.channels), weights.new_zeros(0, tap.latent_channels)
+            z = self.heads([0], [nothing], weights)
+        counts = {k: len(pairs[k].sides[0]) if k in pairs else 0 for k in captured.scheduled}
+        embedded = Embedded(z, labels, mask, counts)
+        return embedded.of_all_ranks() if together else embedded
+
+    def _warn_of_unmasked(self, pairs: dict[int, Pair], mask: Tensor) -> None:
+        for k, pair in pairs.items():
+            if pair.tokens not in (0, mask.shape[1]):
                 warn_once(
                     self,
-                    f"The mask has {mask.shape[1]} tokens a sample, tap {name} has {pair.tokens}: there all of them "
-                    "count, padding too. Pass a mask with as many tokens, or leave the tap out with taps=.",
+                    f"The mask has {mask.shape[1]} tokens a sample, tap {self.taps[k].name} has {pair.tokens}: there "
+                    "all of them count, padding too. Pass a mask with as many tokens, or leave the tap out with taps=.",
                 )
-        row_labels = None if labels is None else _of_all(pairs, lambda n, p: labels_of(p, labels, n), labels)
-        row_mask = None if mask is None else _of_all(pairs, lambda n, p: mask_of(p, mask), mask)
-        if together:
-            counts = distributed.counts_of_all(list(sizes.values()), z.device)
-            z = distributed.gather(z.transpose(0, 1), counts).transpose(0, 1)
-            row_labels = None if row_labels is None else distributed.gather(row_labels, counts)
-            row_mask = None if row_mask is None else distributed.gather(row_mask.to(torch.uint8), counts).bool()
-            sizes = {k: sum(of_tap) for k, *of_tap in zip(sizes, *counts, strict=True)}
-        return z, row_labels, row_mask, sizes
 
     def _losses(self, taps: list[int], z_b: Tensor, z_f: Tensor, labels: Tensor | None, mask: Tensor | None) -> Tensor:
         """The losses of taps whose embeddings, ``(taps, n, D)`` each, lie side by side: ``(taps,)``."""
@@ -232,6 +264,15 @@ class Contrast(nn.Module):
             found |= {"cmim/bound": sum(bounds.values()) / len(bounds), "cmim/worst_bound": min(bounds.values())}
         return found | ({f"cmim/bound/{name}": bound for name, bound in bounds.items()} if all_taps else {})
 
+    def tell_of_new_heads(self) -> None:
+        """Warn where the model resumes from a state and the heads do not."""
+        if not self.was_loaded:
+            warn_once(
+                self,
+                "The model loaded a state_dict, this CMIM did not: its heads start anew. To resume exactly, save "
+                "cmim.state_dict() beside the model's, and load it. Starting from a baseline's checkpoint is fine.",
+            )
+
     def tell_of_idle_heads(self, losses: int) -> None:
         """Warn, once, of heads that do not learn, after so many losses. Waits for the device."""
         if self.heads.lr and not bool(self.heads.steps):
@@ -257,6 +298,7 @@ class Contrast(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self.last.clear()
+        self.was_loaded = True
 
 
 def check_rows(tap: Tap, binary: Tensor, latent: Tensor, device: torch.device) -> None:
@@ -273,23 +315,33 @@ def check_rows(tap: Tap, binary: Tensor, latent: Tensor, device: torch.device) -
 # -- what is given for samples or positions, for each row ------------------------------------------------------------
 
 
-def _checked(name: str, value: Tensor | None, captured: Pass, device: torch.device) -> Tensor | None:
-    """Labels or a mask of this pass's batch, on the device of the heads."""
-    pair = next((pair for pair in captured.pairs.values() if pair.complete), None)
-    if value is None or pair is None:
-        return value if value is None else value.to(device)
-    batch = pair.batch
-    if name == "mask":
-        fits = getattr(value, "ndim", 0) == 2 and pair.index is not None
-        wanted = f'({batch}, tokens) booleans or integers, zero for padding (with instances="position")'
-    elif pair.index is None:
-        fits, wanted = getattr(value, "ndim", 0) == 1, f'{batch} integers, one an image (instances="image")'
-    else:
-        fits, wanted = True, f"{batch} integers, one a sample of the batch, or a map of them for each"
-    if isinstance(value, Tensor) and fits and value.ndim and len(value) == batch and not value.is_floating_point():
-        return value.to(device)
-    found = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-    raise CMIMError(f"{name} must be {wanted}; found {found}.")
+def _checked_labels(labels: Tensor, pair: Pair) -> Tensor:
+    """Labels of the batch that the pair comes from."""
+    wanted = f"{pair.batch} integers, one a sample of the batch, or a map of them for each"
+    if pair.index is None:
+        wanted = f'{pair.batch} integers, one an image (instances="image")'
+    if not _has_integers(labels, pair.batch) or (pair.index is None and labels.ndim > 1):
+        raise CMIMError(f"labels must be {wanted}; found {_described(labels)}.")
+    return labels
+
+
+def _checked_mask(mask: Tensor, pair: Pair) -> Tensor:
+    """A mask of the batch that the pair comes from."""
+    if not _has_integers(mask, pair.batch) or mask.ndim != 2 or pair.index is None:
+        raise CMIMError(
+            f"mask must be ({pair.batch}, tokens) booleans or integers, zero for padding (with "
+            f'instances="position"); found {_described(mask)}.'
+        )
+    return mask
+
+
+def _has_integers(value: Any, batch: int) -> bool:
+    """Whether this is a tensor of integers or booleans with an entry for each sample."""
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch and not value.is_floating_point()
+
+
+def _described(value: Any) -> str:
+    return f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def labels_of(pair: Pair, labels: Tensor, name: str) -> Tensor:
@@ -325,16 +377,3 @@ def _samples(pair: Pair) -> tuple[Tensor, Tensor]:
     assert pair.index is not None
     each = pair.total // max(pair.batch, 1)
     return pair.index // max(each, 1), pair.index % max(each, 1)
-
-
-def _of_all(pairs: Sequence[tuple[str, Pair]], of: Callable[[str, Pair], Tensor], like: Tensor) -> Tensor:
-    found = [of(name, pair) for name, pair in pairs]
-    return torch.cat(found) if found else like.new_zeros(0)
-
-
-def _side_by_side(rows: Tensor, taps: list[int], sizes: dict[int, int], dim: int = 0) -> Tensor:
-    """``(..., taps, n, ...)``: the rows of those taps, which have ``n`` each, out of the rows of all in ``dim``."""
-    if len(taps) == len(sizes):
-        return rows.unflatten(dim, (len(taps), -1))
-    parts = dict(zip(sizes, rows.split(list(sizes.values()), dim), strict=True))
-    return torch.stack([parts[k] for k in taps], dim)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
+
+from .errors import CMIMError
 
 # Where the projection is (almost) zero, dividing by its length would blow its gradient up.
 _SHORTEST = 1e-6
@@ -34,13 +36,15 @@ class Heads(nn.Module):
     Attributes:
         weights: ``(channels of all heads, D)``, tap by tap, the head of a_B before that of a_F.
         exp_avg, exp_avg_sq, steps: Adam's two moments, not corrected for their start, and its number of steps (0-d).
+        channels: ``(taps, 2)`` int64, as given.
     """
 
     weights: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
     steps: Tensor
-    _channels: Tensor
+    channels: Tensor
+    _rows: Tensor
 
     def __init__(
         self, channels: Sequence[tuple[int, int]], embed_dim: int, lr: float, generator: torch.Generator
@@ -51,7 +55,7 @@ class Heads(nn.Module):
         widths = [width for pair in channels for width in pair]
         ends = list(accumulate(widths))
         heads = [slice(end - width, end) for width, end in zip(widths, ends, strict=True)]
-        #: For both sides of each tap: which rows of the weights are its head.
+        # For both sides of each tap: which rows of the weights are its head.
         self._slices = list(zip(heads[::2], heads[1::2], strict=True))
         drawn = [
             (torch.rand(width, embed_dim, generator=generator, device="cpu", dtype=torch.float32) * 2 - 1)
@@ -63,7 +67,8 @@ class Heads(nn.Module):
         self.register_buffer("exp_avg", torch.zeros_like(weights))
         self.register_buffer("exp_avg_sq", torch.zeros_like(weights))
         self.register_buffer("steps", torch.zeros((), dtype=torch.float32, device="cpu"))
-        self.register_buffer("_channels", torch.arange(len(weights), device="cpu"), persistent=False)
+        self.register_buffer("channels", torch.tensor(channels, device="cpu"))
+        self.register_buffer("_rows", torch.arange(len(weights), device="cpu"), persistent=False)
         self._become_leaf()
 
     # -- embeddings ----------------------------------------------------------------------------------------------
@@ -96,7 +101,7 @@ class Heads(nn.Module):
             groups[x.shape].append(position)
         order = [position for group in groups.values() for position in group]
         # index_select copies. The graph keeps the copy, so a later step cannot change what a backward pass reads.
-        chosen = weights.index_select(0, torch.cat([self._channels[sides[p][1]] for p in order]))
+        chosen = weights.index_select(0, torch.cat([self._rows[sides[p][1]] for p in order]))
         per_group = chosen.split([len(group) * width for (_, width), group in groups.items()])
         projected = []
         with torch.autocast(weights.device.type, enabled=False):
@@ -150,8 +155,15 @@ class Heads(nn.Module):
         self.step()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        # Names of taps may differ: a wrapper adds a prefix. Channels must match; the shape of the weights may hide it.
+        channels = state.get(prefix + "channels")
+        if channels is not None and not torch.equal(channels.cpu(), self.channels.cpu()):
+            raise CMIMError(
+                "The state is that of other taps (channels of both sides of each).\n"
+                f"Found:  {channels.tolist()}\nWanted: {self.channels.tolist()}"
+            )
+        super()._load_from_state_dict(state, prefix, *args)  # type: ignore[arg-type]
         if self.weights.requires_grad and self.weights.grad is not None:
             self.weights.grad.zero_()
         else:  # load_state_dict(assign=True)

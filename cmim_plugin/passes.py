@@ -79,6 +79,13 @@ class Pair:
         """Whether both sides were seen."""
         return self.rows[BINARY] is not None and self.rows[LATENT] is not None
 
+    @property
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """The rows of a complete pair."""
+        binary, latent = self.rows
+        assert binary is not None and latent is not None
+        return binary, latent
+
 
 @dataclass(frozen=True)
 class Pickup:
@@ -108,15 +115,28 @@ class Pass:
         scheduled: which are captured.
         draws: ``(len(scheduled), n)`` int64 random numbers to choose positions by; None to pool over all positions.
         training: whether the model is in training mode.
+        batch: samples in the batch, where the inputs tell.
+        mask: the mask that the model itself was given.
+        observer: called with the tap, a_B as a whole and its layout, before rows are taken.
     """
 
-    def __init__(self, taps: Sequence[Tap], scheduled: Sequence[int], draws: Tensor | None, training: bool) -> None:
+    def __init__(
+        self,
+        taps: Sequence[Tap],
+        scheduled: Sequence[int],
+        draws: Tensor | None,
+        training: bool,
+        batch: int | None = None,
+        mask: Tensor | None = None,
+        observer: Callable[[int, Tensor, Layout], None] | None = None,
+    ) -> None:
         self.taps = taps
         self.scheduled = tuple(scheduled)
         self.draws = draws
-        #: Samples in the batch, where the inputs tell.
-        self.batch: int | None = None
         self.training = training
+        self.batch = batch
+        self.mask = mask
+        self.observer = observer
         self.compiled = torch.compiler.is_compiling()
         self.pairs = {k: Pair() for k in self.scheduled}
         #: What went wrong: tap, or None for the pass as a whole -> message.
@@ -125,8 +145,6 @@ class Pass:
         self.entered = False
         #: Taps whose binary activation came without a gradient.
         self.without_gradient: set[int] = set()
-        #: The mask that the model itself got.
-        self.mask: Tensor | None = None
         #: Calls of modules that run, the innermost last, and how often each module was called so far.
         self.open: list[Call] = []
         self.calls: dict[str, int] = {}
@@ -134,8 +152,6 @@ class Pass:
         self.error = current_error()
         #: Within a hook of ours: our own torch calls are not the model's.
         self.muted = False
-        #: Given the tap, a_B as a whole and its layout, before rows are taken.
-        self.observer: Callable[[int, Tensor, Layout], None] | None = None
         #: What is asked of the backward passes.
         self.backward = BackwardRule()
         self._elements: dict[Any, tuple[Tensor, Tensor]] = {}

@@ -78,7 +78,6 @@ class CMIM(nn.Module):
             is then as it was.
     """
 
-    _channels: Tensor
     # Which taps are contrasted where the user says nothing of them.
     _default_taps = slice(None)
 
@@ -105,10 +104,6 @@ class CMIM(nn.Module):
         super().__init__()
         _check_settings(locals())
         model = unwrapped(model)
-        if teacher is not None and unwrapped(teacher) is model:
-            raise CMIMError("The teacher is the binary network itself: pass another, full-precision network.")
-        if teacher is None and teacher_modules is not None:
-            raise CMIMError("teacher_modules was given without a teacher.")
         if attached_to(model):
             raise CMIMError("A CMIM is attached to this model already: call remove() on it first.")
 
@@ -119,9 +114,8 @@ class CMIM(nn.Module):
             found = tuple(replace(f, reason=apart) if f.tapped and not f.aligned else f for f in found)
         chosen = _chosen(found, taps, model)
         tapped = tuple(Tap.of(f) for f in (chosen if taps is not None else chosen[self._default_taps]))
-        self._teacher = None
-        if teacher is not None:
-            self._teacher = Teacher(teacher, example_input, tapped, teacher_modules)
+        self._teacher = None if teacher is None else Teacher(teacher, example_input, tapped, teacher_modules)
+        if self._teacher is not None:
             tapped = self._teacher.taps
 
         #: All that was found, tapped or not and why.
@@ -143,12 +137,9 @@ class CMIM(nn.Module):
         )
         positions = num_positions if instances == "position" else None
         self.schedule = Schedule(len(tapped), taps_per_step, positions, generator)
-        channels = torch.tensor([(tap.channels, tap.latent_channels) for tap in tapped], device="cpu")
-        self.register_buffer("_channels", channels)
         self.to(next((p.device for p in model.parameters()), torch.device("cpu")))
-        self._removed = False
-        self._capture = Capture(model, tapped, self.schedule, discovery.batch)
-        self._capture.before = None if self._teacher is None else self._teacher.deliver
+        before = None if self._teacher is None else self._teacher.deliver
+        self._capture = Capture(model, tapped, self.schedule, discovery.batch, before=before)
         self._sync()
         self._capture.attach()
         # A plug-in that is thrown away takes its hooks with it.
@@ -169,7 +160,7 @@ class CMIM(nn.Module):
     def forward(self, model: nn.Module, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """The weighted loss of the model's last forward pass with gradients, which is used up by it.
 
-        A pass in eval mode counts, but does not take the place of one in training mode whose loss was not asked for.
+        A pass in eval mode does not take the place of one in training mode whose loss was not asked for yet.
 
         Args:
             model: the model that was attached to, as it is or wrapped (DDP, FSDP, torch.compile, Fabric, ...).
@@ -188,34 +179,34 @@ class CMIM(nn.Module):
                 wrong shape; the hooks were removed or are paused.
         """
         captured = self._captured(model)
-        if mask is not None and len(self.contrast.queues):
+        if not len(self.contrast.queues):
+            mask = captured.mask if mask is None and self.instances == "position" else mask
+        elif mask is not None:
             raise CMIMError("A mask and a queue do not go together: padding would be queued. Attach with queue_size=0.")
-        if mask is None and self.instances == "position" and not len(self.contrast.queues):
-            mask = captured.mask
         self._sync()
         self.heads.step()
         # On two lines: in one, torch.compile of torch 2.6 keeps the bound method of the first call and compiles anew.
         contrast = self.contrast(captured, labels, mask)
-        return self._weighted(contrast)
+        return self._weighted(contrast, captured)
 
     def _captured(self, model: nn.Module) -> Pass:
         """The pass to take the loss of."""
         path = path_to(self._capture.model(), model)
-        if self._removed:
-            raise CMIMError("This CMIM was removed from its model: build a new one to go on.")
-        if not self._capture.attached:
-            raise CMIMError("This CMIM is paused: leave the `with cmim.paused()` block before asking for the loss.")
         captured = self._capture.pop()
         captured.check(self)
         captured.backward.one_pass = averages_one_backward(path)
         return captured
 
-    def _weighted(self, contrast: Tensor) -> Tensor:
-        """Multiply by the weight, and advance the schedule."""
+    def _weighted(self, contrast: Tensor, captured: Pass) -> Tensor:
+        """The loss of all taps, estimated from those that were captured; and on to the next step."""
+        if not torch.compiler.is_compiling():
+            losses = self.schedule.losses
+            if not losses and self._capture.model_was_loaded:
+                self.contrast.tell_of_new_heads()
+            if losses in _LOOK_AT and self.weight:
+                self.contrast.tell_of_idle_heads(losses)
         self.schedule.advance()
-        if not torch.compiler.is_compiling() and self.weight and self.schedule.losses in _LOOK_AT:
-            self.contrast.tell_of_idle_heads(self.schedule.losses)
-        return self.weight * contrast
+        return self.weight * len(self.taps) / len(captured.scheduled) * contrast
 
     def _sync(self) -> None:
         """Start from the state of rank 0, as soon as there are several ranks."""
@@ -254,12 +245,12 @@ class CMIM(nn.Module):
         return self.contrast.metrics()
 
     def scalars(self, all_taps: bool = False) -> dict[str, float]:
-        """Numbers for a logger or a progress bar. Reading them waits for the device.
+        """Numbers for a logger or a progress bar, each tap as of its last step. Reading them waits for the device.
 
         Returns:
-            In nats, each tap as of its last step: ``"cmim/loss"``, the weight times the mean loss (by layer weight),
-            ``"cmim/bound"``, the mean over the taps, and ``"cmim/worst_bound"``, the lowest; with ``all_taps`` also
-            ``"cmim/bound/<tap name>"``. No bounds where the objective gives none; empty before the first loss.
+            In nats: ``"cmim/loss"``, the weighted loss, ``"cmim/bound"``, the mean over the taps, and
+            ``"cmim/worst_bound"``, the lowest; with ``all_taps`` also ``"cmim/bound/<tap name>"``. No bounds where the
+            objective gives none; empty before the first loss.
         """
         return self.contrast.scalars(self.weight, all_taps)
 
@@ -274,10 +265,9 @@ class CMIM(nn.Module):
     ) -> Report:
         """What each tap keeps of its latent, over held-out data: see :class:`Report`. Nothing of the training moves.
 
-        The model runs in eval mode without gradients, and comes back in its own mode; so do the random generators. The
-        negatives are the other instances of the batch. Every report looks at the same positions. On several ranks each
-        reports its own data. The bound and the retrieval are those of the heads: for a network that was trained without
-        CMIM, attach one and train its heads alone first.
+        The model runs in eval mode without gradients. The negatives are the other instances of the batch, and every
+        report looks at the same positions. On several ranks each reports its own data. Bound and retrieval need trained
+        heads: to look into a network that was trained without CMIM, attach one and train its heads alone first.
 
         Args:
             model: the model that was attached to, as it is or wrapped.
@@ -298,7 +288,7 @@ class CMIM(nn.Module):
 
     def remove(self) -> None:
         """Take every hook off the model, which is then as it was. Calling it again does nothing."""
-        self._removed = True
+        self._capture.removed = True
         self._capture.detach()
 
     @contextlib.contextmanager
@@ -310,23 +300,13 @@ class CMIM(nn.Module):
             yield
         finally:
             model = self._capture.model()
-            if attached and not self._removed and model is not None:
+            if attached and not self._capture.removed and model is not None:
                 if attached_to(model):
                     warn_once(self, "Another CMIM was attached within paused(): this one stays off the model.")
                 else:
                     self._capture.attach()
 
     # -- state ---------------------------------------------------------------------------------------------------
-
-    def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        # Names may differ: a wrapper adds a prefix. Channels must match, and the shape of the weights may hide that.
-        channels = state.get(prefix + "_channels")
-        if channels is not None and not torch.equal(channels.cpu(), self._channels.cpu()):
-            raise CMIMError(
-                "The state is that of other taps (channels of both sides of each).\n"
-                f"Found:  {channels.tolist()}\nWanted: {self._channels.tolist()}"
-            )
-        super()._load_from_state_dict(state, prefix, *args)  # type: ignore[arg-type]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CMIM:
         """A copy belongs to no model: it holds the same state, and gives no loss."""
@@ -417,3 +397,8 @@ def _check_settings(settings: dict[str, Any]) -> None:
         value = settings[name]
         if not isinstance(value, kinds) or not fits(value):
             raise CMIMError(f"{name} must be {wanted}; found {value!r}.")
+    teacher = settings["teacher"]
+    if teacher is not None and unwrapped(teacher) is unwrapped(settings["model"]):
+        raise CMIMError("The teacher is the binary network itself: pass another, full-precision network.")
+    if teacher is None and settings["teacher_modules"] is not None:
+        raise CMIMError("teacher_modules was given without a teacher.")

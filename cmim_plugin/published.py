@@ -130,7 +130,7 @@ class PublishedCMIM(CMIM):
         captured = self._captured(model)
         self._sync()
         self.heads.step()
-        return self._weighted(self.bank(self.contrast, captured, indices))
+        return self._weighted(self.bank(self.contrast, captured, indices), captured)
 
 
 class MemoryBank(nn.Module):
@@ -182,11 +182,13 @@ class MemoryBank(nn.Module):
         for batch in {pair.batch for pair in captured.pairs.values() if pair.complete} - {len(indices)}:
             raise CMIMError(f"indices must be one a sample, {batch} of them; found {len(indices)}.")
         indices = indices.to(self.entries.device)
-        z, row_indices, _, sizes = contrast.embeddings(captured, indices, None)
+        embedded = contrast.embed(captured, indices, None)
+        row_indices = embedded.labels
         assert row_indices is not None
-        split = list(sizes.values())
-        total = z.sum() * 0
-        for k, z_b, z_f, at in zip(sizes, *(side.split(split) for side in (*z, row_indices)), strict=True):
+        split = list(embedded.counts.values())
+        total = embedded.z.sum() * 0
+        sides = (*embedded.z, row_indices)
+        for k, z_b, z_f, at in zip(embedded.counts, *(side.split(split) for side in sides), strict=True):
             if len(at):
                 # Scores in half precision, divided by the temperature and exponentiated, would be others.
                 with torch.autocast(z_b.device.type, enabled=False):

@@ -260,9 +260,8 @@ def measure(
         tallies[k].look(activation.detach(), layout, code_draws)
 
     schedule = Schedule(len(tallies), None, num_positions, for_instances, shared=False).to(device)
-    capture = Capture(model, contrast.taps, schedule, batch_source, observer)
-    if teacher is not None:
-        capture.before = teacher.deliver
+    before = None if teacher is None else teacher.deliver
+    capture = Capture(model, contrast.taps, schedule, batch_source, observer, before)
     samples, seen = 0, []
     failures: dict[int | None, str] = {}
     # A loader that shuffles or augments draws from the generators, too: they are kept around all of it.

@@ -3,13 +3,14 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmim_plugin import CMIM, CMIMError, find_binary_activations
+from cmim_plugin import CMIM, CMIMError, CMIMWarning, find_binary_activations
 from networks import X, Y, a_loss, assert_same, batch, network, teacher
 
 SETTINGS = {
@@ -69,11 +70,37 @@ def test_every_value_of_the_state_is_a_tensor_and_nothing_of_the_model_is_in_it(
     state = cmim.state_dict()
     assert all(isinstance(value, Tensor) for value in state.values())
     assert sum(value.numel() for value in state.values()) < 2000
-    # Four heads of 4 channels, and two moments for each of their weights.
-    assert sum(value.numel() for key, value in state.items() if ".heads." in key) == 3 * 4 * 4 * 8 + 1
+    # Four heads of 4 channels, two moments for each of their weights, steps, and the channels themselves.
+    assert sum(value.numel() for key, value in state.items() if ".heads." in key) == 3 * 4 * 4 * 8 + 1 + 4
     own = {tensor.data_ptr() for net in (model, other) for tensor in net.state_dict().values()}
     assert not own & {tensor.data_ptr() for tensor in state.values()}
     assert not {*cmim.modules()} & {*model.modules(), *other.modules()}
+
+
+def test_a_run_that_loads_the_model_alone_is_told_once_that_the_heads_start_anew():
+    states = network(seed=1).state_dict(), CMIM(network(seed=1), X).state_dict()
+    model = network()
+    cmim = CMIM(model, X)
+    nn.ModuleDict({"model": model}).load_state_dict({f"model.{key}": value for key, value in states[0].items()})
+    with pytest.warns(CMIMWarning, match="its heads start anew.*save cmim.state_dict") as told:
+        a_loss(model, cmim)
+        a_loss(model, cmim)
+    assert len(told) == 1
+    # Not where both are loaded, in any order, and not where weights are exchanged in training, as for an average.
+    with warnings.catch_warnings(action="error"):
+        for first in (0, 1):
+            model = network()
+            cmim = CMIM(model, X)
+            for i in (first, 1 - first):
+                (model, cmim)[i].load_state_dict(states[i])
+            a_loss(model, cmim)
+        model = network()
+        cmim = CMIM(model, X)
+        a_loss(model, cmim)
+        model.load_state_dict(states[0])
+        a_loss(model, cmim)
+        cmim.remove()
+        assert not model._load_state_dict_post_hooks
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
