@@ -86,6 +86,7 @@ OWN = {
     "steps",
     "labels",
     "user_heads",
+    "weight_schedule",
 }
 
 # Few images, many epochs: the network fits its training set. Many images, few epochs: it does not.
@@ -219,6 +220,7 @@ def make_auxiliary(
         example,
         labels=options.get("labels", False),
         user_heads=options.get("user_heads", False),
+        weight_schedule=options.get("weight_schedule", "constant"),
         published_targets=data.y_train if options.get("published") else None,
         **cmim,
     )

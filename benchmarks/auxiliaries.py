@@ -12,6 +12,13 @@ from torch import Tensor, nn
 import cmim_plugin
 from nets import BinarySign
 
+# What the weight is multiplied by, from the share of the epochs that are done.
+WEIGHT_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "rise": lambda progress: progress,
+    "fall": lambda progress: 1 - progress,
+}
+
 
 class Contrast:
     """CMIM. Its heads train themselves, or (`user_heads`) are trained by the network's optimizer."""
@@ -23,6 +30,7 @@ class Contrast:
         *,
         labels: bool = False,
         user_heads: bool = False,
+        weight_schedule: str = "constant",
         published_targets: Tensor | None = None,
         **options: Any,
     ) -> None:
@@ -32,6 +40,10 @@ class Contrast:
             self.cmim = cmim_plugin.PublishedCMIM(model, example, targets=published_targets, **options)
         else:
             self.cmim = cmim_plugin.CMIM(model, example, **options, **({"heads_lr": 0} if user_heads else {}))
+        self.weight, self.factor = self.cmim.weight, WEIGHT_SCHEDULES[weight_schedule]
+
+    def start_epoch(self, progress: float) -> None:
+        self.cmim.weight = self.weight * self.factor(progress)
 
     def loss(self, model: nn.Module, y: Tensor, index: Tensor) -> Tensor:
         if self.indexed:
@@ -88,6 +100,9 @@ class Balance:
         self.handles = [module.register_forward_hook(self._keep) for module in signs]
         where = next(model.parameters()).device
         self.generator = torch.Generator(where).manual_seed(seed)
+
+    def start_epoch(self, progress: float) -> None:
+        pass
 
     def _keep(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if module.training:

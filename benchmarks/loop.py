@@ -40,6 +40,9 @@ class Schedule:
 class Auxiliary(Protocol):
     """A loss beside the task's, of the last forward pass."""
 
+    def start_epoch(self, progress: float) -> None:
+        """`progress`: share of the epochs that are done."""
+
     def loss(self, model: nn.Module, y: Tensor, index: Tensor) -> Tensor: ...
 
     def bounds(self) -> dict[str, Tensor]: ...
@@ -108,6 +111,8 @@ def train(
     for epoch in range(schedule.epochs):
         if on_epoch:
             on_epoch(model, epoch, schedule.epochs)
+        if auxiliary:
+            auxiliary.start_epoch(epoch / schedule.epochs)
         model.train()
         start = time.perf_counter()
         sums = torch.zeros(2, device=where)
