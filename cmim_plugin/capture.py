@@ -47,7 +47,7 @@ class Capture:
         model: not kept alive by this object.
         taps: what to capture.
         schedule: which of them the next pass captures, and at which positions.
-        batch: where the number of samples is read off the model's inputs.
+        batch_source: where the number of samples is read off the model's inputs.
         observer: called with tap, a_B as a whole and its layout. With it every pass is captured, in eval mode and
             without gradients too.
         before: called with the pass and the inputs of the model, before the model runs.
@@ -63,13 +63,13 @@ class Capture:
         model: nn.Module,
         taps: tuple[Tap, ...],
         schedule: Schedule,
-        batch: BatchSource | None,
+        batch_source: BatchSource | None,
         observer: Callable[[int, Tensor, Layout], None] | None = None,
         before: Callable[[Pass, tuple[Any, ...], dict[str, Any]], None] | None = None,
     ) -> None:
         self.taps = taps
         self.schedule = schedule
-        self.batch = batch
+        self.batch_source = batch_source
         self.observer = observer
         self.before = before
         self.unasked = 0
@@ -135,30 +135,30 @@ class Capture:
         every = torch.compiler.is_compiling() or _recording_a_graph()
         scheduled = tuple(range(len(self.taps))) if every else self.schedule.taps
         draws = self.schedule.draws_of(len(scheduled))
-        batch = None if self.batch is None else self.batch.of(args, kwargs)
+        batch_size = None if self.batch_source is None else self.batch_source.of(args, kwargs)
         mask = kwargs.get("attention_mask")
         # As transformers has it: (samples, tokens), zero for padding. Others by that name are not ours to read.
-        if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != batch or mask.is_floating_point():
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != batch_size or mask.is_floating_point():
             mask = None
-        found = Pass(self.taps, scheduled, draws, model.training, batch, mask, self.observer)
-        self.running[_thread()] = found
+        started = Pass(self.taps, scheduled, draws, model.training, batch_size, mask, self.observer)
+        self.running[_thread()] = started
         self._forget_dead_threads()
         before = self.before
         if before is not None:
-            found.attempt(None, partial(before, found, args, kwargs))
+            started.attempt(None, partial(before, started, args, kwargs))
 
     def end(self) -> None:
         """The pass of this thread has come to its end, and waits for its loss to be asked for."""
         thread = _thread()
-        found = self.running.pop(thread)
+        ended = self.running.pop(thread)
         if torch.compiler.is_compiling():
-            self._waiting[thread] = found
+            self._waiting[thread] = ended
             return
-        found.abandon()  # what is open still: others cleared the hooks that would have closed it
+        ended.abandon()  # what is open still: others cleared the hooks that would have closed it
         waiting = self._waiting.get(thread)
         # A pass in eval mode does not take the place of one in training mode that waits.
-        if found.training or waiting is None or not waiting.training:
-            self._waiting[thread] = found
+        if ended.training or waiting is None or not waiting.training:
+            self._waiting[thread] = ended
             self.unasked += 1
             if self.unasked == _FORGOTTEN:
                 with contextlib.suppress(CMIMWarning):  # where warnings are errors: not within the user's forward
@@ -166,10 +166,10 @@ class Capture:
 
     def drop(self) -> None:
         """The pass of this thread did not come to its end."""
-        found = self.running.pop(_thread(), None)
-        if found is not None:
-            found.abandon()
-            if found.training:
+        running = self.running.pop(_thread(), None)
+        if running is not None:
+            running.abandon()
+            if running.training:
                 self._waiting.pop(_thread(), None)
 
     def pop(self) -> Pass:
@@ -195,9 +195,9 @@ class Capture:
             if thread not in self._waiting:
                 # Compiled code leaves its pass to the thread that compiled it.
                 thread = next((key for key, waiting in self._waiting.items() if waiting.compiled), thread)
-        found = self._waiting.pop(thread, None)
-        if found is not None:
-            return found
+        waiting = self._waiting.pop(thread, None)
+        if waiting is not None:
+            return waiting
         if not torch.is_grad_enabled():
             raise CMIMError(
                 "No forward pass to take the loss of: under torch.no_grad() nothing is captured, and there is nothing "

@@ -33,13 +33,13 @@ class Losses:
     Attributes:
         taps: which.
         values: ``(len(taps),)`` nats, without a graph.
-        rows, queued: candidates an anchor has in the batch and in the queue.
+        instances, queued: candidates that an anchor has in the batch and in the queue.
         labels, mask, queue_labels: what excluded some of them.
     """
 
     taps: list[int]
     values: Tensor
-    rows: int
+    instances: int
     queued: int = 0
     labels: Tensor | None = None
     mask: Tensor | None = None
@@ -48,7 +48,7 @@ class Losses:
     @cached_property
     def negatives(self) -> Tensor:
         """How many each anchor has: ``(taps, n)`` int64."""
-        counts = count_negatives(self.rows, self.labels, self.queue_labels, self.queued, self.mask)
+        counts = count_negatives(self.instances, self.labels, self.queue_labels, self.queued, self.mask)
         return counts.expand(len(self.taps), -1)
 
     def bound(self, i: int, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -273,19 +273,19 @@ class Contrast(nn.Module):
                 "cmim.state_dict() beside the model's, and load it. Starting from a baseline's checkpoint is fine.",
             )
 
-    def tell_of_idle_heads(self, losses: int) -> None:
+    def tell_of_idle_heads(self, step: int) -> None:
         """Warn, once, of heads that do not learn, after so many losses. Waits for the device."""
         if self.heads.lr and not bool(self.heads.steps):
             warn_once(
                 self,
-                f"{losses} losses were asked for, and no gradient came back to the heads. Is cmim(model) part of what "
+                f"{step} losses were asked for, and no gradient came back to the heads. Is cmim(model) part of what "
                 "backward() is called on?",
             )
         bounds = [float(m["bound"]) for m in self.metrics().values() if "bound" in m]
-        if losses >= _LONG and bounds and max(bounds) < _NOTHING:
+        if step >= _LONG and bounds and max(bounds) < _NOTHING:
             warn_once(
                 self,
-                f"After {losses} losses the bound of every tap is still zero ({max(bounds):.2f} nats at most): the "
+                f"After {step} losses the bound of every tap is still zero ({max(bounds):.2f} nats at most): the "
                 "codes keep nothing that tells one place from another. Dead channels do that: see cmim.report().",
             )
 
@@ -317,19 +317,19 @@ def check_rows(tap: Tap, binary: Tensor, latent: Tensor, device: torch.device) -
 
 def _checked_labels(labels: Tensor, pair: Pair) -> Tensor:
     """Labels of the batch that the pair comes from."""
-    wanted = f"{pair.batch} integers, one a sample of the batch, or a map of them for each"
+    wanted = f"{pair.batch_size} integers, one a sample of the batch, or a map of them for each"
     if pair.index is None:
-        wanted = f'{pair.batch} integers, one an image (instances="image")'
-    if not _has_integers(labels, pair.batch) or (pair.index is None and labels.ndim > 1):
+        wanted = f'{pair.batch_size} integers, one an image (instances="image")'
+    if not _has_integers(labels, pair.batch_size) or (pair.index is None and labels.ndim > 1):
         raise CMIMError(f"labels must be {wanted}; found {_described(labels)}.")
     return labels
 
 
 def _checked_mask(mask: Tensor, pair: Pair) -> Tensor:
     """A mask of the batch that the pair comes from."""
-    if not _has_integers(mask, pair.batch) or mask.ndim != 2 or pair.index is None:
+    if not _has_integers(mask, pair.batch_size) or mask.ndim != 2 or pair.index is None:
         raise CMIMError(
-            f"mask must be ({pair.batch}, tokens) booleans or integers, zero for padding (with "
+            f"mask must be ({pair.batch_size}, tokens) booleans or integers, zero for padding (with "
             f'instances="position"); found {_described(mask)}.'
         )
     return mask
@@ -375,5 +375,5 @@ def mask_of(pair: Pair, mask: Tensor) -> Tensor:
 def _samples(pair: Pair) -> tuple[Tensor, Tensor]:
     """The sample of each row, and its position within the sample."""
     assert pair.index is not None
-    each = pair.total // max(pair.batch, 1)
+    each = pair.total // max(pair.batch_size, 1)
     return pair.index // max(each, 1), pair.index % max(each, 1)

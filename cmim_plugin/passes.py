@@ -60,7 +60,7 @@ class Pair:
         index: ``(n,)`` the positions that the rows come from, counted over the batch; None for pooled samples.
         spatial: the dimensions that the positions of one row of the batch are counted over.
         total: positions of the whole batch.
-        batch: samples of the batch.
+        batch_size: samples of the batch.
         windows: whether a sample is cut into several rows of the first dimension.
         tokens: of a sample, 0 where its positions are no sequence.
     """
@@ -70,7 +70,7 @@ class Pair:
         self.index: Tensor | None = None
         self.spatial: torch.Size | None = None
         self.total = 0
-        self.batch = 0
+        self.batch_size = 0
         self.windows = False
         self.tokens = 0
 
@@ -115,7 +115,7 @@ class Pass:
         scheduled: which are captured.
         draws: ``(len(scheduled), n)`` int64 random numbers to choose positions by; None to pool over all positions.
         training: whether the model is in training mode.
-        batch: samples in the batch, where the inputs tell.
+        batch_size: samples in the batch, where the inputs tell.
         mask: the mask that the model itself was given.
         observer: called with the tap, a_B as a whole and its layout, before rows are taken.
     """
@@ -126,7 +126,7 @@ class Pass:
         scheduled: Sequence[int],
         draws: Tensor | None,
         training: bool,
-        batch: int | None = None,
+        batch_size: int | None = None,
         mask: Tensor | None = None,
         observer: Callable[[int, Tensor, Layout], None] | None = None,
     ) -> None:
@@ -134,7 +134,7 @@ class Pass:
         self.scheduled = tuple(scheduled)
         self.draws = draws
         self.training = training
-        self.batch = batch
+        self.batch_size = batch_size
         self.mask = mask
         self.observer = observer
         self.compiled = torch.compiler.is_compiling()
@@ -242,14 +242,16 @@ class Pass:
                 "change of the layers, attach again"
             )
         rows = x.shape[0]
-        pair.batch = rows
+        pair.batch_size = rows
         if layout.windowed:
             pair.windows = True
-            if rows and (not self.batch or rows % self.batch):
-                raise CMIMError(f"its {rows} rows are not a whole number of windows for each of {self.batch} samples")
-            pair.batch = self.batch or 0
+            if rows and (not self.batch_size or rows % self.batch_size):
+                raise CMIMError(
+                    f"its {rows} rows are not a whole number of windows for each of {self.batch_size} samples"
+                )
+            pair.batch_size = self.batch_size or 0
         if self.draws is None:
-            pair.rows[side] = layout.pooled(x, pair.batch)
+            pair.rows[side] = layout.pooled(x, pair.batch_size)
             return
         if x.device != self.draws.device:
             raise CMIMError(

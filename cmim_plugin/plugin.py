@@ -200,11 +200,11 @@ class CMIM(nn.Module):
     def _weighted(self, contrast: Tensor, captured: Pass) -> Tensor:
         """The loss of all taps, estimated from those that were captured; and on to the next step."""
         if not torch.compiler.is_compiling():
-            losses = self.schedule.losses
-            if not losses and self._capture.model_was_loaded:
+            step = self.schedule.step
+            if not step and self._capture.model_was_loaded:
                 self.contrast.tell_of_new_heads()
-            if losses in _LOOK_AT and self.weight:
-                self.contrast.tell_of_idle_heads(losses)
+            if step in _LOOK_AT and self.weight:
+                self.contrast.tell_of_idle_heads(step)
         self.schedule.advance()
         return self.weight * len(self.taps) / len(captured.scheduled) * contrast
 
@@ -281,7 +281,7 @@ class CMIM(nn.Module):
             CMIMError: another model, a batch without an input, no batch, no tap reached, or ``since`` saw other inputs.
         """
         own = path_to(self._capture.model(), model)[-1]
-        source, positions = self._capture.batch, self.schedule.positions
+        source, positions = self._capture.batch_source, self.schedule.positions
         return measure(own, self.contrast, source, self._teacher, positions, loader, inputs, max_batches, since)
 
     # -- attach and remove ---------------------------------------------------------------------------------------

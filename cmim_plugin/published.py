@@ -179,7 +179,7 @@ class MemoryBank(nn.Module):
         """The weighted sum of the losses of all taps, 0-d."""
         if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.is_floating_point():
             raise CMIMError("indices must be (B,) integers: where the samples stand in the training set.")
-        for batch in {pair.batch for pair in captured.pairs.values() if pair.complete} - {len(indices)}:
+        for batch in {pair.batch_size for pair in captured.pairs.values() if pair.complete} - {len(indices)}:
             raise CMIMError(f"indices must be one a sample, {batch} of them; found {len(indices)}.")
         indices = indices.to(self.entries.device)
         embedded = contrast.embed(captured, indices, None)

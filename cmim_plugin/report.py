@@ -282,7 +282,7 @@ def measure(
                 failures.update(captured.failures)
                 for k, tally in enumerate(tallies):
                     tally.contrast(contrast, k, captured)
-                samples += max(pair.batch for pair in captured.pairs.values())
+                samples += max(pair.batch_size for pair in captured.pairs.values())
         finally:
             capture.detach()
     if not seen:

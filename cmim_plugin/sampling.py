@@ -45,11 +45,11 @@ class Schedule(nn.Module):
 
     Attributes:
         draws: ``(count, positions)`` int64; a pass of ``m`` taps uses the first ``m`` rows.
-        losses: how many were computed.
+        step: how many losses were asked for so far.
     """
 
     draws: Tensor
-    _losses: Tensor
+    _step: Tensor
 
     def __init__(
         self,
@@ -64,9 +64,9 @@ class Schedule(nn.Module):
         self.taps_per_step = taps_per_step
         self.positions = positions
         self.shared = shared
-        self.losses = 0
+        self.step = 0
         self.register_buffer("draws", new_draws((count, positions or 0), generator))
-        self.register_buffer("_losses", torch.zeros((), dtype=torch.int64, device="cpu"))
+        self.register_buffer("_step", torch.zeros((), dtype=torch.int64, device="cpu"))
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -74,7 +74,7 @@ class Schedule(nn.Module):
         chosen = self.taps_per_step
         if chosen is None or chosen >= self.count:
             return tuple(range(self.count))
-        return tuple(sorted((self.losses + i * self.count // chosen) % self.count for i in range(chosen)))
+        return tuple(sorted((self.step + i * self.count // chosen) % self.count for i in range(chosen)))
 
     def draws_of(self, taps: int) -> Tensor | None:
         """This rank's share of the random numbers of a pass that captures so many taps; None to pool."""
@@ -89,15 +89,15 @@ class Schedule(nn.Module):
         if torch.compiler.is_compiling():
             self.taps_per_step = None  # each choice of taps would be compiled anew
         else:
-            self.losses += 1
+            self.step += 1
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        self._losses.fill_(self.losses)
+        self._step.fill_(self.step)
         super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self.losses = int(self._losses)
+        self.step = int(self._step)
 
 
 def stratified_indices(draws: Tensor, total: int) -> Tensor:
