@@ -154,6 +154,8 @@ class Capture:
         if torch.compiler.is_compiling():
             self._waiting[thread] = ended
             return
+        if ended.only_all_taps:
+            self.schedule.taps_per_step = None
         ended.abandon()  # what is open still: others cleared the hooks that would have closed it
         waiting = self._waiting.get(thread)
         # A pass in eval mode does not take the place of one in training mode that waits.
@@ -309,6 +311,9 @@ class _ModuleHook(_Hook):
         if running is None:
             return
         running.entered = True
+        if torch.compiler.is_compiling() and not running.compiled:
+            # A part of the model is compiled, its root is not: each choice of taps would be compiled anew.
+            running.only_all_taps = True
         if not any(k in running.scheduled for k in self._taps) or not self.will_close():
             return
         number = running.calls.get(self._name, 0)

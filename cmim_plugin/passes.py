@@ -143,6 +143,8 @@ class Pass:
         self.failures: dict[int | None, str] = {}
         #: Whether any module with a tap ran.
         self.entered = False
+        #: Whether the passes after this one are to capture all taps.
+        self.only_all_taps = False
         #: Taps whose binary activation came without a gradient.
         self.without_gradient: set[int] = set()
         #: Calls of modules that run, the innermost last, and how often each module was called so far.

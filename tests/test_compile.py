@@ -71,6 +71,17 @@ def test_with_a_teacher_a_network_compiled_in_parts_has_the_losses_of_the_eager_
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_a_network_compiled_in_parts_contrasts_all_taps_and_is_not_compiled_for_each_choice_of_some():
+    model, cmim = attached(taps_per_step=1)
+    for block in (*model.layer1, *model.layer2):
+        block.compile(backend="eager")
+    train(model, cmim, 3)
+    assert cmim.scheduled == tuple(tap.name for tap in cmim.taps)
+    counters.clear()
+    train(model, cmim, 3)
+    assert graphs() == 0
+
+
 def test_attached_after_the_first_compiled_call_the_loss_is_refused():
     model = network()
     compiled = torch.compile(model, backend="aot_eager")
