@@ -59,9 +59,9 @@ class CMIM(nn.Module):
         taps_per_step: contrast so many taps a step, in turn, whose losses then stand for those of all: the mean
             gradient is the same, and the cost does not grow with depth. None for all; so does what is compiled or
             recorded in a CUDA graph.
-        objective: ``InfoNCE()``, the default, or ``NCE(num_samples=len(dataset))``. Or any function like
-            :func:`info_nce`, of the embeddings of several taps side by side, ``(taps, n, D)``, that returns their
-            losses, ``(taps,)``; with a method ``bound(loss, num_negatives)`` if it gives one.
+        objective: ``InfoNCE()``, the default, or ``NCE(num_samples=len(dataset))``. Or any function called like them,
+            of the embeddings of several taps side by side, ``(taps, n, D)``, that returns their losses, ``(taps,)``;
+            with a method ``bound(loss, num_negatives)`` if it gives one.
         temperature: of the critic.
         embed_dim: width ``D`` of the embeddings. None for 128, or 64 or 32 where the heads would hold more than a fifth
             of the network's parameters and more than 250,000.
