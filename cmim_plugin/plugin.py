@@ -220,7 +220,8 @@ class CMIM(nn.Module):
     def _sync(self) -> None:
         """Start from the state of rank 0, as soon as there are several ranks."""
         if not self.contrast.synced and distributed.ranks() > 1:
-            self.contrast.sync(self.schedule)
+            distributed.start_alike(self, self.heads.weights.device)
+            self.contrast.synced = True
 
     # -- figures -------------------------------------------------------------------------------------------------
 
