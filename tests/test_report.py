@@ -314,17 +314,14 @@ def test_a_layer_that_tells_nothing_apart_has_a_bound_of_zero_and_retrieves_by_c
     assert report.taps[0].dead + report.taps[0].saturated == 4
 
 
-def test_retrieval_in_slices_is_retrieval_at_once(monkeypatch):
+def test_retrieval_of_rows_that_are_as_near_as_each_other_is_that_of_a_plain_loop():
     z_b, z_f = nn.functional.normalize(torch.randn(2, 23, 6), dim=2)
     z_f[5:8] = z_b[6]  # three are as near as each other
     z_b[20], z_b[1] = z_f[20], z_f[1]
-    monkeypatch.setattr(inside, "_AT_ONCE", 100)
-    at_once = inside._retrieved(z_b, z_f)
-    monkeypatch.setattr(inside, "_AT_ONCE", 5)
-    assert inside._retrieved(z_b, z_f) == pytest.approx(at_once)
+    found = inside._retrieved(z_b, z_f)
     near = [[sum(p * q for p, q in zip(b, f, strict=True)) for f in z_f.tolist()] for b in z_b.tolist()]
-    assert at_once == pytest.approx(sum(loop_retrieved(row, i) for i, row in enumerate(near)))
-    assert at_once % 1 == pytest.approx(1 / 3) and at_once > 2
+    assert found == pytest.approx(sum(loop_retrieved(row, i) for i, row in enumerate(near)))
+    assert found % 1 == pytest.approx(1 / 3) and found > 2
 
 
 def test_batches_of_one_instance_have_codes_but_nothing_to_contrast():
@@ -444,11 +441,11 @@ def test_flips_against_something_else_are_refused():
 
 def test_a_bounded_number_of_codes_is_kept(monkeypatch):
     model, cmim = attached()
-    monkeypatch.setattr(inside, "_CODES", 300)
+    monkeypatch.setattr(inside, "_MOST_CODES", 300)
     report = cmim.report(model, batches(9))
     for codes in report._codes.values():
-        assert [count for _, count in codes] == [256, 256, 0, 0, 0, 0, 0, 0, 0]
-        assert all(bits < 2**256 for bits, _ in codes)
+        assert [kept.shape for kept in codes.values()] == [(64, 4), (64, 4)]
+        assert all(kept.dtype == torch.bool for kept in codes.values())
     assert report.taps[0].flips is None and report.flips(report) == dict.fromkeys(report._codes, 0.0)
 
 
