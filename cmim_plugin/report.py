@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import distributed
 from .capture import Capture
-from .contrast import Contrast, check_rows
+from .contrast import Contrast
 from .discovery import BatchSource, Layout, is_two_valued
 from .discovery.inputs import as_inputs, mapped, tensors_in
 from .discovery.state import force_eager, preserve_generators
@@ -345,7 +345,6 @@ class _Tally:
         if binary is None or latent is None or len(binary) < 2:
             return
         contrast = self.contrast
-        check_rows(self.tap, binary, latent, contrast.heads.weights.device)
         z_b, z_f = contrast.heads([self.k], [(binary, latent)])
         n = len(z_b)
         self.instances += n
@@ -442,7 +441,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        model.train(modes[0][1])
+        model.train(modes[0][1])  # a module may do more than to keep its mode
         for module, training in modes:
             module.training = training
 

@@ -305,6 +305,17 @@ def test_tokens_have_their_channels_last():
     assert report.taps[0].plus == pytest.approx((model[0](x) >= 0).double().mean().item(), abs=1e-9)
 
 
+@pytest.mark.parametrize("codes", ["-1, 1", "0, 1"])
+@pytest.mark.parametrize("bias", [99.0, -99.0])
+def test_a_layer_of_one_code_is_dead_or_saturated_by_its_sign(codes, bias):
+    model = nn.Sequential(nn.Linear(3, 5), Binarize(CODES[codes]), nn.Linear(5, 2))
+    x = torch.randn(6, 7, 3)
+    cmim = CMIM(model, x)
+    nn.init.constant_(model[0].bias, bias)
+    tap = cmim.report(model, [x]).taps[0]
+    assert (tap.dead, tap.saturated) == ((0, 5) if bias > 0 else (5, 0))
+
+
 def test_a_layer_that_tells_nothing_apart_has_a_bound_of_zero_and_retrieves_by_chance():
     model, cmim = attached(instances="image")
     model.conv1.weight.data.zero_()
@@ -417,6 +428,14 @@ def test_flips_against_other_inputs_are_refused(other):
         cmim.report(model, other, since=earlier)
     with pytest.raises(CMIMError, match="without shuffling"):
         cmim.report(model, other).flips(earlier)
+
+
+def test_other_inputs_are_told_at_the_first_batch_that_differs():
+    model, cmim = attached()
+    loader = iter([HELD_OUT[0], HELD_OUT[2], HELD_OUT[1]])
+    with pytest.raises(CMIMError, match="without shuffling"):
+        cmim.report(model, loader, since=cmim.report(model, HELD_OUT))
+    assert next(loader) is HELD_OUT[1]
 
 
 def test_flips_against_something_else_are_refused():
@@ -680,6 +699,24 @@ def test_a_compiled_model_is_seen_through():
     assert cmim.report(model, HELD_OUT) == expected
 
 
+class Merging(nn.Conv2d):
+    """Adds a correction to its weight in eval mode, and takes it out in training mode, as LoRA does."""
+
+    def train(self, mode=True):
+        if mode != self.training:
+            self.weight.data += 1.0 if self.training else -1.0
+        return super().train(mode)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_module_that_does_something_when_its_mode_changes_is_told_of_both_changes(training):
+    model = nn.Sequential(Merging(2, 4, 3), Binarize(CODES["-1, 1"]), nn.Conv2d(4, 3, 2), nn.Flatten()).train(training)
+    cmim = CMIM(model, X)
+    before = model[0].weight.clone()
+    cmim.report(model, HELD_OUT)
+    torch.testing.assert_close(model[0].weight, before)
+
+
 @pytest.fixture
 def group(tmp_path):
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
@@ -835,6 +872,13 @@ def test_the_figure_shows_bounds_before_and_after(reports, tmp_path):
     assert [bar.get_width() for bar in figure.axes[2].patches] == pytest.approx(
         [100 * tap.plus for report in (earlier, later) for tap in report.taps]
     )
+
+
+def test_the_figure_leaves_out_what_only_the_report_before_has(reports, tmp_path):
+    model, cmim = attached(taps=["layer2.0.binary"])
+    figure = cmim.report(model, HELD_OUT).plot(tmp_path / "a.png", before=reports[0])
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["layer2.0.binary"]
+    assert len(figure.axes[0].patches) == 2
 
 
 def test_without_matplotlib_the_table_works_and_the_figure_says_what_to_install(reports, tmp_path, monkeypatch):
