@@ -135,8 +135,7 @@ class NCE(_Objective):
 
     def _log_likelihoods(self, scores: Tensor, negatives: Tensor | None) -> Tensor:
         if negatives is None:
-            n, candidates = scores.shape[-2:]
-            negatives = _negatives(n, candidates - n, None, None, None, scores.device)
+            negatives = ~torch.eye(*scores.shape[-2:], dtype=torch.bool, device=scores.device)
         count = negatives.sum(-1, keepdim=True)
         # An anchor without negatives: h = 1 in the limit, and its loss is 0. The logarithm of 0 would be infinite.
         shifted = scores - (count.clamp_min(1).to(scores.dtype) / self.num_samples).log()
@@ -237,18 +236,16 @@ def _check(
                 f"{name} must be {kind} of shape {tuple(z_b.shape[:-1])}, one a row; "
                 f"found shape {tuple(given.shape)}, {given.dtype}."
             )
-    if (queue_b is None) != (queue_f is None):
-        raise CMIMError("queue_b and queue_f go together: one serves full-precision anchors, the other binary ones.")
-    if queue_b is not None and queue_f is not None:
-        fits = queue_b.ndim > 1 and queue_b.shape == (*z_b.shape[:-2], queue_b.shape[-2], z_b.shape[-1])
-        if not fits or queue_b.shape != queue_f.shape:
-            wanted = ", ".join(map(str, (*z_b.shape[:-2], "entries", z_b.shape[-1])))
-            raise CMIMError(
-                f"queue_b and queue_f must both be ({wanted}); found {tuple(queue_b.shape)} and {tuple(queue_f.shape)}."
-            )
-        if labels is not None and (queue_labels is None or queue_labels.shape != queue_b.shape[:-1]):
-            found = None if queue_labels is None else tuple(queue_labels.shape)
-            raise CMIMError(
-                f"labels with a queue need queue_labels, integers of shape {tuple(queue_b.shape[:-1])} "
-                f"(below zero: no label); found {found}."
-            )
+    if queue_b is None and queue_f is None:
+        return
+    shapes = [None if queue is None else tuple(queue.shape) for queue in (queue_b, queue_f)]
+    entries = shapes[0][-2] if shapes[0] and len(shapes[0]) > 1 else "entries"
+    if shapes != [(*z_b.shape[:-2], entries, z_b.shape[-1])] * 2:
+        wanted = ", ".join(map(str, (*z_b.shape[:-2], "entries", z_b.shape[-1])))
+        raise CMIMError(f"queue_b and queue_f go together, both ({wanted}); found {shapes[0]} and {shapes[1]}.")
+    found = None if queue_labels is None else tuple(queue_labels.shape)
+    if labels is not None and found != (*z_b.shape[:-2], entries):
+        raise CMIMError(
+            f"labels with a queue need queue_labels, integers of shape {(*z_b.shape[:-2], entries)} "
+            f"(below zero: no label); found {found}."
+        )

@@ -393,12 +393,12 @@ def _is_higher(activation: Tensor) -> Tensor:
 
 
 def _some_values(inputs: Any, draws: Tensor) -> Tensor:
-    """Some values of each tensor among the inputs, by which another report knows the batch again: float64."""
+    """Some values of each dense tensor among the inputs, by which another report knows the batch again."""
     found = [torch.empty(0, dtype=torch.float64, device="cpu")]
     for _, tensor in tensors_in(inputs):
-        values = tensor.flatten()[stratified_indices(draws, tensor.numel())]
-        found.append(values.cpu().double().nan_to_num())
-    return torch.cat(found)
+        if tensor.layout == torch.strided and not tensor.is_nested:
+            found.append(tensor.flatten()[stratified_indices(draws, tensor.numel())].cpu())
+    return torch.cat(found).nan_to_num()
 
 
 def _check_same_inputs(own: Sequence[Tensor], earlier: Sequence[Tensor]) -> None:

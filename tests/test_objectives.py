@@ -387,6 +387,7 @@ def test_autocast_does_not_change_the_loss_or_its_gradient(objective, dtype):
         ({"queue_b": unit(3)}, "go together"),
         ({"queue_f": unit(3)}, "go together"),
         ({"queue_b": unit(3), "queue_f": unit(4)}, r"\(3, 6\) and \(4, 6\)"),
+        ({"queue_b": torch.zeros(6), "queue_f": torch.zeros(6)}, r"\(entries, 6\); found \(6,\) and \(6,\)"),
         ({"queue_b": torch.zeros(3, 5), "queue_f": torch.zeros(3, 5)}, r"\(entries, 6\); found \(3, 5\)"),
         (
             {"queue_b": unit(3), "queue_f": unit(3), "labels": torch.tensor(LABELS)},

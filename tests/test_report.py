@@ -410,6 +410,27 @@ def test_the_same_inputs_are_known_again_with_nan_among_them():
     assert set(cmim.report(model, loader).flips(earlier).values()) == {0.0}
 
 
+@pytest.mark.filterwarnings("error:Casting complex")
+@pytest.mark.parametrize(
+    "read, x",
+    [
+        (lambda x: x.to_dense(), torch.eye(8).to_sparse()),
+        (lambda x: x.to_padded_tensor(0.0), torch.nested.nested_tensor([X[0].view(-1, 8), X[1:3].reshape(-1, 8)])),
+        (lambda x: torch.view_as_real(x).flatten(1), torch.arange(16).view(4, 4) * 1j),
+    ],
+    ids=["sparse", "nested", "complex"],
+)
+def test_inputs_of_any_layout_are_reported_on(read, x):
+    model = nn.Sequential(nn.Linear(8, 5), Binarize(CODES["-1, 1"]), nn.Linear(5, 2))
+    model.register_forward_pre_hook(lambda module, args: read(*args))
+    cmim = CMIM(model, x)
+    earlier = cmim.report(model, [(x, None)])
+    assert cmim.report(model, [(x, None)], since=earlier).taps[0].flips == 0
+    if x.is_complex():
+        with pytest.raises(CMIMError, match="without shuffling"):
+            cmim.report(model, [(2 * x, None)], since=earlier)
+
+
 @pytest.mark.parametrize(
     "other",
     [
