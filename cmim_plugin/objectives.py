@@ -187,9 +187,8 @@ def _negatives(
     """
     negatives = ~torch.eye(n, n + queue, dtype=torch.bool, device=device)
     if labels is not None:
-        # In int64: the queue's -1 would be a class in an unsigned dtype.
-        labels = labels.long()
-        candidates = labels if queue_labels is None else torch.cat([labels, queue_labels.long()], -1)
+        labels = labels.long()  # unsigned ones do not compare with the queue's -1
+        candidates = labels if queue_labels is None else torch.cat([labels, queue_labels], -1)
         anchors = labels[..., None]
         negatives = negatives & ((anchors != candidates[..., None, :]) | (anchors < 0))
     if mask is not None:

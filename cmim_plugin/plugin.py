@@ -258,9 +258,9 @@ class CMIM(nn.Module):
         """Numbers for a logger or a progress bar. Reading them waits for the device.
 
         Returns:
-            In nats, each tap as of its last step: ``"cmim/loss"``, the weight times the mean loss (by layer weight),
-            ``"cmim/bound"``, the mean over the taps, and ``"cmim/worst_bound"``, the lowest; with ``all_taps`` also
-            ``"cmim/bound/<tap name>"``. No bounds where the objective gives none; empty before the first loss.
+            Figures in nats, each tap as of its last step. ``"cmim/loss"``, the weight times the mean loss (by layer
+            weight), ``"cmim/bound"``, the mean over the taps, and ``"cmim/worst_bound"``, the lowest; with ``all_taps``
+            also ``"cmim/bound/<tap name>"``. No bounds where the objective gives none; empty before the first loss.
         """
         return self.contrast.scalars(self.weight, all_taps)
 

@@ -154,7 +154,7 @@ class MemoryBank(nn.Module):
         z, row_indices, _, sizes = contrast.embeddings(captured, indices.to(self.entries.device), None)
         assert row_indices is not None
         rows = (side.split(list(sizes.values())) for side in (*z, row_indices))
-        total = z.sum() * 0
+        total = z.new_zeros(())
         for k, z_b, z_f, of_rows in zip(sizes, *rows, strict=True):
             if len(of_rows):
                 # In half precision, exp(s / temperature) would be another number.

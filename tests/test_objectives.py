@@ -198,10 +198,11 @@ def test_the_default_temperature_is_a_tenth():
 
 
 @each_objective
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint16, torch.uint8, torch.bool], ids=str)
 def test_entries_without_label_are_negatives_whatever_the_dtype_of_the_labels(objective, dtype):
     z_b, z_f, queue = unit(3), unit(3), {"queue_b": unit(2), "queue_f": unit(2)}
-    labels = torch.tensor([1, 0, 1], dtype=dtype) * (255 if dtype == torch.uint8 else 1)
+    label = 255 if dtype == torch.uint8 else 1
+    labels = torch.tensor([label, 0, label]).to(dtype)
     loss = objective(z_b, z_f, labels=labels, queue_labels=torch.tensor([-1, -1]), **queue)
     term = info_nce_term if objective is info_nce else partial(nce_term, num_samples=SAMPLES)
     lists = {name: tensor.tolist() for name, tensor in queue.items()}
