@@ -31,11 +31,9 @@ from .sampling import Schedule, advance, new_draws, stratified_indices
 from .teacher import Teacher
 from .text import table
 
-# Of each batch these are kept, to compare with another report: the codes at so many positions of each tap, and so many
-# values of each input.
-_KEPT = 64
-# Codes of all batches that are kept of a tap, one byte each.
-_MOST_CODES = 2**20
+# To compare with another report, each batch leaves the codes at so many positions of each tap, and so many values of
+# each input; all batches leave about so many codes of a tap, one byte each.
+_KEPT, _MOST_CODES = 64, 2**20
 # Scores no further apart are equal: clipped latents are often the very same.
 _NOISE = 1e-6
 
@@ -103,11 +101,9 @@ class Report:
 
         By the retrieval where the objective gives no bound, "" where there is neither.
         """
-        for figure in (lambda tap: tap.kept, lambda tap: tap.retrieval):
-            known = [tap for tap in self.taps if figure(tap) is not None]
-            if known:
-                return min(known, key=figure).name
-        return ""
+        kept = [(tap.kept, tap.name) for tap in self.taps if tap.kept is not None]
+        retrieved = [(tap.retrieval, tap.name) for tap in self.taps if tap.retrieval is not None]
+        return min(kept or retrieved, key=lambda figure: figure[0], default=(0.0, ""))[1]
 
     def flips(self, earlier: Report) -> dict[str, float]:
         """The share of the codes that differ from an earlier report, for the taps of both: ``{tap name: share}``.
@@ -120,8 +116,8 @@ class Report:
         _check_report(earlier)
         _check_same_inputs(self._inputs, earlier._inputs)
         found = {}
-        for name in [name for name in self._codes if name in earlier._codes]:
-            own, other = self._codes[name], earlier._codes[name]
+        for name, own in self._codes.items():
+            other = earlier._codes.get(name, {})
             batches = own.keys() & other.keys()
             if any(own[batch].shape != other[batch].shape for batch in batches):
                 raise CMIMError(f"Tap {name} has other channels or positions than in the earlier report.")
@@ -247,10 +243,11 @@ def measure(
     device = next((p.device for p in model.parameters()), contrast.heads.weights.device)
     tallies = [_Tally(contrast, k) for k in range(len(contrast.taps))]
     generator = torch.Generator("cpu").manual_seed(0)
-    # Before those of the schedule: the number of instances does not change which codes are kept.
+    # Drawn before those of the schedule: the number of instances does not change which codes are kept.
     draws = new_draws((_KEPT,), generator).to(device)
     schedule = Schedule(len(tallies), None, num_positions, generator, shared=False).to(device)
-    samples, seen = 0, list[Tensor]()
+    samples = 0
+    seen: list[Tensor] = []
 
     def observer(k: int, activation: Tensor, layout: Layout) -> None:
         tallies[k].count_codes(activation, layout, draws, len(seen))
@@ -267,7 +264,7 @@ def measure(
                 args, kwargs = _inputs_of(batch, inputs, device)
                 seen.append(_some_values((args, kwargs), draws))
                 if since is not None:
-                    # At the first batch that differs, not after the last one.
+                    # Now, not after the last batch.
                     _check_same_inputs(seen[-1:], since._inputs[len(seen) - 1 :])
                 model(*args, **kwargs)
                 captured = capture.pop()
@@ -352,7 +349,8 @@ class _Tally:
         self.retrieved += _retrieved(z_b, z_f)
         if hasattr(contrast.objective, "bound"):
             losses = contrast.objective(z_b[None], z_f[None], temperature=contrast.temperature, labels=None)
-            self.bound += n * float(contrast.objective.bound(losses[0], n - 1))
+            negatives = torch.tensor(n - 1, device="cpu")
+            self.bound += n * float(contrast.objective.bound(losses[0], negatives))
 
     def result(self) -> TapReport:
         """The figures."""

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import networks
-from cmim_plugin import CMIM, NCE, CMIMError, CMIMWarning, Report, distributed
+from cmim_plugin import CMIM, NCE, CMIMError, CMIMWarning, InfoNCE, Report, distributed
 from cmim_plugin import report as inside
 from networks import BIREAL, IRNET, REACTNET, assert_same, full_precision, random_states
 
@@ -355,6 +355,19 @@ def test_an_objective_of_the_users_own_has_no_bound_and_the_retrieval_says_who_l
     assert [tap.bound for tap in report.taps] == [None, None]
     assert report.worst == min(report.taps, key=lambda tap: tap.retrieval).name
     assert not any(key.endswith("/bound") for key in report.scalars())
+
+
+def test_a_bound_of_the_users_own_gets_the_number_of_negatives_as_a_tensor_as_in_training():
+    class Own(InfoNCE):
+        def bound(self, loss, num_negatives):
+            return num_negatives.log1p().mean() - loss
+
+    model, cmim = attached(objective=Own())
+    trained(model, cmim, steps=1)
+    plain = attached()
+    trained(*plain, steps=1)
+    assert cmim.scalars() == pytest.approx(plain[1].scalars())
+    assert cmim.report(model, HELD_OUT) == plain[1].report(plain[0], HELD_OUT)
 
 
 # -- flips ---------------------------------------------------------------------------------------------------------
@@ -814,6 +827,18 @@ def test_a_tap_whose_latent_is_not_found_in_eval_mode_is_left_out_with_a_warning
     with pytest.warns(CMIMWarning, match=r"another way .* \['3'\]"):
         report = cmim.report(model, HELD_OUT)
     assert [tap.name for tap in report.taps] == ["1"]
+
+
+def test_a_tap_whose_channels_were_pruned_is_told_of_or_left_out():
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), Binarize(CODES["-1, 1"]), nn.Conv2d(4, 3, 1))
+    model.extend([Binarize(CODES["-1, 1"]), nn.Conv2d(3, 3, 1), nn.Flatten()])
+    cmim = CMIM(model, X)
+    model[0], model[2] = nn.Conv2d(2, 3, 1), nn.Conv2d(3, 3, 1)
+    with pytest.warns(CMIMWarning, match=r"\['1'\]"):
+        assert [tap.name for tap in cmim.report(model, HELD_OUT).taps] == ["3"]
+    model[2], model[4] = nn.Conv2d(3, 2, 1), nn.Conv2d(2, 3, 1)
+    with pytest.raises(CMIMError, match="it has 3 channels, and had 4 when CMIM was attached"):
+        cmim.report(model, HELD_OUT)
 
 
 def test_a_model_that_goes_around_all_taps_in_eval_mode_is_refused():
