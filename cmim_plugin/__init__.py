@@ -14,7 +14,7 @@ for x, y in loader:
 
 from .discovery import BinaryActivation, find_binary_activations
 from .errors import CMIMError, CMIMWarning
-from .objectives import NCE, InfoNCE, count_negatives, info_nce, info_nce_bound, nce, nce_bound
+from .objectives import NCE, InfoNCE, count_negatives
 from .passes import Tap
 from .plugin import CMIM
 from .published import PublishedCMIM
@@ -36,9 +36,5 @@ __all__ = [
     "TapReport",
     "count_negatives",
     "find_binary_activations",
-    "info_nce",
-    "info_nce_bound",
-    "nce",
-    "nce_bound",
     "stratified_indices",
 ]

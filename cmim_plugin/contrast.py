@@ -18,7 +18,6 @@ from .heads import Heads
 from .negatives import Queue
 from .objectives import count_negatives
 from .passes import Pair, Pass, Tap
-from .sampling import Schedule
 
 # In the first steps we check that labels and mask leave a negative. The check synchronizes with the device.
 _FIRST_STEPS = 3
@@ -229,12 +228,6 @@ class Contrast(nn.Module):
     def _queued(self, k: int) -> int:
         queue = self.queues[k] if len(self.queues) else None
         return queue.filled if isinstance(queue, Queue) else 0
-
-    def sync(self, schedule: Schedule) -> None:
-        """Start from the state of rank 0 on all ranks."""
-        for part in (self, schedule):
-            distributed.start_alike(part, self.heads.weights.device)
-        self.synced = True
 
     def metrics(self) -> dict[str, dict[str, Tensor]]:
         """See :attr:`cmim_plugin.CMIM.metrics`."""

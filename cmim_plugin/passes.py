@@ -229,8 +229,6 @@ class Pass:
         """Take the rows of one side of a tap out of its activation."""
         tap, pair = self.taps[k], self.pairs[k]
         layout = tap.layouts[side]
-        if side == BINARY and self.observer is not None:
-            self.observer(k, x, layout)
         if side == BINARY and self.observer is None and not x.requires_grad:
             self.without_gradient.add(k)
             raise CMIMError(
@@ -243,6 +241,8 @@ class Pass:
                 f"it has {found} channels, and had {wanted} when CMIM was attached. After pruning, or after another "
                 "change of the layers, attach again"
             )
+        if side == BINARY and self.observer is not None:
+            self.observer(k, x, layout)
         rows = x.shape[0]
         pair.batch_size = rows
         if layout.windowed:

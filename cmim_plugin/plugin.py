@@ -59,9 +59,9 @@ class CMIM(nn.Module):
         taps_per_step: contrast so many taps a step, in turn, whose losses then stand for those of all: the mean
             gradient is the same, and the cost does not grow with depth. None for all; so does what is compiled or
             recorded in a CUDA graph.
-        objective: ``InfoNCE()``, the default, or ``NCE(num_samples=len(dataset))``. Or any function like
-            :func:`info_nce`, of the embeddings of several taps side by side, ``(taps, n, D)``, that returns their
-            losses, ``(taps,)``; with a method ``bound(loss, num_negatives)`` if it gives one.
+        objective: ``InfoNCE()``, the default, or ``NCE(num_samples=len(dataset))``. Or any function called like them,
+            of the embeddings of several taps side by side, ``(taps, n, D)``, that returns their losses, ``(taps,)``;
+            with a method ``bound(loss, num_negatives)`` if it gives one.
         temperature: of the critic.
         embed_dim: width ``D`` of the embeddings. None for 128, or 64 or 32 where the heads would hold more than a fifth
             of the network's parameters and more than 250,000.
@@ -211,7 +211,8 @@ class CMIM(nn.Module):
     def _sync(self) -> None:
         """Start from the state of rank 0, as soon as there are several ranks."""
         if not self.contrast.synced and distributed.ranks() > 1:
-            self.contrast.sync(self.schedule)
+            distributed.start_alike(self, self.heads.weights.device)
+            self.contrast.synced = True
 
     # -- figures -------------------------------------------------------------------------------------------------
 
@@ -248,9 +249,8 @@ class CMIM(nn.Module):
         """Numbers for a logger or a progress bar, each tap as of its last step. Reading them waits for the device.
 
         Returns:
-            In nats: ``"cmim/loss"``, the weighted loss, ``"cmim/bound"``, the mean over the taps, and
-            ``"cmim/worst_bound"``, the lowest; with ``all_taps`` also ``"cmim/bound/<tap name>"``. No bounds where the
-            objective gives none; empty before the first loss.
+            Nats: ``"cmim/loss"``, weighted; ``"cmim/bound"``, the mean over the taps; ``"cmim/worst_bound"``; and with
+            ``all_taps`` ``"cmim/bound/<tap name>"``. No bounds where the objective gives none; empty before a loss.
         """
         return self.contrast.scalars(self.weight, all_taps)
 

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import distributed
 from .contrast import Contrast, Losses
 from .errors import CMIMError
 from .objectives import NCE
@@ -21,34 +20,11 @@ from .sampling import advance, new_draws, seeded_generator
 _EPSILON = 1e-7
 
 
-def bank_nce(anchors: Tensor, candidates: Tensor, num_samples: int, temperature: float, normalizer: Tensor) -> Tensor:
-    """Noise-contrastive loss of anchors against entries of a memory bank, one direction (arXiv 1910.10699, eq. 9, 18).
-
-    ``L = -1/n sum_i [ log h(i, 0) + sum_{j > 0} log(1 - h(i, j)) ]`` with ``h = p / (p + N/M)`` and
-    ``p_ij = exp(s_ij) / normalizer``.
-
-    Args:
-        anchors: ``(n, D)`` unit rows.
-        candidates: ``(n, 1 + N, D)`` unit rows; the first is the anchor's own entry.
-        num_samples: ``M``, entries in the bank.
-        temperature: divides the inner products.
-        normalizer: 0-d, the constant that stands in for the partition function.
-
-    Returns:
-        0-d loss in nats.
-    """
-    p = (torch.einsum("nd,nkd->nk", anchors, candidates) / temperature).exp() / normalizer
-    noise = (candidates.shape[1] - 1) / num_samples
-    positive = (p[:, 0] / (p[:, 0] + noise + _EPSILON)).log()
-    negative = (noise / (p[:, 1:] + noise + _EPSILON)).log()
-    return -(positive.sum() + negative.sum()) / len(anchors)
-
-
 class PublishedCMIM(CMIM):
     """CMIM as we understand its authors' code, for comparison with their figures.
 
     A separate, pretrained full-precision network gives the other side; the last tap only; negatives from other classes,
-    out of a memory bank of both sides' embeddings that every sample of the training set has an entry in::
+    out of a memory bank in which every sample of the training set has an entry for each side::
 
         cmim = PublishedCMIM(model, example_input, teacher=teacher, targets=torch.tensor(train_set.targets))
         loss = criterion(model(x), y) + cmim(model, indices=indices)  # where the samples stand in the training set
@@ -110,15 +86,10 @@ class PublishedCMIM(CMIM):
             teacher=teacher,
             teacher_modules=teacher_modules,
         )
-        self.bank = MemoryBank(self.contrast, targets, num_negatives, momentum)
-        self.bank.to(self.heads.weights.device)
-
-    def _sync(self) -> None:
-        super()._sync()
-        bank = getattr(self, "bank", None)
-        if distributed.ranks() > 1 and bank is not None and not bank.synced:
-            distributed.start_alike(bank, bank.entries.device)
-            bank.synced = True
+        self.bank = MemoryBank(self.contrast, targets, num_negatives, momentum).to(self.heads.weights.device)
+        # Again, with the bank.
+        self.contrast.synced = False
+        self._sync()
 
     def forward(self, model: nn.Module, *, indices: Tensor) -> Tensor:  # type: ignore[override]
         """The weighted loss of the model's last forward pass, which is used up by it.
@@ -136,9 +107,18 @@ class PublishedCMIM(CMIM):
 class MemoryBank(nn.Module):
     """An entry for each side of each sample of the training set, and the loss against those of other classes.
 
+    Noise-contrastive (arXiv 1910.10699, eq. 9, 18), the sum over both directions:
+    ``L = -1/n sum_i [ log h(i, 0) + sum_{j > 0} log(1 - h(i, j)) ]`` with ``h = p / (p + N/M)`` and
+    ``p_ij = exp(s_ij) / Z``. Candidate 0 is the anchor's own entry of the other side; the ``N`` others are negatives.
+
     Args:
         contrast: of the taps.
         targets, num_negatives, momentum: see :class:`PublishedCMIM`.
+
+    Attributes:
+        entries: ``(taps, 2, M, D)`` unit rows, of the binary and of the full-precision side.
+        normalizers: ``(taps, 2)``, the constants ``Z`` that stand in for the partition functions: from the first batch.
+        draws: ``(N,)`` int64, a random sequence for each negative; a batch of any size reads on from it.
     """
 
     entries: Tensor
@@ -153,71 +133,66 @@ class MemoryBank(nn.Module):
         super().__init__()
         self.num_negatives = num_negatives
         self.momentum = momentum
-        #: Several ranks started from the same bank.
-        self.synced = False
         generator = seeded_generator()
         taps, dim = len(contrast.taps), contrast.heads.embed_dim
         with torch.device("cpu"):
-            classes, targets = targets.cpu().unique(return_inverse=True)
-            # The samples class by class, and where each class begins in that order.
-            order = targets.argsort(stable=True)
-            size = targets.bincount(minlength=len(classes))
+            targets = targets.cpu().unique(return_inverse=True)[1]
+            size = targets.bincount()
+            self.register_buffer("targets", targets, persistent=False)
+            # The samples class by class; where each class begins in that order, and how many samples it has.
+            self.register_buffer("order", targets.argsort(stable=True), persistent=False)
+            self.register_buffer("first", size.cumsum(0) - size, persistent=False)
+            self.register_buffer("size", size, persistent=False)
             drawn = torch.rand(taps, 2, len(targets), dim, generator=generator, dtype=torch.float32)
             self.register_buffer("entries", (2 * drawn - 1) * (3 / dim) ** 0.5)
             self.register_buffer("normalizers", torch.zeros(taps, 2, dtype=torch.float32))
-            # One random sequence for each negative; a batch of any size reads on from it.
             self.register_buffer("draws", new_draws((num_negatives,), generator))
-            for name, tensor in (
-                ("order", order),
-                ("first", size.cumsum(0) - size),
-                ("size", size),
-                ("targets", targets),
-            ):
-                self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, contrast: Contrast, captured: Pass, indices: Tensor) -> Tensor:
         """The weighted sum of the losses of all taps, 0-d."""
-        if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.is_floating_point():
-            raise CMIMError("indices must be (B,) integers: where the samples stand in the training set.")
-        for batch in {pair.batch_size for pair in captured.pairs.values() if pair.complete} - {len(indices)}:
-            raise CMIMError(f"indices must be one a sample, {batch} of them; found {len(indices)}.")
-        indices = indices.to(self.entries.device)
-        embedded = contrast.embed(captured, indices, None)
-        row_indices = embedded.labels
-        assert row_indices is not None
-        split = list(embedded.counts.values())
-        total = embedded.z.sum() * 0
-        sides = (*embedded.z, row_indices)
-        for k, z_b, z_f, at in zip(embedded.counts, *(side.split(split) for side in sides), strict=True):
-            if len(at):
-                # Scores in half precision, divided by the temperature and exponentiated, would be others.
+        self._check(captured, indices)
+        embedded = contrast.embed(captured, indices.to(self.entries.device), None)
+        assert embedded.labels is not None
+        rows = (side.split(list(embedded.counts.values())) for side in (*embedded.z, embedded.labels))
+        total = embedded.z.new_zeros(())
+        for k, z_b, z_f, of_rows in zip(embedded.counts, *rows, strict=True):
+            if len(of_rows):
+                # In half precision, exp(s / temperature) would be another number.
                 with torch.autocast(z_b.device.type, enabled=False):
-                    loss = self._loss(contrast, k, z_b, z_f, at)
+                    loss = self._loss(k, z_b, z_f, of_rows, contrast.temperature)
                 contrast.last[k] = Losses([k], loss.detach()[None], 1, self.num_negatives), 0
                 total = total + contrast.layer_weights[k] * loss
         return total
 
-    def _loss(self, contrast: Contrast, k: int, z_b: Tensor, z_f: Tensor, indices: Tensor) -> Tensor:
+    def _check(self, captured: Pass, indices: Tensor) -> None:
+        if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.is_floating_point():
+            raise CMIMError("indices must be (B,) integers: where the samples stand in the training set.")
+        complete = [pair for pair in captured.pairs.values() if pair.complete]
+        if complete and complete[0].batch_size != len(indices):
+            raise CMIMError(f"indices must be one a sample, {complete[0].batch_size} of them; found {len(indices)}.")
         count = len(self.targets)
-        if int(indices.min()) < 0 or int(indices.max()) >= count:
+        if bool(((indices < 0) | (indices >= count)).any()):
             found = f"{int(indices.min())} to {int(indices.max())}"
             raise CMIMError(f"indices must be those of the {count} samples of targets; found {found}.")
-        bank = self.entries[k]
-        chosen = torch.cat([indices[:, None], self.negatives(indices)], 1)
+
+    def _loss(self, k: int, z_b: Tensor, z_f: Tensor, indices: Tensor, temperature: float) -> Tensor:
+        """The loss of one tap; its entries move towards the embeddings."""
+        bank, count = self.entries[k], len(self.targets)
+        candidates = torch.cat([indices[:, None], self.negatives(indices)], 1)
+        noise = self.num_negatives / count
         loss = z_b.new_zeros(())
         for side, anchors in ((1, z_b), (0, z_f)):
-            candidates = bank[side][chosen]
+            exponentials = (torch.einsum("nd,nkd->nk", anchors, bank[side][candidates]) / temperature).exp()
             if not self.normalizers[k, side]:
-                with torch.no_grad():
-                    scores = torch.einsum("nd,nkd->nk", anchors, candidates) / contrast.temperature
-                    self.normalizers[k, side] = scores.exp().mean() * count
-            normalizer = self.normalizers[k, side].clone()
-            loss = loss + bank_nce(anchors, candidates, count, contrast.temperature, normalizer)
+                self.normalizers[k, side] = exponentials.detach().mean() * count
+            p = exponentials / self.normalizers[k, side].clone()
+            positive = (p[:, 0] / (p[:, 0] + noise + _EPSILON)).log()
+            negative = (noise / (p[:, 1:] + noise + _EPSILON)).log()
+            loss = loss - (positive.sum() + negative.sum()) / len(anchors)
         with torch.no_grad():
             for side, rows in enumerate((z_b, z_f)):
-                bank[side, indices] = F.normalize(
-                    self.momentum * bank[side, indices] + (1 - self.momentum) * rows, dim=1
-                )
+                moved = self.momentum * bank[side, indices] + (1 - self.momentum) * rows
+                bank[side, indices] = F.normalize(moved, dim=1)
         return loss
 
     def negatives(self, indices: Tensor) -> Tensor:

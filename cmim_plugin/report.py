@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -21,24 +21,21 @@ from torch import Tensor, nn
 
 from . import distributed
 from .capture import Capture
-from .contrast import Contrast, check_rows
+from .contrast import Contrast
 from .discovery import BatchSource, Layout, is_two_valued
-from .discovery.inputs import as_inputs, tensors_in
+from .discovery.inputs import as_inputs, mapped, tensors_in
 from .discovery.state import force_eager, preserve_generators
 from .errors import CMIMError, CMIMWarning
 from .passes import Pass
-from .sampling import Schedule, new_draws, stratified_indices
+from .sampling import Schedule, advance, new_draws, stratified_indices
 from .teacher import Teacher
 from .text import table
 
-# Positions of a batch whose codes are kept, to count flips by, and how many codes a tap keeps of all batches.
-_POSITIONS, _CODES = 64, 2**20
-# Values of each input of a batch by which another report knows it again.
-_VALUES = 64
+# To compare with another report, each batch leaves the codes at so many positions of each tap, and so many values of
+# each input; all batches leave about so many codes of a tap, one byte each.
+_KEPT, _MOST_CODES = 64, 2**20
 # Scores no further apart are equal: clipped latents are often the very same.
 _NOISE = 1e-6
-# Anchors whose scores are held at once.
-_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -93,10 +90,10 @@ class Report:
     instances: str
     rank: int = 0
     ranks: int = 1
-    # A sample of the codes: of each tap, for each batch, the bits of one number and how many they are.
-    _codes: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
-    # Some values of the inputs of each batch.
-    _seen: list[tuple[float, ...]] = field(default_factory=list)
+    # Tap name -> number of the batch -> the codes at some positions, (n, channels) bool.
+    _codes: dict[str, dict[int, Tensor]] = field(default_factory=dict, compare=False)
+    # Of each batch some values of its inputs.
+    _inputs: list[Tensor] = field(default_factory=list, compare=False)
 
     @property
     def worst(self) -> str:
@@ -104,11 +101,9 @@ class Report:
 
         By the retrieval where the objective gives no bound, "" where there is neither.
         """
-        for figure in (lambda tap: tap.kept, lambda tap: tap.retrieval):
-            known = [tap for tap in self.taps if figure(tap) is not None]
-            if known:
-                return min(known, key=figure).name
-        return ""
+        kept = [(tap.kept, tap.name) for tap in self.taps if tap.kept is not None]
+        retrieved = [(tap.retrieval, tap.name) for tap in self.taps if tap.retrieval is not None]
+        return min(kept or retrieved, key=lambda figure: figure[0], default=(0.0, ""))[1]
 
     def flips(self, earlier: Report) -> dict[str, float]:
         """The share of the codes that differ from an earlier report, for the taps of both: ``{tap name: share}``.
@@ -118,20 +113,17 @@ class Report:
         Raises:
             CMIMError: the two saw other inputs, or in another order, or have no tap in common.
         """
-        if not isinstance(earlier, Report):
-            raise CMIMError(f"An earlier report is needed, as cmim.report() gave it; found a {type(earlier).__name__}.")
-        _check_same(zip(self._seen, earlier._seen, strict=False))
+        _check_report(earlier)
+        _check_same_inputs(self._inputs, earlier._inputs)
         found = {}
         for name, own in self._codes.items():
-            differing = counted = 0
-            for (bits, count), (others, other) in zip(own, earlier._codes.get(name, []), strict=False):
-                if count and other and count != other:
-                    raise CMIMError(f"Tap {name} has other channels or positions than in the earlier report.")
-                if count and other:
-                    differing += (bits ^ others).bit_count()
-                    counted += count
-            if counted:
-                found[name] = differing / counted
+            other = earlier._codes.get(name, {})
+            batches = own.keys() & other.keys()
+            if any(own[batch].shape != other[batch].shape for batch in batches):
+                raise CMIMError(f"Tap {name} has other channels or positions than in the earlier report.")
+            if batches:
+                differing = sum(int((own[batch] != other[batch]).sum()) for batch in batches)
+                found[name] = differing / sum(own[batch].numel() for batch in batches)
         if not found:
             raise CMIMError(f"No tap in common: {list(self._codes)} here, {list(earlier._codes)} in the earlier one.")
         return found
@@ -171,33 +163,31 @@ class Report:
             ("own latent retrieved (%)", lambda tap: tap.retrieval),
             ("codes +1 (%)", lambda tap: 100 * tap.plus),
             ("channels of one code (%)", lambda tap: 100 * (tap.dead + tap.saturated) / tap.channels),
-            ("codes flipped (%)", lambda tap: None if tap.flips is None else 100 * tap.flips),
         ]
-        if all(tap.flips is None for tap in self.taps):
-            panels.pop()
+        if any(tap.flips is not None for tap in self.taps):
+            panels.append(("codes flipped (%)", lambda tap: None if tap.flips is None else 100 * tap.flips))
+        bars = [("before", before, "lightgray")] if before is not None else []
+        bars.append(("now", self, "tab:blue"))
+        height = 0.8 / len(bars)
         names = [tap.name for tap in self.taps]
-        height = 0.8 if before is None else 0.4
-        bars = [("now", self, "tab:blue", 0.0 if before is None else height / 2)]
-        if before is not None:
-            bars.insert(0, ("before", before, "lightgray", -height / 2))
         figure = Figure(figsize=(2 + 3 * len(panels), 1.5 + 0.3 * len(names)), layout="constrained")
         row = figure.subplots(1, len(panels), sharey=True)
         for axes, (title, figure_of) in zip(row, panels, strict=True):
-            for label, report, color, shift in bars:
+            for i, (label, report, color) in enumerate(bars):
                 drawn = [tap for tap in report.taps if tap.name in names]
-                widths = [math.nan if (value := figure_of(tap)) is None else value for tap in drawn]
-                axes.barh([names.index(t.name) + shift for t in drawn], widths, height, color=color, label=label)
+                places = [names.index(tap.name) + (i + 0.5) * height - 0.4 for tap in drawn]
+                axes.barh(places, _with_nan(map(figure_of, drawn)), height, color=color, label=label)
             axes.set_title(title, fontsize=10)
             if title.endswith("(%)"):
                 axes.set_xlim(0, 100)
-        ceilings = [math.nan if tap.ceiling is None else tap.ceiling for tap in self.taps]
+        ceilings = _with_nan(tap.ceiling for tap in self.taps)
         row[0].plot(ceilings, range(len(names)), "k|", markersize=10, label="at most")
         row[0].legend(fontsize=8)
         row[2].axvline(50, color="black", linewidth=0.8, linestyle=":")
         row[0].set_yticks(range(len(names)), names)
         row[0].invert_yaxis()
-        for tick in row[0].get_yticklabels():
-            if tick.get_text() == self.worst:
+        for tick, name in zip(row[0].get_yticklabels(), names, strict=True):
+            if name == self.worst:
                 tick.set(color="tab:red", fontweight="bold")
         figure.suptitle(f"{self._title()}; red: loses the most", fontsize=10)
         figure.savefig(path, dpi=120)
@@ -248,21 +238,22 @@ def measure(
         raise CMIMError(f"max_batches must be an integer, 1 or more, or None for all; found {max_batches!r}.")
     if isinstance(loader, Tensor):
         raise CMIMError("The loader must give batches: for a single batch x, pass [x]; found a tensor.")
-    if since is not None and not isinstance(since, Report):
-        raise CMIMError(f"since must be an earlier report of cmim.report(); found a {type(since).__name__}.")
+    if since is not None:
+        _check_report(since)
     device = next((p.device for p in model.parameters()), contrast.heads.weights.device)
-    tallies = [_Tally(tap.name, tap.channels) for tap in contrast.taps]
-    # Generators of their own: another number of instances does not move the positions whose codes are kept.
-    for_codes, for_instances = (torch.Generator("cpu").manual_seed(seed) for seed in (0, 1))
-    code_draws = torch.empty(0, dtype=torch.int64, device="cpu")
+    tallies = [_Tally(contrast, k) for k in range(len(contrast.taps))]
+    generator = torch.Generator("cpu").manual_seed(0)
+    # Drawn before those of the schedule: the number of instances does not change which codes are kept.
+    draws = new_draws((_KEPT,), generator).to(device)
+    schedule = Schedule(len(tallies), None, num_positions, generator, shared=False).to(device)
+    samples = 0
+    seen: list[Tensor] = []
 
     def observer(k: int, activation: Tensor, layout: Layout) -> None:
-        tallies[k].look(activation.detach(), layout, code_draws)
+        tallies[k].count_codes(activation, layout, draws, len(seen))
 
-    schedule = Schedule(len(tallies), None, num_positions, for_instances, shared=False).to(device)
     before = None if teacher is None else teacher.deliver
     capture = Capture(model, contrast.taps, schedule, batch_source, observer, before)
-    samples, seen = 0, []
     failures: dict[int | None, str] = {}
     # A loader that shuffles or augments draws from the generators, too: they are kept around all of it.
     with preserve_generators(model.parameters()), torch.no_grad(), _evaluating(model), force_eager():
@@ -270,46 +261,45 @@ def measure(
         try:
             for batch in itertools.islice(loader, max_batches):
                 args, kwargs = _inputs_of(batch, inputs, device)
-                code_draws = new_draws((_POSITIONS,), for_codes)
-                seen.append(_fingerprint((args, kwargs), new_draws((_VALUES,), for_codes)))
+                seen.append(_some_values((args, kwargs), draws))
                 if since is not None:
-                    _check_same(zip(seen[-1:], since._seen[len(seen) - 1 :], strict=False))
-                for tally in tallies:
-                    tally.begin()
+                    # Now, not after the last batch.
+                    _check_same_inputs(seen[-1:], since._inputs[len(seen) - 1 :])
                 model(*args, **kwargs)
                 captured = capture.pop()
-                schedule.advance()
                 failures.update(captured.failures)
-                for k, tally in enumerate(tallies):
-                    tally.contrast(contrast, k, captured)
+                for tally in tallies:
+                    tally.contrast_rows(captured)
                 samples += max(pair.batch_size for pair in captured.pairs.values())
+                advance(draws)
+                schedule.advance()
         finally:
             capture.detach()
     if not seen:
         raise CMIMError("The loader gave no batch: nothing to report on. (A generator that was used up does that.)")
-    astray = [tally.name for tally in tallies if tally.astray or not tally.values]
-    if len(astray) == len(tallies):
+    found = [tally for tally in tallies if tally.positions and not tally.astray]
+    if not found:
         why = f" {next(iter(failures.values()))}." if failures else ""
         raise CMIMError(
             f"In eval mode the model reached none of the taps with a binary activation and its latent.{why}"
         )
-    if astray:
+    if len(found) < len(tallies):
+        astray = [tally.tap.name for tally in tallies if tally not in found]
         warnings.warn(
             f"In eval mode the model takes another way than in training, and the pairs of these taps were not found: "
             f"{astray}. The report leaves them out.",
             CMIMWarning,
             stacklevel=3,
         )
-    kept = [tally for tally in tallies if tally.name not in astray]
     report = Report(
-        tuple(tally.result() for tally in kept),
-        samples,
-        len(seen),
-        "image" if num_positions is None else "position",
-        distributed.rank(),
-        distributed.ranks(),
-        {tally.name: tally.codes for tally in kept},
-        seen,
+        taps=tuple(tally.result() for tally in found),
+        samples=samples,
+        batches=len(seen),
+        instances="image" if num_positions is None else "position",
+        rank=distributed.rank(),
+        ranks=distributed.ranks(),
+        _codes={tally.tap.name: tally.codes for tally in found},
+        _inputs=seen,
     )
     if since is None:
         return report
@@ -320,90 +310,74 @@ def measure(
 class _Tally:
     """The sums of one tap over the batches."""
 
-    def __init__(self, name: str, channels: int) -> None:
-        self.name = name
-        self.channels = channels
-        # Another tensor was found where the binary activation is in training, or one side only.
+    def __init__(self, contrast: Contrast, k: int) -> None:
+        self.contrast = contrast
+        self.k = k
+        self.tap = contrast.taps[k]
+        #: Another tensor was found where the binary activation is in training, or one side only.
         self.astray = False
-        # Higher codes of each channel, and of how many.
-        self.higher: Tensor | int = 0
-        self.values = 0
-        self.codes: list[tuple[int, int]] = []
-        self.kept = 0
+        self.positions = 0
+        #: Of each channel, how many positions have the higher code.
+        self.higher = torch.zeros(self.tap.channels, dtype=torch.int64, device="cpu")
+        self.codes: dict[int, Tensor] = {}
         self.instances = 0
-        self.bound: float | None = 0.0
-        self.ceiling = 0.0
-        self.retrieved = 0.0
+        self.bound = self.ceiling = self.retrieved = 0.0
 
-    def begin(self) -> None:
-        """A batch starts: no codes of it yet."""
-        self.codes.append((0, 0))
-
-    def look(self, activation: Tensor, layout: Layout, draw: Tensor) -> None:
+    def count_codes(self, activation: Tensor, layout: Layout, draws: Tensor, batch: int) -> None:
         """Count the codes of a_B, all of them, and keep some."""
-        if not self.values and not is_two_valued(activation, layout):
+        if not self.positions and not is_two_valued(activation, layout):
             self.astray = True
-        shape = activation.shape
-        higher = _higher(activation)
-        per_channel, positions = _by_channel(higher, layout)
-        self.higher = self.higher + per_channel.sum((0, positions))
-        self.values += higher.numel() // self.channels
-        if self.kept < _CODES:
-            index = stratified_indices(draw.to(activation.device), layout.positions(shape))
-            bits = higher.take(layout.elements(index, shape)).flatten()
-            self.codes[-1] = (_packed(bits), len(bits))
-            self.kept += len(bits)
+        codes = layout.channel_vectors(_is_higher(activation)).flatten(0, 1)
+        self.positions += len(codes)
+        self.higher += codes.sum(0).cpu()
+        if sum(kept.numel() for kept in self.codes.values()) < _MOST_CODES:
+            self.codes[batch] = codes[stratified_indices(draws, len(codes))].cpu()
 
-    def contrast(self, contrast: Contrast, k: int, captured: Pass) -> None:
+    def contrast_rows(self, captured: Pass) -> None:
         """Bound and retrieval of one batch."""
-        binary, latent = captured.pairs[k].rows
+        binary, latent = captured.pairs[self.k].rows
         if (binary is None) != (latent is None):
             self.astray = True
         if binary is None or latent is None or len(binary) < 2:
             return
-        check_rows(contrast.taps[k], binary, latent, contrast.heads.weights.device)
-        z_b, z_f = contrast.heads([k], [(binary, latent)])
+        contrast = self.contrast
+        z_b, z_f = contrast.heads([self.k], [(binary, latent)])
         n = len(z_b)
         self.instances += n
         self.ceiling += n * math.log(n)
         self.retrieved += _retrieved(z_b, z_f)
-        bound = getattr(contrast.objective, "bound", None)
-        if bound is None or self.bound is None:
-            self.bound = None
-        else:
+        if hasattr(contrast.objective, "bound"):
             losses = contrast.objective(z_b[None], z_f[None], temperature=contrast.temperature, labels=None)
-            self.bound += n * float(bound(losses[0], torch.tensor(n - 1, device="cpu")))
+            negatives = torch.tensor(n - 1, device="cpu")
+            self.bound += n * float(contrast.objective.bound(losses[0], negatives))
 
     def result(self) -> TapReport:
         """The figures."""
-        assert isinstance(self.higher, Tensor)
-        n = self.instances
+        n, has_bound = self.instances, hasattr(self.contrast.objective, "bound")
         return TapReport(
-            self.name,
-            self.channels,
-            bound=self.bound / n if n and self.bound is not None else None,
+            self.tap.name,
+            self.tap.channels,
+            bound=self.bound / n if n and has_bound else None,
             ceiling=self.ceiling / n if n else None,
             retrieval=100 * self.retrieved / n if n else None,
-            plus=int(self.higher.sum()) / (self.values * self.channels),
+            plus=int(self.higher.sum()) / (self.positions * self.tap.channels),
             dead=int((self.higher == 0).sum()),
-            saturated=int((self.higher == self.values).sum()),
+            saturated=int((self.higher == self.positions).sum()),
         )
 
 
 def _retrieved(z_b: Tensor, z_f: Tensor) -> float:
     """How many rows of ``z_b`` are nearest to their own row of ``z_f``; one in ``k`` where ``k`` are equally near."""
-    found = 0.0
-    for first, anchors in zip(range(0, len(z_b), _AT_ONCE), z_b.split(_AT_ONCE), strict=True):
-        with torch.autocast(z_b.device.type, enabled=False):
-            scores = anchors @ z_f.mT
-        own = scores.diagonal(first)[:, None]
-        # NaN compares false: it finds nothing.
-        nearest = (scores <= own + _NOISE).all(1)
-        found += float((nearest / (scores >= own - _NOISE).sum(1).clamp_min(1)).sum())
-    return found
+    with torch.autocast(z_b.device.type, enabled=False):
+        scores = z_b @ z_f.mT
+    own = scores.diagonal()[:, None]
+    # NaN compares false: it finds nothing.
+    nearest = (scores <= own + _NOISE).all(1)
+    equally_near = (scores >= own - _NOISE).sum(1).clamp_min(1)
+    return float((nearest / equally_near).sum())
 
 
-def _higher(activation: Tensor) -> Tensor:
+def _is_higher(activation: Tensor) -> Tensor:
     """Which codes are the higher of the two: bool, shaped like the activation.
 
     Above zero, which also holds where each channel or sample has a scale of its own; between the two where both are of
@@ -415,65 +389,45 @@ def _higher(activation: Tensor) -> Tensor:
     return activation > torch.where(one_sign, low / 2 + high / 2, 0)
 
 
-def _by_channel(x: Tensor, layout: Layout) -> tuple[Tensor, int]:
-    """``(rows, channels, positions)`` or ``(rows, positions, channels)``, and which dimension the positions are."""
-    if layout.spatial is None:
-        return x.reshape(x.shape[0], -1, x.shape[-1]), 1
-    return x.reshape(x.shape[0], layout.channels(x.shape), -1), 2
-
-
-def _packed(bits: Tensor) -> int:
-    """One number of all bits; the count of those that differ between two is ``(a ^ b).bit_count()``."""
-    padded = torch.cat([bits, bits.new_zeros(-len(bits) % 8)]).view(-1, 8).to(torch.uint8)
-    powers = 2 ** torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return int.from_bytes(bytes((padded * powers).sum(1, dtype=torch.uint8).tolist()), "little")
-
-
-def _fingerprint(inputs: Any, draw: Tensor) -> tuple[float, ...]:
-    """Some values of each tensor among the inputs."""
-    found: list[float] = []
+def _some_values(inputs: Any, draws: Tensor) -> Tensor:
+    """Some values of each dense tensor among the inputs, by which another report knows the batch again."""
+    found = [torch.empty(0, dtype=torch.float64, device="cpu")]
     for _, tensor in tensors_in(inputs):
-        if tensor.numel():
-            index = stratified_indices(draw, tensor.numel()).to(tensor.device)
-            found += tensor.detach().reshape(-1)[index].cpu().double().nan_to_num().tolist()
-    return tuple(found)
+        if tensor.layout == torch.strided and not tensor.is_nested:
+            found.append(tensor.flatten()[stratified_indices(draws, tensor.numel())].cpu())
+    return torch.cat(found).nan_to_num()
 
 
-def _check_same(batches: Iterable[tuple[tuple[float, ...], tuple[float, ...]]]) -> None:
-    if any(own != other for own, other in batches):
+def _check_same_inputs(own: Sequence[Tensor], earlier: Sequence[Tensor]) -> None:
+    if not all(torch.equal(*batches) for batches in zip(own, earlier, strict=False)):
         raise CMIMError(
             "The two reports saw other inputs, or the same ones in another order, so their codes cannot be compared: "
             "give both a loader without shuffling and random augmentation, with the same batch size."
         )
 
 
+def _check_report(earlier: object) -> None:
+    if not isinstance(earlier, Report):
+        raise CMIMError(f"An earlier report is needed, as cmim.report() gave it; found a {type(earlier).__name__}.")
+
+
 def _inputs_of(
     batch: Any, inputs: Callable[[Any], Any] | None, device: torch.device
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword inputs of the model, on its device."""
-    found = inputs(batch) if inputs is not None else batch
-    if inputs is None and isinstance(batch, (tuple, list, Mapping)):
+    if inputs is not None:
+        found = inputs(batch)
+    elif isinstance(batch, (tuple, list, Mapping)):
         found = next(iter(batch.values() if isinstance(batch, Mapping) else batch), None)
+    else:
+        found = batch
     if not isinstance(found, (Tensor, tuple, list, Mapping)):
         what = "inputs= returned" if inputs is not None else "the first element of a batch is"
         raise CMIMError(
             "The input of the model must be a tensor, a tuple of positional inputs or a dict of keyword inputs; "
             f"{what} a {type(found).__name__}. Pass inputs=, a function from a batch to it."
         )
-    args, kwargs = as_inputs(found)
-    return tuple(_moved(value, device) for value in args), {key: _moved(value, device) for key, value in kwargs.items()}
-
-
-def _moved(tree: Any, device: torch.device) -> Any:
-    """The same structure with its tensors on the device."""
-    if isinstance(tree, Tensor):
-        return tree.to(device)
-    if isinstance(tree, Mapping):
-        return {key: _moved(value, device) for key, value in tree.items()}
-    if isinstance(tree, (tuple, list)):
-        items = [_moved(value, device) for value in tree]
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-    return tree
+    return mapped(as_inputs(found), lambda _, value: value.to(device) if isinstance(value, Tensor) else value)
 
 
 @contextlib.contextmanager
@@ -484,10 +438,14 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        model.train(modes[0][1])
+        model.train(modes[0][1])  # a module may do more than to keep its mode
         for module, training in modes:
             module.training = training
 
 
 def _text(form: str, value: float | None) -> str:
     return "-" if value is None else form.format(value)
+
+
+def _with_nan(values: Iterable[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]

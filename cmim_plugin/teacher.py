@@ -35,18 +35,18 @@ class Teacher:
         self, model: nn.Module, example_input: Any, taps: tuple[Tap, ...], modules: Mapping[str, str] | None
     ) -> None:
         self.model = model.eval()
-        modules = dict(modules or {})
-        known = dict(model.named_modules(remove_duplicate=False))
-        unknown = sorted(set(modules) - {tap.name for tap in taps})
+        names = {tap.name: (modules or {}).get(tap.name, tap.module) for tap in taps}
+        unknown = sorted(set(modules or ()) - names.keys())
         if unknown:
-            raise CMIMError(f"teacher_modules names taps that do not exist: {unknown}. Taps: {[t.name for t in taps]}.")
-        self._names = [modules.get(tap.name, tap.module) for tap in taps]
-        missing = {tap.name: name for tap, name in zip(taps, self._names, strict=True) if name not in known}
+            raise CMIMError(f"teacher_modules names taps that do not exist: {unknown}. Taps: {list(names)}.")
+        known = dict(model.named_modules(remove_duplicate=False))
+        missing = {tap: module for tap, module in names.items() if module not in known}
         if missing:
             raise CMIMError(
                 f"The teacher has no module for these taps: {missing}. Say which it is with "
                 f"teacher_modules={{tap name: teacher module name}}. The teacher's modules: {list(known)[1:]}."
             )
+        self._names = list(names.values())
         self._modules = [known[name] for name in self._names]
         # Which call of the teacher's module: the same as of the module that binarizes.
         self._calls = [tap.binary.call for tap in taps]
@@ -55,29 +55,30 @@ class Teacher:
         self.taps = tuple(_taught(tap, x.shape) for tap, x in zip(taps, activations, strict=True))
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        counts: dict[nn.Module, int] = {}
+        """The teacher's activation of each tap."""
+        calls: dict[nn.Module, int] = {}
         seen: dict[int, Tensor] = {}
 
         def pick(module: nn.Module, inputs: Any, keywords: Any, output: Any) -> None:
-            call = counts.get(module, 0)
-            counts[module] = call + 1
+            call = calls.get(module, 0)
+            calls[module] = call + 1
             weight = getattr(module, "weight", None)
             source = (inputs, keywords) if isinstance(weight, Tensor) and weight.ndim >= 2 else output
-            for tap, wanted in enumerate(self._modules):
-                if wanted is module and (self._calls[tap] == call or tap not in seen):
-                    seen[tap] = next(t for _, t in tensors_in(source))
+            for k, wanted in enumerate(self._modules):
+                if wanted is module and (self._calls[k] == call or k not in seen):
+                    seen[k] = next(t for _, t in tensors_in(source))
 
-        handles = [m.register_forward_hook(pick, with_kwargs=True) for m in set(self._modules)]
+        handles = [module.register_forward_hook(pick, with_kwargs=True) for module in set(self._modules)]
         try:
             with torch.no_grad():
                 self.model(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
-        silent = [name for tap, name in enumerate(self._names) if tap not in seen]
+        silent = [name for k, name in enumerate(self._names) if k not in seen]
         if silent:
             raise CMIMError(f"These modules of the teacher did not run in its forward: {silent}.")
-        return [seen[tap] for tap in range(len(self._names))]
+        return [seen[k] for k in range(len(self._names))]
 
     def deliver(self, to: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run the teacher on a batch and hand its activations over as the latent side."""

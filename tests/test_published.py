@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from cmim_plugin import CMIM, CMIMError, PublishedCMIM
-from networks import assert_same, network, teacher
+from cmim_plugin import CMIM, CMIMError, CMIMWarning, PublishedCMIM, find_binary_activations
+from networks import Binary, assert_same, network, teacher
 
 TARGETS = torch.tensor([7, 2, 7, 4, 2, 2, 4, 7, 7, 4])
 SAMPLES = len(TARGETS)
@@ -164,6 +164,31 @@ def test_settings_that_do_not_fit_are_refused_and_the_model_has_no_hook(settings
     with pytest.raises(CMIMError, match=said):
         PublishedCMIM(model, X, **settings)
     assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+class Skipping(nn.Module):
+    """Two activations, of which the second can be left out."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 3, 1)
+        self.first, self.second = activation(), activation()
+        self.skip = False
+
+    def forward(self, x):
+        x = self.first(self.conv1(x))
+        return self.conv3(x if self.skip else self.second(self.conv2(x))).mean((2, 3))
+
+
+def test_a_tap_that_a_pass_did_not_reach_adds_nothing():
+    model = Skipping(Binary)
+    names = [found.name for found in find_binary_activations(model, X)]
+    cmim = PublishedCMIM(model, X, teacher=Skipping(nn.ReLU), targets=TARGETS, taps=names)
+    model.skip = True
+    model(X)
+    with pytest.warns(CMIMWarning, match=f"did not reach tap {names[1]}"):
+        loss = cmim(model, indices=torch.arange(4))
+    assert loss.isfinite() and list(cmim.metrics) == names[:1]
 
 
 def test_autocast_does_not_reach_heads_and_critic():

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import networks
-from cmim_plugin import CMIM, NCE, CMIMError, CMIMWarning, Report, distributed
+from cmim_plugin import CMIM, NCE, CMIMError, CMIMWarning, InfoNCE, Report, distributed
 from cmim_plugin import report as inside
 from networks import BIREAL, IRNET, REACTNET, assert_same, full_precision, random_states
 
@@ -305,6 +305,17 @@ def test_tokens_have_their_channels_last():
     assert report.taps[0].plus == pytest.approx((model[0](x) >= 0).double().mean().item(), abs=1e-9)
 
 
+@pytest.mark.parametrize("codes", ["-1, 1", "0, 1"])
+@pytest.mark.parametrize("bias", [99.0, -99.0])
+def test_a_layer_of_one_code_is_dead_or_saturated_by_its_sign(codes, bias):
+    model = nn.Sequential(nn.Linear(3, 5), Binarize(CODES[codes]), nn.Linear(5, 2))
+    x = torch.randn(6, 7, 3)
+    cmim = CMIM(model, x)
+    nn.init.constant_(model[0].bias, bias)
+    tap = cmim.report(model, [x]).taps[0]
+    assert (tap.dead, tap.saturated) == ((0, 5) if bias > 0 else (5, 0))
+
+
 def test_a_layer_that_tells_nothing_apart_has_a_bound_of_zero_and_retrieves_by_chance():
     model, cmim = attached(instances="image")
     model.conv1.weight.data.zero_()
@@ -314,17 +325,14 @@ def test_a_layer_that_tells_nothing_apart_has_a_bound_of_zero_and_retrieves_by_c
     assert report.taps[0].dead + report.taps[0].saturated == 4
 
 
-def test_retrieval_in_slices_is_retrieval_at_once(monkeypatch):
+def test_retrieval_of_rows_that_are_as_near_as_each_other_is_that_of_a_plain_loop():
     z_b, z_f = nn.functional.normalize(torch.randn(2, 23, 6), dim=2)
     z_f[5:8] = z_b[6]  # three are as near as each other
     z_b[20], z_b[1] = z_f[20], z_f[1]
-    monkeypatch.setattr(inside, "_AT_ONCE", 100)
-    at_once = inside._retrieved(z_b, z_f)
-    monkeypatch.setattr(inside, "_AT_ONCE", 5)
-    assert inside._retrieved(z_b, z_f) == pytest.approx(at_once)
+    found = inside._retrieved(z_b, z_f)
     near = [[sum(p * q for p, q in zip(b, f, strict=True)) for f in z_f.tolist()] for b in z_b.tolist()]
-    assert at_once == pytest.approx(sum(loop_retrieved(row, i) for i, row in enumerate(near)))
-    assert at_once % 1 == pytest.approx(1 / 3) and at_once > 2
+    assert found == pytest.approx(sum(loop_retrieved(row, i) for i, row in enumerate(near)))
+    assert found % 1 == pytest.approx(1 / 3) and found > 2
 
 
 def test_batches_of_one_instance_have_codes_but_nothing_to_contrast():
@@ -347,6 +355,19 @@ def test_an_objective_of_the_users_own_has_no_bound_and_the_retrieval_says_who_l
     assert [tap.bound for tap in report.taps] == [None, None]
     assert report.worst == min(report.taps, key=lambda tap: tap.retrieval).name
     assert not any(key.endswith("/bound") for key in report.scalars())
+
+
+def test_a_bound_of_the_users_own_gets_the_number_of_negatives_as_a_tensor_as_in_training():
+    class Own(InfoNCE):
+        def bound(self, loss, num_negatives):
+            return num_negatives.log1p().mean() - loss
+
+    model, cmim = attached(objective=Own())
+    trained(model, cmim, steps=1)
+    plain = attached()
+    trained(*plain, steps=1)
+    assert cmim.scalars() == pytest.approx(plain[1].scalars())
+    assert cmim.report(model, HELD_OUT) == plain[1].report(plain[0], HELD_OUT)
 
 
 # -- flips ---------------------------------------------------------------------------------------------------------
@@ -402,6 +423,27 @@ def test_the_same_inputs_are_known_again_with_nan_among_them():
     assert set(cmim.report(model, loader).flips(earlier).values()) == {0.0}
 
 
+@pytest.mark.filterwarnings("error:Casting complex")
+@pytest.mark.parametrize(
+    "read, x",
+    [
+        (lambda x: x.to_dense(), torch.eye(8).to_sparse()),
+        (lambda x: x.to_padded_tensor(0.0), torch.nested.nested_tensor([X[0].view(-1, 8), X[1:3].reshape(-1, 8)])),
+        (lambda x: torch.view_as_real(x).flatten(1), torch.arange(16).view(4, 4) * 1j),
+    ],
+    ids=["sparse", "nested", "complex"],
+)
+def test_inputs_of_any_layout_are_reported_on(read, x):
+    model = nn.Sequential(nn.Linear(8, 5), Binarize(CODES["-1, 1"]), nn.Linear(5, 2))
+    model.register_forward_pre_hook(lambda module, args: read(*args))
+    cmim = CMIM(model, x)
+    earlier = cmim.report(model, [(x, None)])
+    assert cmim.report(model, [(x, None)], since=earlier).taps[0].flips == 0
+    if x.is_complex():
+        with pytest.raises(CMIMError, match="without shuffling"):
+            cmim.report(model, [(2 * x, None)], since=earlier)
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -420,6 +462,14 @@ def test_flips_against_other_inputs_are_refused(other):
         cmim.report(model, other, since=earlier)
     with pytest.raises(CMIMError, match="without shuffling"):
         cmim.report(model, other).flips(earlier)
+
+
+def test_other_inputs_are_told_at_the_first_batch_that_differs():
+    model, cmim = attached()
+    loader = iter([HELD_OUT[0], HELD_OUT[2], HELD_OUT[1]])
+    with pytest.raises(CMIMError, match="without shuffling"):
+        cmim.report(model, loader, since=cmim.report(model, HELD_OUT))
+    assert next(loader) is HELD_OUT[1]
 
 
 def test_flips_against_something_else_are_refused():
@@ -444,11 +494,11 @@ def test_flips_against_something_else_are_refused():
 
 def test_a_bounded_number_of_codes_is_kept(monkeypatch):
     model, cmim = attached()
-    monkeypatch.setattr(inside, "_CODES", 300)
+    monkeypatch.setattr(inside, "_MOST_CODES", 300)
     report = cmim.report(model, batches(9))
     for codes in report._codes.values():
-        assert [count for _, count in codes] == [256, 256, 0, 0, 0, 0, 0, 0, 0]
-        assert all(bits < 2**256 for bits, _ in codes)
+        assert [kept.shape for kept in codes.values()] == [(64, 4), (64, 4)]
+        assert all(kept.dtype == torch.bool for kept in codes.values())
     assert report.taps[0].flips is None and report.flips(report) == dict.fromkeys(report._codes, 0.0)
 
 
@@ -683,6 +733,24 @@ def test_a_compiled_model_is_seen_through():
     assert cmim.report(model, HELD_OUT) == expected
 
 
+class Merging(nn.Conv2d):
+    """Adds a correction to its weight in eval mode, and takes it out in training mode, as LoRA does."""
+
+    def train(self, mode=True):
+        if mode != self.training:
+            self.weight.data += 1.0 if self.training else -1.0
+        return super().train(mode)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_module_that_does_something_when_its_mode_changes_is_told_of_both_changes(training):
+    model = nn.Sequential(Merging(2, 4, 3), Binarize(CODES["-1, 1"]), nn.Conv2d(4, 3, 2), nn.Flatten()).train(training)
+    cmim = CMIM(model, X)
+    before = model[0].weight.clone()
+    cmim.report(model, HELD_OUT)
+    torch.testing.assert_close(model[0].weight, before)
+
+
 @pytest.fixture
 def group(tmp_path):
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
@@ -759,6 +827,18 @@ def test_a_tap_whose_latent_is_not_found_in_eval_mode_is_left_out_with_a_warning
     with pytest.warns(CMIMWarning, match=r"another way .* \['3'\]"):
         report = cmim.report(model, HELD_OUT)
     assert [tap.name for tap in report.taps] == ["1"]
+
+
+def test_a_tap_whose_channels_were_pruned_is_told_of_or_left_out():
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), Binarize(CODES["-1, 1"]), nn.Conv2d(4, 3, 1))
+    model.extend([Binarize(CODES["-1, 1"]), nn.Conv2d(3, 3, 1), nn.Flatten()])
+    cmim = CMIM(model, X)
+    model[0], model[2] = nn.Conv2d(2, 3, 1), nn.Conv2d(3, 3, 1)
+    with pytest.warns(CMIMWarning, match=r"\['1'\]"):
+        assert [tap.name for tap in cmim.report(model, HELD_OUT).taps] == ["3"]
+    model[2], model[4] = nn.Conv2d(3, 2, 1), nn.Conv2d(2, 3, 1)
+    with pytest.raises(CMIMError, match="it has 3 channels, and had 4 when CMIM was attached"):
+        cmim.report(model, HELD_OUT)
 
 
 def test_a_model_that_goes_around_all_taps_in_eval_mode_is_refused():
@@ -838,6 +918,13 @@ def test_the_figure_shows_bounds_before_and_after(reports, tmp_path):
     assert [bar.get_width() for bar in figure.axes[2].patches] == pytest.approx(
         [100 * tap.plus for report in (earlier, later) for tap in report.taps]
     )
+
+
+def test_the_figure_leaves_out_what_only_the_report_before_has(reports, tmp_path):
+    model, cmim = attached(taps=["layer2.0.binary"])
+    figure = cmim.report(model, HELD_OUT).plot(tmp_path / "a.png", before=reports[0])
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["layer2.0.binary"]
+    assert len(figure.axes[0].patches) == 2
 
 
 def test_without_matplotlib_the_table_works_and_the_figure_says_what_to_install(reports, tmp_path, monkeypatch):

@@ -6,8 +6,20 @@ import pytest
 import torch
 from torch import nn
 
-from cmim_plugin import CMIM, CMIMError
-from networks import METHODS, X, a_loss, assert_same, batch, everything, gradients, leftover_hooks, network, teacher
+from cmim_plugin import CMIM, CMIMError, find_binary_activations
+from networks import (
+    METHODS,
+    Binary,
+    X,
+    a_loss,
+    assert_same,
+    batch,
+    everything,
+    gradients,
+    leftover_hooks,
+    network,
+    teacher,
+)
 
 each_method = pytest.mark.parametrize("recipe", METHODS.values(), ids=METHODS)
 each_instance = pytest.mark.parametrize("instances", ["image", "position"])
@@ -124,3 +136,45 @@ def test_a_teacher_that_fails_is_told_by_the_loss_and_not_by_the_models_forward(
         cmim(model)
     handle.remove()
     assert a_loss(model, cmim).item() > 0
+
+
+class TwoCalls(nn.Module):
+    """Two activations, of 4 and of 8 channels: of one module under two names, or of two modules."""
+
+    def __init__(self, first, second=None):
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 8, 1), nn.Conv2d(8, 3, 1)
+        self.first = first
+        self.second = second or first
+
+    def forward(self, x):
+        x = self.first(self.conv1(x))
+        return self.conv3(self.second(self.conv2(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "other, modules",
+    [
+        (TwoCalls(nn.ReLU()), ["first", "first"]),
+        (TwoCalls(nn.ReLU()), ["second", "second"]),
+        (TwoCalls(nn.ReLU(), nn.ReLU()), ["first", "second"]),
+        (TwoCalls(nn.ReLU()), ["conv2", "conv3"]),
+    ],
+    ids=["call by call", "by its other name", "two modules", "what a convolution is given"],
+)
+def test_an_activation_that_is_called_twice_is_paired_call_by_call(other, modules):
+    model = TwoCalls(Binary())
+    names = [found.name for found in find_binary_activations(model, X)]
+    cmim = CMIM(model, X, teacher=other, teacher_modules=dict(zip(names, modules, strict=True)))
+    assert [(tap.channels, tap.latent_channels) for tap in cmim.taps] == [(4, 4), (8, 8)]
+    assert a_loss(model, cmim).isfinite()
+
+
+def test_of_a_module_whose_weight_has_one_dimension_the_output_is_taken():
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), Binary(), nn.Conv2d(4, 3, 4), nn.Flatten())
+    other = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    nn.init.zeros_(other[1].weight)  # its output is zero, its input is not
+    cmim = CMIM(model, X, teacher=other, instances="image", queue_size=8)
+    a_loss(model, cmim)
+    assert cmim.contrast.queues[0].embeddings_b.any()
+    assert not cmim.contrast.queues[0].embeddings_f.any()

@@ -69,13 +69,8 @@ def is_two_valued(x: Tensor, layout: Layout) -> bool:
     some = x[:_ROWS]
     if sign_pattern(some) is not None:
         return True
-    some = some.float()
-    # The positions of a channel: in between for tokens, behind the channels for maps.
-    if layout.spatial is None:
-        some, positions = some.reshape(some.shape[0], -1, some.shape[-1]), 1
-    else:
-        some, positions = some.reshape(some.shape[0], layout.channels(some.shape), -1), 2
-    low, high = some.amin(positions, keepdim=True), some.amax(positions, keepdim=True)
+    some = layout.channel_vectors(some.float())
+    low, high = some.amin(1, keepdim=True), some.amax(1, keepdim=True)
     near = 1e-2 * torch.maximum(low.abs(), high.abs())
     zero = (some.abs() <= near) & ((low + high).abs() <= near)
     return bool((((some - low).abs() <= near) | ((some - high).abs() <= near) | zero).all())

@@ -117,7 +117,7 @@ def resampled(inputs: Inputs, source: BatchSource, samples: Sequence[int]) -> In
             return value.detach().index_select(dim, torch.tensor(samples, device=value.device))
         return type(value)(value[i] for i in samples)
 
-    result: Inputs = _mapped(inputs, pick)
+    result: Inputs = mapped(inputs, pick)
     return result
 
 
@@ -144,19 +144,19 @@ def varied(inputs: Inputs, seed: int) -> Inputs:
         order = torch.randperm(value.numel(), generator=generator, device="cpu").to(value.device)
         return value.detach().flatten()[order].view(value.shape)
 
-    result: Inputs = _mapped(inputs, vary)
+    result: Inputs = mapped(inputs, vary)
     return result
 
 
-def _mapped(tree: Any, function: Callable[[Path, Any], Any], path: Path = ()) -> Any:
+def mapped(tree: Any, function: Callable[[Path, Any], Any], path: Path = ()) -> Any:
     """The tree with a function of (path, value) applied from the leaves up; parts without a change are kept."""
     new = tree
     if isinstance(tree, Mapping):
-        items = {key: _mapped(value, function, (*path, key)) for key, value in tree.items()}
+        items = {key: mapped(value, function, (*path, key)) for key, value in tree.items()}
         if any(items[key] is not tree[key] for key in items):
             new = items
     elif isinstance(tree, (tuple, list)):
-        values = [_mapped(value, function, (*path, index)) for index, value in enumerate(tree)]
+        values = [mapped(value, function, (*path, index)) for index, value in enumerate(tree)]
         if any(a is not b for a, b in zip(values, tree, strict=True)):
             new = type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     return function(path, new) if path else new

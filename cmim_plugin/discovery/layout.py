@@ -53,13 +53,16 @@ class Layout:
             first = torch.add(index, index // step, alpha=(channels - 1) * step)
         return first.unsqueeze(-1) + torch.arange(0, channels * step, step, device=index.device)
 
-    def pooled(self, x: Tensor, batch: int | None = None) -> Tensor:
-        """The mean over the positions of each sample, ``(B, C)``; ``batch``: samples, needed where it is windowed."""
+    def channel_vectors(self, x: Tensor) -> Tensor:
+        """``(rows, positions, C)``: the channels at each position of each row of the first dimension."""
         channels, positions = self.channels(x.shape), self.spatial_shape(x.shape).numel()
         if self.spatial is None:
-            sums = x.reshape(len(x), positions, channels).sum(1)
-        else:
-            sums = x.reshape(len(x), channels, positions).sum(2)
+            return x.reshape(len(x), positions, channels)
+        return x.reshape(len(x), channels, positions).mT
+
+    def pooled(self, x: Tensor, batch: int | None = None) -> Tensor:
+        """The mean over the positions of each sample, ``(B, C)``; ``batch``: samples, needed where it is windowed."""
+        sums = self.channel_vectors(x).sum(1)
         if self.windowed:
             assert batch is not None
             sums = sums.unflatten(0, (batch, len(x) // max(batch, 1))).sum(1)

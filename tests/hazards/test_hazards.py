@@ -24,7 +24,7 @@ from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from cmim_plugin import CMIM, CMIMError, CMIMWarning, info_nce
+from cmim_plugin import CMIM, CMIMError, CMIMWarning, InfoNCE
 from hazards.nets import Activations, Binary, batch, equal, gradients, hooks_on, network
 
 X, Y = batch()
@@ -423,7 +423,7 @@ def test_a_model_in_half_precision_is_trained(instances, dtype):
         for z in (z_b, z_f):
             torch.testing.assert_close(z.norm(dim=-1), torch.ones(z.shape[:-1]), rtol=0, atol=1e-6)
             assert not torch.equal(z, z.to(dtype).float())
-        return info_nce(z_b, z_f, **arguments)
+        return InfoNCE()(z_b, z_f, **arguments)
 
     cmim = CMIM(model, X.to(dtype), instances=instances, queue_size=30, objective=objective)
     for _ in range(2):
