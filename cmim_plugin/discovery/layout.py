@@ -53,13 +53,17 @@ class Layout:
             first = torch.add(index, index // step, alpha=(channels - 1) * step)
         return first.unsqueeze(-1) + torch.arange(0, channels * step, step, device=index.device)
 
-    def pooled(self, x: Tensor, batch: int | None = None) -> Tensor:
-        """The mean over the positions of each sample, ``(B, C)``; ``batch``: samples, needed where it is windowed."""
+    def by_channel(self, x: Tensor) -> tuple[Tensor, int]:
+        """The activation as ``(B, positions, C)`` or ``(B, C, positions)``, and which dimension the positions are."""
         channels, positions = self.channels(x.shape), self.spatial_shape(x.shape).numel()
         if self.spatial is None:
-            sums = x.reshape(len(x), positions, channels).sum(1)
-        else:
-            sums = x.reshape(len(x), channels, positions).sum(2)
+            return x.reshape(len(x), positions, channels), 1
+        return x.reshape(len(x), channels, positions), 2
+
+    def pooled(self, x: Tensor, batch: int | None = None) -> Tensor:
+        """The mean over the positions of each sample, ``(B, C)``; ``batch``: samples, needed where it is windowed."""
+        flat, positions = self.by_channel(x)
+        sums = flat.sum(positions)
         if self.windowed:
             assert batch is not None
             sums = sums.unflatten(0, (batch, len(x) // max(batch, 1))).sum(1)

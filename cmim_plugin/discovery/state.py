@@ -8,6 +8,7 @@ import sys
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import _compat
-from .functions import WRITES
+from .functions import writes
+from .inputs import tensors_in
 
 # How far containers and objects are followed into each other, and up to which length.
 _DEPTH, _LENGTH = 4, 4096
@@ -51,30 +53,24 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     held = _Held()
     for owner in (*model.modules(), *parameters):  # BinaryNet keeps the real weight in an attribute of the parameter
         held.follow(owner)
-    tensors = held.tensors.keys() - {id(p) for p in parameters}
-    # An embedding with max_norm overwrites its weight where no function mode sees it.
-    tensors |= {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None}
     everything = {**held.tensors, **{id(p): p for p in parameters}}
-    guard = _CopyBeforeWrite([p for p in parameters if id(p) not in tensors])
-    for key in tensors:
-        guard.copy(everything[key])
-    before = [(t, t.data, t.requires_grad, t.grad, None if t.grad is None else t.grad.clone()) for t in parameters]
+    copied = held.tensors.keys() - {id(p) for p in parameters}
+    # An embedding with max_norm overwrites its weight where no function mode sees it.
+    copied |= {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None}
+    guard = _CopyBeforeWrite([p for p in parameters if id(p) not in copied])
+    for tensor in (*(everything[key] for key in copied), *(p.grad for p in parameters if p.grad is not None)):
+        guard.copy(tensor)
+    before = [(p, p.data, p.requires_grad, p.grad) for p in parameters]
     try:
         with preserve_generators(everything.values()), guard:
             yield
     finally:
         held.put_back()
-        with torch.no_grad():
-            for p, data, requires_grad, grad, value in before:
-                _point_at(p, data)
-                p.requires_grad_(requires_grad)
-                p.grad = grad
-                if grad is not None and value is not None and not same(grad, value):
-                    grad.copy_(value)
-            for t, data, value in guard.copies:
-                _point_at(t, data)
-                if not same(t.detach(), value):
-                    t.data.copy_(value)
+        for p, data, requires_grad, grad in before:
+            _point_at(p, data)
+            p.requires_grad_(requires_grad)
+            p.grad = grad
+        guard.put_back()
 
 
 @contextlib.contextmanager
@@ -104,29 +100,29 @@ class _CopyBeforeWrite(TorchFunctionMode):
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__()
         #: Tensor, its memory, its values.
-        self.copies: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._copies: list[tuple[Tensor, Tensor, Tensor]] = []
         self._pending: dict[int, list[Tensor]] = {}
         for p in parameters:
             self._pending.setdefault(_storage(p), []).append(p)
 
     def copy(self, tensor: Tensor) -> None:
-        self.copies.append((tensor, tensor.data, tensor.detach().clone()))
+        """Copy a tensor now."""
+        self._copies.append((tensor, tensor.data, tensor.detach().clone()))
+
+    def put_back(self) -> None:
+        """Give the copied tensors their memory and values again."""
+        for tensor, data, value in self._copies:
+            _point_at(tensor, data)
+            if not same(tensor.detach(), value):
+                tensor.data.copy_(value)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._pending and writes(func, kwargs):
-            for argument in (*args, *kwargs.values()):
-                for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
-                    if isinstance(tensor, Tensor):
-                        for p in self._pending.pop(_storage(tensor), ()):
-                            self.copy(p)
+            for _, tensor in tensors_in((args, kwargs)):
+                for p in self._pending.pop(_storage(tensor), ()):
+                    self.copy(p)
         return func(*args, **kwargs)
-
-
-def writes(func: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a torch function writes into one of its arguments."""
-    name = getattr(func, "__name__", "")
-    return name in WRITES or (name.endswith("_") and not name.endswith("__")) or kwargs.get("out") is not None
 
 
 def _storage(tensor: Tensor) -> int:
@@ -157,11 +153,9 @@ class _Held:
         self._seen[id(value)] = value
         inner: list[Any] = []
         if depth == 0 or (hasattr(value, "__dict__") and not isinstance(value, _NOT_FOLLOWED) and not callable(value)):
-            inner += self._refill(vars(value)).values()
-        if isinstance(value, dict):
-            inner += self._refill(value).values()
-        elif isinstance(value, (list, set, deque, bytearray)):
-            inner += self._extend(value)
+            inner += self._keep_content(vars(value))
+        if isinstance(value, (dict, list, set, deque, bytearray)):
+            inner += self._keep_content(value)
         elif isinstance(value, tuple):
             inner += value
         elif depth:
@@ -176,48 +170,39 @@ class _Held:
         for action in self._actions:
             action()
 
-    def _refill(self, mapping: dict[Any, Any]) -> dict[Any, Any]:
-        """In place: handles of the user's hooks point at the very dictionaries."""
-        before = list(mapping.items())
-
-        def again() -> None:
-            now = list(mapping.items())
-            if len(now) != len(before) or any(
-                a is not c or b is not d for (a, b), (c, d) in zip(now, before, strict=True)
-            ):
-                mapping.clear()
-                # Not update(): a Counter would add.
-                for key, value in before:
-                    mapping[key] = value
-
-        self._actions.append(again)
-        return mapping
-
-    def _extend(self, collection: Any) -> Any:
-        before = list(collection)
-
-        def again() -> None:
-            now = list(collection)
-            if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
-                collection.clear()
-                (collection.update if isinstance(collection, set) else collection.extend)(before)
-
-        self._actions.append(again)
-        return collection
+    def _keep_content(self, container: Any) -> list[Any]:
+        before = _content(container)
+        self._actions.append(partial(_refill, container, before))
+        return before
 
     def _keep_state(self, value: Any) -> None:
         """Of random generators and arrays."""
         numpy: Any = sys.modules.get("numpy")
-        state: Any
         if isinstance(value, random.Random):
-            state = value.getstate()
-            self._actions.append(lambda: value.setstate(state))
+            self._actions.append(partial(value.setstate, value.getstate()))
         elif isinstance(value, torch.Generator) or (numpy and isinstance(value, numpy.random.RandomState)):
-            state = value.get_state()
-            self._actions.append(lambda: value.set_state(state))
+            self._actions.append(partial(value.set_state, value.get_state()))
         elif numpy and isinstance(value, numpy.random.Generator):
-            bits, state = value.bit_generator, value.bit_generator.state
-            self._actions.append(lambda: setattr(bits, "state", state))
+            bits = value.bit_generator
+            self._actions.append(partial(setattr, bits, "state", bits.state))
         elif numpy and isinstance(value, numpy.ndarray) and value.flags.writeable:
-            state = value.copy()
-            self._actions.append(lambda: value.__setitem__(..., state))
+            self._actions.append(partial(value.__setitem__, ..., value.copy()))
+
+
+def _content(container: Any) -> list[Any]:
+    """The elements of a container; keys and values in turn of a dictionary."""
+    return [x for item in container.items() for x in item] if isinstance(container, dict) else list(container)
+
+
+def _refill(container: Any, before: list[Any]) -> None:
+    """In place: handles of the user's hooks point at the very dictionaries."""
+    if list(map(id, _content(container))) == list(map(id, before)):
+        return
+    container.clear()
+    if isinstance(container, dict):
+        for key, value in zip(before[::2], before[1::2], strict=True):  # not update(): a Counter would add
+            container[key] = value
+    elif isinstance(container, set):
+        container.update(before)
+    else:
+        container.extend(before)
