@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .functions import CONVOLUTIONS, DETACHES, JOINS, LOOKUPS, MOVES, NORMS, PRODUCTS, RECURRENT, SCALINGS, STEPS, SUMS
@@ -58,10 +59,10 @@ class History:
         for s in trace.sightings:
             self._of_value[id(s.value)].append(s)
         for event in trace.events:
-            for result in event.results:
+            for result in filter(_is_two_valued, event.results):
                 size = result.value.numel
                 given = [a for a in event.arguments if a.value.numel == size and a.value is not result.value]
-                if result.value.code is not None and given and not any(_is_two_valued(a) for a in given):
+                if given and not any(_is_two_valued(a) for a in given):
                     self._binarizing[result.value.code].append(event)
         self._mixed = min((_first_mixing(other) for other in others), default=_NEVER)
         weighted = {*CONVOLUTIONS, *PRODUCTS, *LOOKUPS, "linear"}
@@ -92,15 +93,14 @@ class History:
 
     def binarizations(self, consumer: Event, operand: Sighting) -> Iterator[Binarization]:
         """What was binarized to make an operand."""
-        calls: list[tuple[Sighting, Event | None]] = []
-        for part in self.terms(operand):
-            calls += [(source, self._maker(source)) for source in self._sources(part, _is_two_valued)]
+        sources = [source for part in self.terms(operand) for source in self._sources(part, _is_two_valued)]
+        made = [(source, self._maker(source)) for source in sources]
         # Two samples normalized are exactly -1 and 1.
-        calls = [(source, call) for source, call in calls if call is None or call.name not in NORMS]
-        if not calls and operand.value.constant and operand.from_input and operand.requires_grad:
+        made = [(source, call) for source, call in made if call is None or call.name not in NORMS]
+        if not made and operand.value.constant and operand.from_input and operand.requires_grad:
             source = self._sources(operand, lambda s: s.value.constant and s.value.numel > 1)[0]
-            calls = [(source, self._step(operand))]
-        for source, call in calls:
+            made = [(source, self._step(operand))]
+        for source, call in made:
             yield Binarization(source, call, self._latents(source, call), consumer, operand)
 
     def terms(self, operand: Sighting, depth: int = 0) -> list[Sighting]:
@@ -108,7 +108,7 @@ class History:
         if self._is_code(operand):
             return [operand]
         event = self.producer(operand)
-        if event is None or depth > _DEPTH or operand.value.constant:
+        if event is None or depth > _DEPTH:
             return []
         size, arguments = operand.value.numel, self.given(operand)
         if event.name in MOVES:
@@ -140,9 +140,7 @@ class History:
         before = [a for a in before if a.distinct * 4 > a.value.numel] or before
         if event is None or not before or depth > _DEPTH:
             return self.of_value(current)[:1]
-        if event.name in JOINS and len(event.arguments) > 1:
-            before = [a for a in before if self._is_code(a)]
-        return [s for part in before for s in self._sources(part, like, depth + 1)] or [current]
+        return [s for part in before for s in self._sources(part, like, depth + 1)]
 
     # -- from what was binarized to its latent -----------------------------------------------------------------------
 
@@ -167,8 +165,10 @@ class History:
 
     def _latents(self, source: Sighting, call: Event | None) -> list[Sighting]:
         """Sightings of a_F in the graph, empty where there is none."""
-        given = call.arguments if call is not None else []
-        line = [a for a in given if a.value.numel == call.results[0].value.numel and _is_continuous(a)] if call else []
+        line: list[Sighting] = []
+        if call is not None:
+            size = call.results[0].value.numel
+            line += [a for a in call.arguments if a.value.numel == size and _is_continuous(a)]
         for sighting in line:
             if found := self.in_graph(sighting):
                 return found
@@ -180,7 +180,7 @@ class History:
         """The last tensor before the source that a threshold splits into its codes."""
         for s in reversed(self.trace.sightings[: source.seq]):
             if s.in_graph and not _is_two_valued(s) and _is_continuous(s):
-                high, low = _split(s, source)
+                high, low = _split(s.value.values, s, source)
                 if len(high) and len(low) and (high.min() > low.max() or low.min() > high.max()):
                     return self.in_graph(s)
         return []
@@ -225,18 +225,24 @@ def _first_mixing(trace: Trace) -> int:
 
 
 def is_sign_of(codes: Sighting, latent: Sighting) -> bool:
-    """Whether the codes tell where the latent is large, with thresholds of any kind and for codes that are drawn."""
-    high, low = _split(latent, codes)
-    # Of codes that have nothing to do with the latent, this is below 0.1 in 98 of 100 cases.
-    return len(high) > 0 and len(low) > 0 and bool((high.mean() - low.mean()).abs() > 0.2 * latent.value.values.std())
+    """Whether the codes tell where the latent is large, whatever the thresholds are, also where codes are drawn.
+
+    That is, whether the latent's mean rank differs between the two codes by 5 % of all ranks. Of 2,048 codes that have
+    nothing to do with it, it differs by 1.3 % (standard deviation).
+    """
+    values = latent.value.values
+    ranks = torch.empty_like(values, dtype=torch.float32)
+    ranks[values.argsort()] = torch.linspace(0, 1, len(values), device=values.device)
+    high, low = _split(ranks, latent, codes)
+    return len(high) > 0 and len(low) > 0 and bool((high.mean() - low.mean()).abs() > 0.05)
 
 
-def _split(latent: Sighting, codes: Sighting) -> tuple[Tensor, Tensor]:
-    """Values of the latent where the code is the higher one, and where it is not; none where these do not pair."""
-    pattern, values = codes.value.pattern, latent.value.values.float()
+def _split(values: Tensor, latent: Sighting, codes: Sighting) -> tuple[Tensor, Tensor]:
+    """Of values at the latent's positions: those where the code is the higher one, and those where it is the lower."""
+    pattern = codes.value.pattern
     if pattern is None or latent.value.numel != codes.value.numel:
         return values[:0], values[:0]
-    return values[pattern > 0], values[pattern <= 0]
+    return values[pattern > 0], values[pattern < 0]
 
 
 def _is_two_valued(sighting: Sighting) -> bool:

@@ -102,7 +102,10 @@ def _other_way(path: Path, names: list[str]) -> Path:
 
 
 def is_offsets(inputs: Inputs, source: BatchSource) -> bool:
-    """Whether all that has one entry a sample is in rising order: places in another tensor where samples start."""
+    """Whether all that has one entry a sample is in rising order: places in another tensor where samples start.
+
+    Those of other samples are out of order, which on a GPU ends the process.
+    """
     tensors = [t for path, t in tensors_in(inputs) if (path, 0) in source.places]
     rising = [t.ndim == 1 and not t.is_floating_point() and bool((t.diff() >= 0).all()) for t in tensors]
     return bool(rising) and all(rising)

@@ -35,7 +35,7 @@ def reason_against(history: History, b: Binarization) -> str | None:
         if latent.numel == value.numel and bool(latent.values[value.pattern == 0].any()):
             return "it has three values: its zeros are not only signs of zero"
         if not is_sign_of(b.source if b.call is None else b.call.results[0], b.latents[0]):
-            return "no threshold splits its latent into its two values"
+            return "its two values do not tell where its latent is large"
     return None
 
 
