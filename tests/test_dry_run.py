@@ -215,13 +215,22 @@ def test_an_unclear_number_of_samples_is_asked_for():
     assert tapped(model, example, batch_size=4)[0] == "t.b"
 
 
-def test_the_first_dimension_is_not_the_batch_where_it_is_time():
+@pytest.mark.parametrize("layer", [nn.GRU(16, 16), nn.MultiheadAttention(16, 2)])
+def test_the_first_dimension_is_not_the_batch_where_it_is_time(layer):
     def forward(m, x):
-        return m.t["b"](m.r(m.t["n"](m.t["a"](x)))[0])
+        x = m.t["n"](m.t["a"](x))
+        return m.t["b"](m.r(*[x] * (3 if isinstance(m.r, nn.MultiheadAttention) else 1))[0])
 
-    model = Of(forward, t=tokens(), r=nn.GRU(16, 16))
+    model = Of(forward, t=tokens(), r=layer)
     assert tapped(model, torch.randn(12, 4, 5)) == []
-    assert "follow each other" in reasons(model, torch.randn(12, 4, 5))["t.b"]
+    assert "is time" in reasons(model, torch.randn(12, 4, 5))["t.b"]
+
+
+def test_a_layer_that_takes_time_first_may_get_what_has_it_there():
+    def forward(m, x):
+        return m.t["b"](m.r(m.t["n"](m.t["a"](x)).transpose(0, 1))[0].transpose(0, 1))
+
+    assert tapped(Of(forward, t=tokens(), r=nn.GRU(16, 16)), torch.randn(4, 12, 5)) == ["t.b"]
 
 
 def windows(m, x, major):

@@ -34,8 +34,6 @@ STEPS = _names(
 )
 #: Smooth functions of all values of a group: of a group of two values they make two values, too.
 NORMS = _names("batch_norm instance_norm layer_norm group_norm normalize softmax")
-#: They mix the rows of their argument.
-RECURRENT = _names("gru lstm rnn_tanh rnn_relu multi_head_attention_forward")
 #: Results have the shape of an input, not its values.
 SHAPE_ONLY = _names(
     "zeros_like ones_like full_like empty_like rand_like randn_like randint_like "

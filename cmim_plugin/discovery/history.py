@@ -8,20 +8,18 @@ latent, or a tensor that was computed from it outside the graph.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from .functions import CONVOLUTIONS, DETACHES, JOINS, LOOKUPS, MOVES, NORMS, PRODUCTS, RECURRENT, SCALINGS, STEPS, SUMS
+from .functions import CONVOLUTIONS, DETACHES, JOINS, LOOKUPS, MOVES, NORMS, PRODUCTS, SCALINGS, STEPS, SUMS
 from .trace import Event, Sighting, Site, Trace
 
-# How far equal samples are apart at most, in distances between different ones: exactly, and with signs that flip on a
-# rounding error.
-_EQUAL, _ALIKE = 0.02, 0.4
-_NEVER = 1 << 62
+# How far equal samples are apart at most, in distances between different ones: a rounding error flips some signs.
+_ALIKE = 0.4
 # Calls that are followed back at most: from an operand, from a constant operand, and within a custom function.
 _DEPTH, _FAR, _NEAR = 96, 48, 8
 
@@ -64,10 +62,9 @@ class History:
                 given = [a for a in event.arguments if a.value.numel == size and a.value is not result.value]
                 if given and not any(_is_two_valued(a) for a in given):
                     self._binarizing[result.value.code].append(event)
-        self._mixed = min((_first_mixing(other) for other in others), default=_NEVER)
         weighted = {*CONVOLUTIONS, *PRODUCTS, *LOOKUPS, "linear"}
         #: When the first trained product or lookup happened.
-        self.first_product = next((e.seq for e in trace.events if e.weighted and e.name in weighted), _NEVER)
+        self.first_product = next((e.seq for e in trace.events if e.weighted and e.name in weighted), math.inf)
 
     # -- one step back -----------------------------------------------------------------------------------------------
 
@@ -185,21 +182,11 @@ class History:
                     return self.in_graph(s)
         return []
 
-    # -- samples -----------------------------------------------------------------------------------------------------
-
-    @property
-    def mixes(self) -> bool:
-        """Whether a recurrent layer told equal samples apart: what it takes for time may be the batch."""
-        return self._mixed < _NEVER
-
     def by_sample(self, sighting: Sighting) -> bool | None:
-        """Whether equal samples have equal values at this site; None where that could not be seen."""
-        seen = [(s.value.apart, s.seq) for s in (sighting, *self._again.get(sighting.site, ()))]
-        known = [(apart, seq) for apart, seq in seen if apart is not None]
-        if not known:
-            return None
-        apart, seq = min(known)
-        return apart < (_ALIKE if seq < self._mixed else _EQUAL)
+        """Whether equal samples have nearly equal values at this site; None where that could not be seen."""
+        seen = [s.value.apart for s in (sighting, *self._again.get(sighting.site, ()))]
+        known = [apart for apart in seen if apart is not None]
+        return min(known) < _ALIKE if known else None
 
 
 def operands(trace: Trace) -> Iterator[tuple[Event, Sighting]]:
@@ -213,17 +200,6 @@ def operands(trace: Trace) -> Iterator[tuple[Event, Sighting]]:
             yield from ((event, s) for s in event.arguments)
 
 
-def _first_mixing(trace: Trace) -> int:
-    """When a recurrent layer first got equal values for equal samples, and returned different ones."""
-    for event in trace.events:
-        if event.name in RECURRENT:
-            given = [s.value.apart for s in event.arguments if s.value.apart is not None]
-            returned = [s.value.apart for s in event.results if s.value.apart is not None]
-            if given and max(given) < 1e-6 and max(returned, default=0.0) > _EQUAL:
-                return event.seq
-    return _NEVER
-
-
 def is_sign_of(codes: Sighting, latent: Sighting) -> bool:
     """Whether the codes tell where the latent is large, whatever the thresholds are, also where codes are drawn.
 
@@ -231,8 +207,7 @@ def is_sign_of(codes: Sighting, latent: Sighting) -> bool:
     nothing to do with it, it differs by 1.3 % (standard deviation).
     """
     values = latent.value.values
-    ranks = torch.empty_like(values, dtype=torch.float32)
-    ranks[values.argsort()] = torch.linspace(0, 1, len(values), device=values.device)
+    ranks = values.argsort().argsort() / len(values)
     high, low = _split(ranks, latent, codes)
     return len(high) > 0 and len(low) > 0 and bool((high.mean() - low.mean()).abs() > 0.05)
 

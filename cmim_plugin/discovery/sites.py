@@ -44,16 +44,17 @@ def reason_against_shapes(
 ) -> str | None:
     """Why both sides, where they are picked up, cannot be read sample by sample, None where they can."""
     batch = history.trace.batch
+    if history.trace.time_major:
+        return "its first dimension is time, not the batch: a layer without batch_first takes it so"
     for side in (binary, latent):
         rows = side.value.shape[0] if side.value.shape else 0
         shapes = f"{tuple(side.value.shape)} for {batch} samples"
         if not rows or rows % batch:
             return f"the batch is not its first dimension, or is mixed with another: {shapes}"
-        by_sample = history.by_sample(side)
-        # A rounding error that flips a sign grows through the layers: as many rows as samples tell more.
-        if by_sample is False and (rows != batch or history.mixes):
+        by_sample = True if rows == batch else history.by_sample(side)
+        if by_sample is False:
             return f"the rows of one sample do not follow each other in its first dimension: {shapes}"
-        if by_sample is None and rows != batch:
+        if by_sample is None:
             return f"which rows belong to one sample could not be seen: {shapes}; try an example of random values"
     dims = CONVOLUTIONS.get(b.consumer.name)
     if dims is not None and len(b.operand.value.shape) == 1 + dims:

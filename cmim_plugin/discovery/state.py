@@ -7,8 +7,7 @@ import random
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -50,27 +49,24 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     elements inside others, state of C++ extensions, and parameters that such an extension overwrites.
     """
     parameters = list(model.parameters())
-    held = _Held()
-    for owner in (*model.modules(), *parameters):  # BinaryNet keeps the real weight in an attribute of the parameter
-        held.follow(owner)
-    everything = {**held.tensors, **{id(p): p for p in parameters}}
-    copied = held.tensors.keys() - {id(p) for p in parameters}
-    # An embedding with max_norm overwrites its weight where no function mode sees it.
-    copied |= {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None}
-    guard = _CopyBeforeWrite([p for p in parameters if id(p) not in copied])
-    for tensor in (*(everything[key] for key in copied), *(p.grad for p in parameters if p.grad is not None)):
-        guard.copy(tensor)
-    before = [(p, p.data, p.requires_grad, p.grad) for p in parameters]
-    try:
+    with contextlib.ExitStack() as undo:
+        held = _Held(undo)
+        for owner in (
+            *model.modules(),
+            *parameters,
+        ):  # BinaryNet keeps the real weight in an attribute of the parameter
+            held.follow(owner)
+        everything = {**held.tensors, **{id(p): p for p in parameters}}
+        copied = held.tensors.keys() - {id(p) for p in parameters}
+        # An embedding with max_norm overwrites its weight where no function mode sees it.
+        copied |= {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None}
+        guard = _CopyBeforeWrite(undo, [p for p in parameters if id(p) not in copied])
+        for tensor in (*(everything[key] for key in copied), *(p.grad for p in parameters if p.grad is not None)):
+            guard.copy(tensor)
+        for p in parameters:
+            undo.callback(_put_back_parameter, p, p.data, p.requires_grad, p.grad)
         with preserve_generators(everything.values()), guard:
             yield
-    finally:
-        held.put_back()
-        for p, data, requires_grad, grad in before:
-            _point_at(p, data)
-            p.requires_grad_(requires_grad)
-            p.grad = grad
-        guard.put_back()
 
 
 @contextlib.contextmanager
@@ -94,27 +90,31 @@ def _point_at(tensor: Tensor, data: Tensor) -> None:
         tensor.data = data
 
 
+def _put_back_parameter(p: nn.Parameter, data: Tensor, requires_grad: bool, grad: Tensor | None) -> None:
+    _point_at(p, data)
+    p.requires_grad_(requires_grad)
+    p.grad = grad
+
+
+def _put_back_values(tensor: Tensor, data: Tensor, values: Tensor) -> None:
+    _point_at(tensor, data)
+    if not same(tensor.detach(), values):
+        tensor.data.copy_(values)
+
+
 class _CopyBeforeWrite(TorchFunctionMode):
     """Copies a parameter before the first torch function that writes into its memory."""
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
+    def __init__(self, undo: contextlib.ExitStack, parameters: list[nn.Parameter]) -> None:
         super().__init__()
-        #: Tensor, its memory, its values.
-        self._copies: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._undo = undo
         self._pending: dict[int, list[Tensor]] = {}
         for p in parameters:
             self._pending.setdefault(_storage(p), []).append(p)
 
     def copy(self, tensor: Tensor) -> None:
         """Copy a tensor now."""
-        self._copies.append((tensor, tensor.data, tensor.detach().clone()))
-
-    def put_back(self) -> None:
-        """Give the copied tensors their memory and values again."""
-        for tensor, data, value in self._copies:
-            _point_at(tensor, data)
-            if not same(tensor.detach(), value):
-                tensor.data.copy_(value)
+        self._undo.callback(_put_back_values, tensor, tensor.data, tensor.detach().clone())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -134,11 +134,11 @@ def _storage(tensor: Tensor) -> int:
 
 
 class _Held:
-    """What modules hold in their attributes: tensors, and for all else the actions that put it back."""
+    """What modules hold in their attributes: tensors are collected, for all else there is something to undo."""
 
-    def __init__(self) -> None:
+    def __init__(self, undo: contextlib.ExitStack) -> None:
         self.tensors: dict[int, Tensor] = {}
-        self._actions: list[Callable[[], Any]] = []
+        self._undo = undo
         # The objects themselves: an id is only unique while its object lives.
         self._seen: dict[int, Any] = {}
 
@@ -165,28 +165,23 @@ class _Held:
                 if not isinstance(item, _PLAIN):
                     self.follow(item, depth + 1)
 
-    def put_back(self) -> None:
-        """Undo what was changed since."""
-        for action in self._actions:
-            action()
-
     def _keep_content(self, container: Any) -> list[Any]:
         before = _content(container)
-        self._actions.append(partial(_refill, container, before))
+        self._undo.callback(_refill, container, before)
         return before
 
     def _keep_state(self, value: Any) -> None:
         """Of random generators and arrays."""
         numpy: Any = sys.modules.get("numpy")
         if isinstance(value, random.Random):
-            self._actions.append(partial(value.setstate, value.getstate()))
+            self._undo.callback(value.setstate, value.getstate())
         elif isinstance(value, torch.Generator) or (numpy and isinstance(value, numpy.random.RandomState)):
-            self._actions.append(partial(value.set_state, value.get_state()))
+            self._undo.callback(value.set_state, value.get_state())
         elif numpy and isinstance(value, numpy.random.Generator):
             bits = value.bit_generator
-            self._actions.append(partial(setattr, bits, "state", bits.state))
+            self._undo.callback(setattr, bits, "state", bits.state)
         elif numpy and isinstance(value, numpy.ndarray) and value.flags.writeable:
-            self._actions.append(partial(value.__setitem__, ..., value.copy()))
+            self._undo.callback(value.__setitem__, ..., value.copy())
 
 
 def _content(container: Any) -> list[Any]:

@@ -11,7 +11,7 @@ import itertools
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -143,6 +143,7 @@ class Trace:
     """Everything seen in one forward pass, in order.
 
     ``calls`` counts the calls of each module. ``decides``: single random numbers were drawn, as random structure does.
+    ``time_major``: a recurrent layer or attention takes for time what is as long as the batch.
     """
 
     batch: int
@@ -150,6 +151,7 @@ class Trace:
     events: list[Event] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
     decides: bool = False
+    time_major: bool = False
 
 
 def record(model: nn.Module, inputs: Inputs, batch: int, twins: bool = False) -> Trace:
@@ -159,7 +161,11 @@ def record(model: nn.Module, inputs: Inputs, batch: int, twins: bool = False) ->
     """
     recorder = _Recorder(model, batch, twins)
     before = _positions()
-    with recorder.attached(), recorder:
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(module.register_forward_pre_hook(recorder.enter, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(recorder.leave).remove)
+        stack.enter_context(recorder)
         model(*inputs[0], **inputs[1])
     recorder.trace.decides |= before != _positions()
     return recorder.trace
@@ -190,21 +196,17 @@ class _Recorder(TorchFunctionMode):
         self._from_input: dict[int, bool] = {}
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
 
-    @contextlib.contextmanager
-    def attached(self) -> Iterator[None]:
-        with contextlib.ExitStack() as handles:
-            for module in self._names:
-                handles.callback(module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
-                handles.callback(module.register_forward_hook(self._leave).remove)
-            yield
-
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         name = self._names[module]
         self._scopes.append((name, self.trace.calls[name], self._functions.copy()))
         self.trace.calls[name] += 1
+        if not getattr(module, "batch_first", True):
+            with _compat.unseen():
+                first = [t.shape for _, t in tensors_in((args, kwargs)) if not t.is_nested and t.ndim == 3][:1]
+            self.trace.time_major |= any(time == self.trace.batch != samples for time, samples, _ in first)
         self._see((args, kwargs), "input", from_input=True if len(self._scopes) == 1 else None)
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._see(output, "output")
         self._scopes.pop()
 
