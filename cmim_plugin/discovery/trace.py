@@ -7,11 +7,10 @@ again in training. No tensor of the model is kept.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -104,7 +103,6 @@ class Sighting:
 
     Attributes:
         seq: its place in the trace.
-        tensor: a number that stands for the tensor object.
         in_graph: whether it required a gradient, with gradients enabled.
         from_input: whether it depends on the model's input.
         distinct: elements that are not repeated by expansion.
@@ -113,7 +111,6 @@ class Sighting:
 
     seq: int
     site: Site
-    tensor: int
     value: Snapshot
     requires_grad: bool
     in_graph: bool
@@ -177,6 +174,14 @@ def _positions() -> tuple[Any, Any]:
     return random.getstate(), None if numpy is None else numpy.random.get_state()[2]
 
 
+@dataclass
+class _Memory:
+    """Of a tensor object: whether it depends on the model's input, and what it held last."""
+
+    from_input: bool
+    last: Snapshot | None = None
+
+
 class _Recorder(TorchFunctionMode):
     """Writes down one pass."""
 
@@ -189,11 +194,7 @@ class _Recorder(TorchFunctionMode):
         self._functions: Counter[Any] = Counter()
         # Modules being run: name, call, and how often each function had been called when the module was entered.
         self._scopes: list[tuple[str, int, Counter[Any]]] = []
-        self._numbers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._fresh = itertools.count()
-        # By a tensor's number: its last snapshot, and whether it depends on the model's input.
-        self._last: dict[int, Snapshot] = {}
-        self._from_input: dict[int, bool] = {}
+        self._memory: MutableMapping[Tensor, _Memory] = WeakTensorKeyDictionary()
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -222,8 +223,8 @@ class _Recorder(TorchFunctionMode):
         weighted = any(t.requires_grad or id(t) in self._parameters for t in tensors)
         event = Event(len(self.trace.sightings), name, shapes, weighted)
         event.arguments = self._see((args, kwargs), "argument", func, nth)
-        numbers = [self._number(t) for t in tensors if id(t) not in self._parameters]
-        from_input = name not in SHAPE_ONLY and any(self._from_input.get(n) for n in numbers)
+        memories = [self._memory[t] for t in tensors if id(t) not in self._parameters]
+        from_input = name not in SHAPE_ONLY and any(memory.from_input for memory in memories)
         if self._twins and "drop" in name and "training" in kwargs:
             kwargs["training"] = False
         if self._twins and "dropout_p" in kwargs:
@@ -231,8 +232,8 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         if name in RANDOM:
             self._drawn(result)
-        if from_input and numbers and writes(func, kwargs):
-            self._from_input[numbers[0]] = True
+        if from_input and writes(func, kwargs):
+            memories[0].from_input = True
         event.results = self._see(result, "result", func, nth, from_input)
         for sighting in event.results:
             sighting.event = event
@@ -257,44 +258,38 @@ class _Recorder(TorchFunctionMode):
             for path, tensor in tensors_in(tree):
                 if id(tensor) in self._parameters:
                     continue
-                number = self._number(tensor)
-                if number not in self._from_input or from_input:
-                    # What comes out of code that torch functions do not show has a history all the same.
-                    self._from_input[number] = tensor.grad_fn is not None if from_input is None else from_input
+                # What comes out of code that torch functions do not show has a history all the same.
+                new = _Memory(tensor.grad_fn is not None if from_input is None else from_input)
+                memory = self._memory.setdefault(tensor, new)
+                memory.from_input |= bool(from_input)
                 odd = tensor.layout != torch.strided or tensor.is_complex() or tensor.is_nested or tensor.is_meta
                 if odd or tensor.numel() == 0:
                     continue
                 sighting = Sighting(
                     len(self.trace.sightings),
                     Site(name, call, kind, path, function, nth),
-                    number,
-                    self._snapshot(number, tensor.detach()),
+                    self._snapshot(memory, tensor.detach()),
                     tensor.requires_grad,
                     tensor.requires_grad and torch.is_grad_enabled(),
-                    self._from_input[number],
+                    memory.from_input,
                     torch.Size(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step).numel(),
                 )
                 self.trace.sightings.append(sighting)
                 seen.append(sighting)
         return seen
 
-    def _number(self, tensor: Tensor) -> int:
-        number: int = self._numbers.setdefault(tensor, next(self._fresh))
-        return number
-
-    def _snapshot(self, number: int, tensor: Tensor) -> Snapshot:
+    def _snapshot(self, memory: _Memory, tensor: Tensor) -> Snapshot:
         """What the tensor holds now; the very same object as last time while that has not changed."""
         index = self._index(tensor.numel(), tensor.device)
         values = tensor.take(index)
-        last = self._last.get(number)
         # The version counter does not move for `x.data = ...`: only the values tell.
-        if last is not None and last.shape == tensor.shape and same(last.values, values):
-            return last
-        snapshot = self._last[number] = Snapshot(tensor.shape, tensor.dtype, values, index)
+        if memory.last is not None and memory.last.shape == tensor.shape and same(memory.last.values, values):
+            return memory.last
+        snapshot = memory.last = Snapshot(tensor.shape, tensor.dtype, values, index)
         some = set(values[:64].tolist())
         if len(some) == 1 and is_constant(tensor):
             snapshot.constant, snapshot.levels = True, 1
-        elif not self._from_input[number]:
+        elif not memory.from_input:
             pass  # a weight: nothing asks for its codes, and these take half of the time
         elif (pattern := sign_pattern(tensor, index)) is not None:
             snapshot.pattern, snapshot.one_hot = pattern, _is_one_hot(tensor)
