@@ -106,13 +106,13 @@ def _rows_of_products(trace: Trace) -> Counter[int]:
 def _clear_size(sources: dict[int, BatchSource], rows: Counter[int]) -> int:
     """The number of samples: the only one possible, or what most products receive."""
     total = sum(rows[size] for size in sources)
-    likely = [size for size in sources if len(sources) == 1 or 2 * rows[size] > total]
-    if not likely:
-        sizes = f"{sorted(sources)} are lengths of its inputs" if sources else "no input has a length"
-        raise CMIMError(
-            f"The number of samples in example_input is not clear: {sizes}. Say how many samples it has: batch_size=..."
-        )
-    return likely[0]
+    for size in sources:
+        if len(sources) == 1 or 2 * rows[size] > total:
+            return size
+    sizes = f"{sorted(sources)} are lengths of its inputs" if sources else "no input has a length"
+    raise CMIMError(
+        f"The number of samples in example_input is not clear: {sizes}. Say how many samples it has: batch_size=..."
+    )
 
 
 # From the number of a pass: its inputs, how many samples these have, and whether the last two are equal.

@@ -174,7 +174,10 @@ class History:
         return self._separable(source)
 
     def _separable(self, source: Sighting) -> list[Sighting]:
-        """The last tensor before the source that a threshold splits into its codes."""
+        """The last tensor before the source that a threshold splits into its codes.
+
+        For codes that no call returned: they were assigned to a mask (BiBERT), or made outside torch.
+        """
         for s in reversed(self.trace.sightings[: source.seq]):
             if s.in_graph and not _is_two_valued(s) and _is_continuous(s):
                 high, low = _split(s.value.values, s, source)

@@ -118,10 +118,8 @@ def resampled(inputs: Inputs, source: BatchSource, samples: Sequence[int]) -> In
     def pick(path: Path, value: Any) -> Any:
         if path not in places:
             return value
-        dim = places[path]
         if isinstance(value, Tensor):
-            assert dim is not None
-            return value.detach().index_select(dim, torch.tensor(samples, device=value.device))
+            return value.detach().index_select(places[path] or 0, torch.tensor(samples, device=value.device))
         return type(value)(value[i] for i in samples)
 
     result: Inputs = _mapped(inputs, pick)

@@ -70,7 +70,7 @@ def scope(history: History, b: Binarization) -> tuple[str, int]:
     name = site.module
     if b.call is not None or site.kind != "input" or not name:
         return name, site.call
-    # What comes in was made by the module around.
+    # What comes in was made by the module around: BiBERT's attention assigns to a mask, and a dropout gets the codes.
     while name:
         name = name.rpartition(".")[0]
         before = history.trace.sightings[: b.source.seq]
