@@ -579,6 +579,15 @@ def test_what_its_latent_does_not_tell_is_no_sign_of_it():
     assert tapped(wide(Of(act)), X) == []
 
 
+@pytest.mark.parametrize("value", [-1e9, -torch.inf])
+def test_a_latent_may_be_masked(value):
+    def act(m, x):
+        masked = torch.arange(x.numel()).view_as(x) % 301 == 0
+        return Sign.apply(x.masked_fill(masked, value))
+
+    assert tapped(wide(Of(act)), X) == ["2"]
+
+
 # -- names -------------------------------------------------------------------------------------------------------
 
 

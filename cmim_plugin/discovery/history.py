@@ -228,4 +228,4 @@ def _is_two_valued(sighting: Sighting) -> bool:
 
 
 def _is_continuous(sighting: Sighting) -> bool:
-    return sighting.value.dtype.is_floating_point and not sighting.value.constant
+    return sighting.value.values.is_floating_point() and not sighting.value.constant

@@ -57,8 +57,7 @@ class Snapshot:
     """What a tensor held at one moment.
 
     Attributes:
-        values, index: ``(n,)`` some values, and their positions in the flattened tensor: the same positions for all
-            tensors of as many elements.
+        values: ``(n,)`` some of its values, from the same positions for all tensors of as many elements.
         pattern: ``(n,)`` the sign pattern there (:func:`sign_pattern`), None if the tensor is not two-valued, or does
             not depend on the model's input.
         constant: whether all its elements are equal.
@@ -69,9 +68,7 @@ class Snapshot:
     """
 
     shape: torch.Size
-    dtype: torch.dtype
     values: Tensor
-    index: Tensor
     pattern: Tensor | None = None
     constant: bool = False
     levels: int = 0
@@ -285,7 +282,7 @@ class _Recorder(TorchFunctionMode):
         # The version counter does not move for `x.data = ...`: only the values tell.
         if memory.last is not None and memory.last.shape == tensor.shape and same(memory.last.values, values):
             return memory.last
-        snapshot = memory.last = Snapshot(tensor.shape, tensor.dtype, values, index)
+        snapshot = memory.last = Snapshot(tensor.shape, values)
         some = set(values[:64].tolist())
         if len(some) == 1 and is_constant(tensor):
             snapshot.constant, snapshot.levels = True, 1
