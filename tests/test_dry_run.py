@@ -588,6 +588,18 @@ def test_a_latent_may_be_masked(value):
     assert tapped(wide(Of(act)), X) == ["2"]
 
 
+def test_an_attention_mask_of_the_smallest_number_hides_no_latent():
+    def attention(m, x):
+        mask = torch.zeros(x.shape[1])
+        mask[-2:] = torch.finfo(x.dtype).min
+        return Sign.apply(m.query(x) @ m.key(x).transpose(1, 2) + mask) @ x
+
+    parts = {name: nn.Linear(16, 16) for name in ("query", "key")}
+    assert tapped(nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), Of(attention, **parts)), torch.randn(4, 9, 8)) == [
+        "2"
+    ]
+
+
 # -- names -------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,8 @@ _DEFAULT_TOLERANCE = 1e-5
 _SMALLEST_GROUP = 6
 # A group of which all elements are equal says nothing. At least this share of the groups must hold both values.
 _SMALLEST_SHARE = 0.125
+# Beside the -1e9 of an attention mask all else looks alike: larger numbers than this are no codes.
+_LARGEST_CODE = 1e5
 # Elements of a group that are looked at before the whole tensor is.
 _FIRST_LOOK = 64
 # Rows of an activation that a report looks at.
@@ -42,7 +44,10 @@ def sign_pattern(x: Tensor, index: Tensor | None = None) -> Tensor | None:
         if torch.Size(x.shape[d] for d in reduced).numel() < _SMALLEST_GROUP or not _is_plausible(x, shared):
             continue
         low, high = x.amin(reduced, keepdim=True), x.amax(reduced, keepdim=True)
-        noise = tolerance * torch.maximum(low.abs(), high.abs())
+        size = torch.maximum(low.abs(), high.abs())
+        if bool(size.max() > _LARGEST_CODE):
+            return None
+        noise = tolerance * size
         two = high - low > 10 * noise
         if two.float().mean() >= _SMALLEST_SHARE and _holds_only(x, low, high, noise):
             low, high, noise, two, x = (
