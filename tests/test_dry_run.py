@@ -215,13 +215,22 @@ def test_an_unclear_number_of_samples_is_asked_for():
     assert tapped(model, example, batch_size=4)[0] == "t.b"
 
 
-def test_the_first_dimension_is_not_the_batch_where_it_is_time():
+@pytest.mark.parametrize("layer", [nn.GRU(16, 16), nn.MultiheadAttention(16, 2)])
+def test_the_first_dimension_is_not_the_batch_where_it_is_time(layer):
     def forward(m, x):
-        return m.t["b"](m.r(m.t["n"](m.t["a"](x)))[0])
+        x = m.t["n"](m.t["a"](x))
+        return m.t["b"](m.r(*[x] * (3 if isinstance(m.r, nn.MultiheadAttention) else 1))[0])
 
-    model = Of(forward, t=tokens(), r=nn.GRU(16, 16))
+    model = Of(forward, t=tokens(), r=layer)
     assert tapped(model, torch.randn(12, 4, 5)) == []
-    assert "follow each other" in reasons(model, torch.randn(12, 4, 5))["t.b"]
+    assert "is time" in reasons(model, torch.randn(12, 4, 5))["t.b"]
+
+
+def test_a_layer_that_takes_time_first_may_get_what_has_it_there():
+    def forward(m, x):
+        return m.t["b"](m.r(m.t["n"](m.t["a"](x)).transpose(0, 1))[0].transpose(0, 1))
+
+    assert tapped(Of(forward, t=tokens(), r=nn.GRU(16, 16)), torch.randn(4, 12, 5)) == ["t.b"]
 
 
 def windows(m, x, major):
@@ -568,6 +577,27 @@ def test_what_its_latent_does_not_tell_is_no_sign_of_it():
         return x + ((other > 0).float() * 2 - 1 - x).detach()
 
     assert tapped(wide(Of(act)), X) == []
+
+
+@pytest.mark.parametrize("value", [-1e9, -torch.inf])
+def test_a_latent_may_be_masked(value):
+    def act(m, x):
+        masked = torch.arange(x.numel()).view_as(x) % 301 == 0
+        return Sign.apply(x.masked_fill(masked, value))
+
+    assert tapped(wide(Of(act)), X) == ["2"]
+
+
+def test_an_attention_mask_of_the_smallest_number_hides_no_latent():
+    def attention(m, x):
+        mask = torch.zeros(x.shape[1])
+        mask[-2:] = torch.finfo(x.dtype).min
+        return Sign.apply(m.query(x) @ m.key(x).transpose(1, 2) + mask) @ x
+
+    parts = {name: nn.Linear(16, 16) for name in ("query", "key")}
+    assert tapped(nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), Of(attention, **parts)), torch.randn(4, 9, 8)) == [
+        "2"
+    ]
 
 
 # -- names -------------------------------------------------------------------------------------------------------

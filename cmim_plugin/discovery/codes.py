@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,9 +13,11 @@ from .layout import Layout
 _TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
 _DEFAULT_TOLERANCE = 1e-5
 # Fewer elements than this can hold two values by chance.
-SMALLEST_GROUP = 6
+_SMALLEST_GROUP = 6
 # A group of which all elements are equal says nothing. At least this share of the groups must hold both values.
 _SMALLEST_SHARE = 0.125
+# Beside the -1e9 of an attention mask all else looks alike: larger numbers than this are no codes.
+_LARGEST_CODE = 1e5
 # Elements of a group that are looked at before the whole tensor is.
 _FIRST_LOOK = 64
 # Rows of an activation that a report looks at.
@@ -33,31 +37,31 @@ def sign_pattern(x: Tensor, index: Tensor | None = None) -> Tensor | None:
     Returns:
         int8, ``(n,)``. Elements of a group that holds a single value count as its sign.
     """
-    x = x.detach()
-    if index is None:
-        index = torch.arange(x.numel(), device=x.device)
-    if x.dtype == torch.bool:
-        both = bool(x.any()) and not bool(x.all())
-        return x.take(index).to(torch.int8) * 2 - 1 if both else None
     tolerance = _TOLERANCE.get(x.dtype, _DEFAULT_TOLERANCE)
-    if x.dtype not in (torch.float32, torch.float64):
-        x = x.float()
-    if x.numel() < SMALLEST_GROUP or not _plausible(x, (0, *range(2, x.ndim)), (*range(x.ndim - 1),), (0, 1)):
-        return None
+    x = x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().float()
     for shared in _groupings(x.ndim):
-        reduced = tuple(d for d in range(x.ndim) if d not in shared)
-        if _size(x, reduced) >= SMALLEST_GROUP and _plausible(x, shared):
-            pattern = _pattern_by_group(x, reduced, tolerance, index)
-            if pattern is not None:
-                return pattern
+        reduced = [d for d in range(x.ndim) if d not in shared]
+        if torch.Size(x.shape[d] for d in reduced).numel() < _SMALLEST_GROUP or not _is_plausible(x, shared):
+            continue
+        low, high = x.amin(reduced, keepdim=True), x.amax(reduced, keepdim=True)
+        size = torch.maximum(low.abs(), high.abs())
+        if bool(size.max() > _LARGEST_CODE):
+            return None
+        noise = tolerance * size
+        two = high - low > 10 * noise
+        if two.float().mean() >= _SMALLEST_SHARE and _holds_only(x, low, high, noise):
+            low, high, noise, two, x = (
+                t.expand(x.shape).flatten() if index is None else t.expand(x.shape).take(index)
+                for t in (low, high, noise, two, x)
+            )
+            pattern = (x >= high - noise).to(torch.int8) - (x <= low + noise).to(torch.int8)
+            return torch.where(two, pattern, x.sign().to(torch.int8))
     return None
 
 
 def is_constant(x: Tensor) -> bool:
     """Whether all elements are equal, up to the noise of a detach trick."""
-    if x.dtype == torch.bool:
-        return bool(x.all()) or not bool(x.any())
-    low, high = x.detach().aminmax()
+    low, high = (x.float() if x.dtype == torch.bool else x.detach()).aminmax()
     return bool(high - low <= _TOLERANCE.get(x.dtype, _DEFAULT_TOLERANCE) * torch.maximum(low.abs(), high.abs()))
 
 
@@ -71,96 +75,70 @@ def is_two_valued(x: Tensor, layout: Layout) -> bool:
         return True
     some = layout.channel_vectors(some.float())
     low, high = some.amin(1, keepdim=True), some.amax(1, keepdim=True)
-    near = 1e-2 * torch.maximum(low.abs(), high.abs())
-    zero = (some.abs() <= near) & ((low + high).abs() <= near)
-    return bool((((some - low).abs() <= near) | ((some - high).abs() <= near) | zero).all())
+    return _holds_only(some, low, high, 1e-2 * torch.maximum(low.abs(), high.abs()))
 
 
-def is_split_by_threshold(latent: Tensor, pattern: Tensor, index: Tensor, shape: torch.Size) -> bool:
-    """Whether the latent is larger where the pattern is +1 than where it is -1, or the reverse.
+def is_split_by_threshold(values: Tensor, pattern: Tensor, index: Tensor, shape: torch.Size) -> bool:
+    """Whether values are larger where the pattern is +1 than where it is -1, or the reverse.
 
-    The threshold may be one for the tensor, or differ by sample, by channel or by both.
+    The threshold may be one for the tensor, or differ by sample, channel, sample and channel, or token.
 
     Args:
-        latent, pattern: ``(n,)`` values of both at the same positions; pattern 0 is left out.
+        values, pattern: ``(n,)``, both at the same positions. A pattern of 0 and infinite values are left out.
         index: ``(n,)`` these positions in the flattened tensor.
         shape: of the tensor.
     """
-    signed = (pattern != 0) & latent.isfinite()
-    latent, up, index = latent[signed].float(), pattern[signed] > 0, index[signed]
+    signed = (pattern != 0) & values.isfinite()
+    values, is_high, place = values[signed].float(), pattern[signed] > 0, torch.unravel_index(index[signed], shape)
     for shared in _groupings(len(shape))[:6]:
-        group, groups = torch.zeros_like(index), 1
-        for d in shared:
-            group = group * shape[d] + index // shape[d + 1 :].numel() % shape[d]
-            groups *= shape[d]
+        group = torch.zeros_like(is_high, dtype=torch.int64)
+        if shared:
+            group = torch.stack([place[d] for d in shared], 1).unique(dim=0, return_inverse=True)[1]
+        groups = int(group.max()) + 1 if len(group) else 0
         # With few values in each group a threshold splits anything.
-        if groups > 1 and len(latent) < 4 * groups:
+        if groups > 1 and len(values) < 4 * groups:
             continue
-
-        def is_larger(values: Tensor, group: Tensor = group, groups: int = groups) -> Tensor:
-            least, most = values.new_full((groups,), torch.inf), values.new_full((groups,), -torch.inf)
-            least = least.scatter_reduce(0, group[up], values[up], "amin")
-            return least >= most.scatter_reduce(0, group[~up], values[~up], "amax")
-
-        if bool((is_larger(latent) | is_larger(-latent)).all()):
+        one_way = _is_larger(values, is_high, group, groups)
+        if bool((one_way | _is_larger(-values, is_high, group, groups)).all()):
             return True
     return False
+
+
+def _is_larger(values: Tensor, is_high: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Of each group: whether all values with the higher code are at least as large as all with the lower one."""
+    least, most = values.new_full((groups,), torch.inf), values.new_full((groups,), -torch.inf)
+    least = least.scatter_reduce(0, group[is_high], values[is_high], "amin")
+    return least >= most.scatter_reduce(0, group[~is_high], values[~is_high], "amax")
 
 
 def _groupings(ndim: int) -> list[tuple[int, ...]]:
     """Dimensions by which the two values may differ, from one group to many."""
     last = ndim - 1
     wanted = [(), (0,), (1,), (last,), (0, 1), (0, last), tuple(range(last)), (0, *range(2, ndim))]
-    found: list[tuple[int, ...]] = []
-    for shared in wanted:
-        if len(set(shared)) == len(shared) < max(ndim, 1) and max(shared, default=0) <= last and shared not in found:
-            found.append(shared)
-    return found
+    return list(dict.fromkeys(shared for shared in wanted if len(set(shared)) == len(shared) < ndim))
 
 
-def _plausible(x: Tensor, *groupings: tuple[int, ...]) -> bool:
-    """Whether, by one of the groupings, three groups are two-valued as far as a few values tell: few tensors are."""
-    large = False
-    for shared in groupings:
-        if max(shared, default=0) >= x.ndim or len(shared) == x.ndim:
-            continue
-        if _size(x, tuple(d for d in range(x.ndim) if d not in shared)) >= SMALLEST_GROUP:
-            large = True
-            if all(_is_two_valued(_line(x, shared, part)) for part in (2, 3, 5)):
-                return True
-    return not large
+def _is_plausible(x: Tensor, shared: Sequence[int]) -> bool:
+    """Whether some values of three groups allow for two values: most tensors are ruled out at little cost."""
+    for part in (2, 3, 5):
+        group = x
+        for d in shared:
+            group = group.narrow(d, x.shape[d] // part, 1)
+        step = max(1, group.numel() // _FIRST_LOOK) | 1  # odd: not the same column of every row
+        values = group.take(torch.arange(0, group.numel(), step, device=x.device)).tolist()
+        low, high = min(values), max(values)
+        noise = 2e-2 * max(abs(low), abs(high))
+        if not all(v - low <= noise or high - v <= noise or abs(v) <= noise for v in values):
+            return False
+    return True
 
 
-def _line(x: Tensor, shared: tuple[int, ...], part: int) -> list[float]:
-    """Some values of the group that lies at this part (half, third, fifth) of the dimensions ``shared``."""
-    for d in shared:
-        x = x.narrow(d, x.shape[d] // part, 1)
-    step = max(1, x.numel() // _FIRST_LOOK) | 1  # odd: not the same column of every row
-    return x.take(torch.arange(0, x.numel(), step, device=x.device)).tolist()
-
-
-def _is_two_valued(values: list[float]) -> bool:
-    low, high = min(values), max(values)
-    noise = 2e-2 * max(abs(low), abs(high))
-    return all(v - low <= noise or high - v <= noise or abs(v) <= noise for v in values)
-
-
-def _size(x: Tensor, dims: tuple[int, ...]) -> int:
-    return torch.Size(x.shape[d] for d in dims).numel()
-
-
-def _pattern_by_group(x: Tensor, reduced: tuple[int, ...], tolerance: float, index: Tensor) -> Tensor | None:
-    """The pattern at these positions if each group, over the dimensions ``reduced``, is two-valued in the tensor."""
-    low, high = x.amin(reduced, keepdim=True), x.amax(reduced, keepdim=True)
-    noise = tolerance * torch.maximum(low.abs(), high.abs())
-    two = high - low > 10 * noise
-    if two.float().mean() < _SMALLEST_SHARE:
-        return None
-    is_high = x >= high - noise
-    is_zero = ((low + high).abs() <= 2 * noise) & (x.abs() <= noise)
-    # NaN compares false, and so is never one of the two values.
-    if not bool((is_high | (x <= low + noise) | is_zero).all()):
-        return None
-    is_high, is_zero, two, some = (t.expand(x.shape).take(index) for t in (is_high, is_zero, two, x))
-    pattern = torch.where(is_high, 1, -1).masked_fill(is_zero, 0)
-    return torch.where(two, pattern, some.sign()).to(torch.int8)
+def _holds_only(x: Tensor, low: Tensor, high: Tensor, noise: Tensor) -> bool:
+    """Whether all elements are the lower or the higher value, or zero halfway between the two, up to noise."""
+    middle, half = (low + high) / 2, (high - low) / 2
+    distance = (x - middle).abs()
+    # NaN compares false, and so is none of them.
+    is_either = distance >= half - noise
+    if bool(is_either.all()):
+        return True
+    return bool((is_either | ((middle.abs() <= noise) & (distance <= 2 * noise))).all())

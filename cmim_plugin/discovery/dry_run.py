@@ -37,7 +37,7 @@ def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[lis
         _seed(0)  # the result is to depend on the model alone
         model.train()
         _awaken(model)
-        sources = batch_sources(model, inputs)
+        sources = batch_sources(model, inputs, batch_size)
         rows: Counter[int] = Counter()
         try:
             if batch_size is None and len(sources) > 1:
@@ -51,15 +51,11 @@ def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[lis
                     f"The dry run failed: the model's forward raised {type(error).__name__}: {error}. Pass an "
                     "example_input that model(*example_input) accepts in training mode, on the model's device."
                 ) from error
-        source: BatchSource | None
-        if batch_size is None:
-            batch_size, source = _clear_source(sources, rows)
-        else:
-            source = batch_sources(model, inputs, batch_size).get(batch_size)
+        batch = _clear_size(sources, rows) if batch_size is None else batch_size
         failure: Exception | None = None
-        for attempt in _attempts(inputs, batch_size, source):
+        for attempt in _attempts(inputs, batch, sources.get(batch)):
             try:
-                return _traces(model, attempt), source
+                return _traces(model, attempt), sources.get(batch)
             except Exception as error:
                 failure = error
         raise CMIMError(
@@ -107,16 +103,16 @@ def _rows_of_products(trace: Trace) -> Counter[int]:
     return Counter(s.value.shape[0] for s in weighted if len(s.value.shape) > 1 and s.from_input)
 
 
-def _clear_source(sources: dict[int, BatchSource], rows: Counter[int]) -> tuple[int, BatchSource]:
+def _clear_size(sources: dict[int, BatchSource], rows: Counter[int]) -> int:
     """The number of samples: the only one possible, or what most products receive."""
     total = sum(rows[size] for size in sources)
-    likely = [size for size in sources if len(sources) == 1 or 2 * rows[size] > total]
-    if not likely:
-        sizes = f"{sorted(sources)} are lengths of its inputs" if sources else "no input has a length"
-        raise CMIMError(
-            f"The number of samples in example_input is not clear: {sizes}. Say how many samples it has: batch_size=..."
-        )
-    return likely[0], sources[likely[0]]
+    for size in sources:
+        if len(sources) == 1 or 2 * rows[size] > total:
+            return size
+    sizes = f"{sorted(sources)} are lengths of its inputs" if sources else "no input has a length"
+    raise CMIMError(
+        f"The number of samples in example_input is not clear: {sizes}. Say how many samples it has: batch_size=..."
+    )
 
 
 # From the number of a pass: its inputs, how many samples these have, and whether the last two are equal.
@@ -142,17 +138,16 @@ def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_A
 
 def _traces(model: nn.Module, attempt: _Attempt) -> list[Trace]:
     traces = [record(model, *attempt(0))]
-    while len(traces) < 2 or (_more(model, traces) and len(traces) < _PASSES):
+    while len(traces) < 2 or (_may_show_more(model, traces) and len(traces) < _PASSES):
         traces.append(record(model, *attempt(len(traces))))
     return traces
 
 
-def _more(model: nn.Module, traces: list[Trace]) -> bool:
-    """Whether another pass may show modules that these did not call."""
+def _may_show_more(model: nn.Module, traces: list[Trace]) -> bool:
+    """Whether another pass may call modules that these did not: structure is random, and some is new or missing."""
     called = [set(t.calls) for t in traces]
     weighted = {name for name, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))}
     missing = bool(weighted.difference(*called))
     if all(t.calls == traces[0].calls for t in traces):
         return missing and any(t.decides for t in traces)
-    recent = called[-1] | called[-2] if len(traces) > 3 else set().union(*called)
-    return missing or not recent <= set().union(*called[:-2])
+    return missing or not called[-1] | called[-2] <= set().union(*called[:-2])

@@ -2,12 +2,11 @@
 
 From some traces of the model, in this order:
 
-1. *Operands* (``operands.py``): convolutions and matrix products that receive a two-valued tensor, or a sum of such
-   tensors. Each is followed back through padding, reshaping, dropout and scaling to the first tensor in the autograd
-   graph that holds its two values: that is a_B.
-2. *Latents* (``latents.py``): the function call that made these values out of something continuous (``sign``, a
-   comparison, ``round``). What it was given is a_F; the module whose forward it is in names the tap.
-3. *Sites* (``sites.py``): where each of the two is picked up in training, and how it is read.
+1. *Operands*: convolutions and matrix products that receive a two-valued tensor, or a sum of such tensors. Each is
+   followed back (``history.py``) through padding, reshaping, dropout and scaling to a_B, and from there to the function
+   call that made its two values out of something continuous. What that was given is a_F; the module whose forward it is
+   in names the tap.
+2. *Sites* (``sites.py``): where each of the two is picked up in training, and how it is read.
 """
 
 from __future__ import annotations
@@ -19,11 +18,10 @@ from typing import Any
 from torch import nn
 
 from .dry_run import dry_run
-from .index import Index
+from .history import Binarization, History, operands
 from .inputs import BatchSource
 from .layout import Layout
-from .operands import Binarization, binarizations, first_product, operands, terms
-from .sites import FROZEN, NO_GRADIENT, cheapest, child, layouts, reason_against, scope
+from .sites import FROZEN, NO_GRADIENT, cheapest, child, reason_against, reason_against_shapes, scope, spatial_dims
 from .trace import FEW_LEVELS, Site, Trace
 
 # An operand of at most a few values among so many elements is listed as quantized to more than one bit.
@@ -83,8 +81,7 @@ def discover(model: nn.Module, example_input: Any, batch_size: int | None = None
     Args:
         model: any module. It is run a few times in training mode, first on the example, then on inputs like it, and
             left exactly as it was (see :func:`~cmim_plugin.discovery.state.preserve_state` for what that covers).
-        example_input: a tensor, a tuple of positional inputs or a dict of keyword inputs. Dense floating-point tensors
-            of it are varied; all else is given to the model as it is.
+        example_input: a tensor, a tuple of positional inputs or a dict of keyword inputs.
         batch_size: the number of samples in the example, where its inputs do not tell.
 
     Raises:
@@ -108,31 +105,25 @@ def find_binary_activations(
 
 @dataclass
 class _Found:
-    """A binary activation before it gets its name.
-
-    Attributes:
-        activation: without a name.
-        place: what tells it from the others in all traces.
-        hint: the child module whose output is binarized, "" where there is none.
-    """
+    """A binary activation without a name yet, what tells it from others in all traces, and the child for its name."""
 
     activation: BinaryActivation
     place: tuple[Any, ...]
-    hint: str = ""
+    child: str = ""
 
 
 def _found_in(trace: Trace, others: list[Trace]) -> list[_Found]:
     """What one trace shows, in forward order; behind it what is quantized to more than two values."""
-    index, product = Index(trace, others), first_product(trace)
+    history = History(trace, others)
     found: dict[int, tuple[int, _Found]] = {}
     quantized: dict[int, _Found] = {}
     pairs = set()
     for event, operand in operands(trace):
-        for b in binarizations(index, event, operand):
+        for b in history.binarizations(event, operand):
             value = b.source.value
             if id(value) in found or not any(s.from_input for s in b.latents or [operand]):
                 continue  # a weight, a mask or a learned token
-            described = _described(index, b, b.source.seq < product)
+            described = _described(history, b)
             if described.activation.tapped and value.code is not None:
                 pair = value.code, b.latents[0].value.fingerprint
                 if pair in pairs:
@@ -140,46 +131,53 @@ def _found_in(trace: Trace, others: list[Trace]) -> list[_Found]:
                 pairs.add(pair)
             found[id(value)] = b.source.seq, described
         few = 2 < operand.value.levels <= FEW_LEVELS and operand.value.numel >= _FEW_AMONG
-        if few and operand.requires_grad and operand.from_input and not terms(index, operand):
+        if few and operand.requires_grad and operand.from_input and not history.terms(operand):
             reason = f"a {event.name} receives {operand.value.levels} values, not two"
-            activation = BinaryActivation("", 0, reason, event.module)
+            activation = BinaryActivation("", 0, reason, operand.site.module)
             quantized[id(operand.value)] = _Found(activation, ("quantized", operand.site))
     return [f for _, f in sorted(found.values(), key=lambda entry: entry[0])] + list(quantized.values())
 
 
-def _described(index: Index, b: Binarization, is_input: bool) -> _Found:
-    module, call = scope(index, b)
-    place = module, b.source.site
-    reason = "it is the network's input that is binarized, not an activation" if is_input else reason_against(index, b)
+def _described(history: History, b: Binarization) -> _Found:
+    module, call = scope(history, b)
+    place, reason = (module, b.source.site), reason_against(history, b)
     if reason is None:
-        binary, latent = cheapest(index.of_value(b.source), module), cheapest(b.latents, module)
-        read = layouts(index, binary, latent, b)
-        if not isinstance(read, str):
-            shapes = binary.value.shape, latent.value.shape
-            channels, latent_channels = (side.channels(shape) for side, shape in zip(read, shapes, strict=True))
-            aligned = read[0].positions(shapes[0]) == read[1].positions(shapes[1])
-            activation = BinaryActivation(
-                "", channels, None, module, binary.site, latent.site, *read, latent_channels, aligned
-            )
-            return _Found(activation, place, child(index, b.latents[0], module, call))
-        reason = read
-    return _Found(BinaryActivation("", 0, reason, module), place)
+        binary, latent = cheapest(history.of_value(b.source), module), cheapest(b.latents, module)
+        shape, latent_shape = binary.value.shape, latent.value.shape
+        spatial = spatial_dims(shape, b.consumer, b.operand)
+        reason = reason_against_shapes(history, b, binary, latent, spatial)
+    if reason is not None:
+        return _Found(BinaryActivation("", 0, reason, module), place)
+    layout = Layout(spatial, windowed=shape[0] != history.trace.batch)
+    latent_layout = Layout(spatial, windowed=latent_shape[0] != history.trace.batch)
+    activation = BinaryActivation(
+        name="",
+        channels=layout.channels(shape),
+        reason=None,
+        module=module,
+        binary=binary.site,
+        latent=latent.site,
+        binary_layout=layout,
+        latent_layout=latent_layout,
+        latent_channels=latent_layout.channels(latent_shape),
+        aligned=layout.positions(shape) == latent_layout.positions(latent_shape),
+    )
+    return _Found(activation, place, child(history, b.latents[0], module, call))
 
 
 def _merge(order: dict[str, int], found: list[_Found], more: list[_Found]) -> None:
-    """Insert what another pass showed between its neighbours there, in the order of the modules."""
+    """Insert what another pass showed behind its predecessor there, in the order of the modules."""
     at = 0
-    for i, f in enumerate(more):
+    for f in more:
         places = [g.place for g in found]
         if f.place in places:
-            at = places.index(f.place) + 1
-            if f.activation.tapped and not found[at - 1].activation.tapped:
-                found[at - 1] = f
-            continue
-        end = next((places.index(g.place) for g in more[i:] if g.place in places[at:]), len(found))
-        while at < end and order.get(found[at].activation.module, 0) < order.get(f.activation.module, 0):
-            at += 1
-        found.insert(at, f)
+            at = places.index(f.place)
+            if f.activation.tapped:
+                found[at] = f
+        else:
+            while at < len(found) and order.get(found[at].activation.module, 0) < order.get(f.activation.module, 0):
+                at += 1
+            found.insert(at, f)
         at += 1
 
 
@@ -193,8 +191,8 @@ def _named(found: list[_Found]) -> list[BinaryActivation]:
     names = {}
     for f in [*tapped, *rest]:
         name = f.activation.module or "(model)"
-        if taps[f.activation.module] > 1 and f.hint:
-            name = f"{name}: {f.hint}"
+        if taps[f.activation.module] > 1 and f.child:
+            name = f"{name}: {f.child}"
         used[name] += 1
         names[id(f)] = name if used[name] == 1 else f"{name}#{used[name]}"
     return [replace(f.activation, name=names[id(f)]) for f in found if id(f) in names]

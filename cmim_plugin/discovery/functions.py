@@ -1,5 +1,9 @@
 """Names of torch functions, without underscores at their ends, by what they do to the values that they are given."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
@@ -30,8 +34,6 @@ STEPS = _names(
 )
 #: Smooth functions of all values of a group: of a group of two values they make two values, too.
 NORMS = _names("batch_norm instance_norm layer_norm group_norm normalize softmax")
-#: They mix the rows of their argument.
-RECURRENT = _names("gru lstm rnn_tanh rnn_relu multi_head_attention_forward")
 #: Results have the shape of an input, not its values.
 SHAPE_ONLY = _names(
     "zeros_like ones_like full_like empty_like rand_like randn_like randint_like "
@@ -41,7 +43,21 @@ RANDOM = _names(
     "rand randn randint randperm rand_like randn_like randint_like bernoulli uniform normal random multinomial"
 )
 #: Whole names: they write into their arguments, though their names do not end in a single underscore.
-WRITES = _names(
+_WRITES = _names(
     "__setitem__ batch_norm instance_norm numpy __array__ __dlpack__ __iadd__ __isub__ __imul__ __idiv__ __itruediv__ "
     "__ifloordiv__ __imod__ __ipow__ __iand__ __ior__ __ixor__"
 )
+
+
+def plain_name(function: Any) -> str:
+    """The name of a torch function as it stands in these lists; of an attribute that is read or set, its name."""
+    name = getattr(function, "__name__", str(function))
+    if name in ("__get__", "__set__"):
+        name = getattr(getattr(function, "__self__", None), "__name__", name)
+    return str(name).strip("_")
+
+
+def writes(function: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a torch function writes into one of its arguments."""
+    name = getattr(function, "__name__", "")
+    return name in _WRITES or (name.endswith("_") and not name.endswith("__")) or kwargs.get("out") is not None

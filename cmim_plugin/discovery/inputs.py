@@ -49,30 +49,22 @@ class BatchSource:
     Attributes:
         places: keys that lead to a tensor or a list within (args, kwargs), and the tensor's dimension, None for the
             length of a list of images. The first one that fits is read.
-        names: the positional parameters of the model's forward: an input may come by position or by keyword.
     """
 
     places: tuple[tuple[Path, int | None], ...]
-    names: tuple[str, ...] = ()
 
     def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
         """The number of samples in these inputs, None where it cannot be read."""
         for path, dim in self.places:
-            for other in (False, True):
-                try:
-                    found: Any = (args, kwargs)
-                    for key in self._other(path) if other else path:
-                        found = found[key]
-                    if isinstance(found, Tensor) != (dim is None):
-                        return len(found) if dim is None else int(found.size(dim))
-                except Exception:  # not contextlib.suppress: torch 2.6 does not compile it
-                    continue
+            try:
+                found: Any = (args, kwargs)
+                for key in path:
+                    found = found[key]
+                if isinstance(found, Tensor) != (dim is None):
+                    return len(found) if dim is None else int(found.size(dim))
+            except Exception:  # not contextlib.suppress: torch 2.6 does not compile it
+                continue
         return None
-
-    def _other(self, path: Path) -> Path:
-        """By keyword where the example came by position, and the reverse."""
-        side, key, *rest = path
-        return (1 - side, self.names[key] if side == 0 else self.names.index(key), *rest)
 
 
 def batch_sources(model: nn.Module, inputs: Inputs, stated: int | None = None) -> dict[int, BatchSource]:
@@ -88,17 +80,32 @@ def batch_sources(model: nn.Module, inputs: Inputs, stated: int | None = None) -
         if tensor.ndim:
             places.setdefault(tensor.size(0), []).append((path, 0))
     if stated is not None and stated not in places:
-        inner = [(path, t.shape.index(stated)) for path, t in tensors if not t.is_nested and stated in t.shape]
-        places = {stated: [*inner]} if inner else {}
+        places[stated] = [(path, t.shape.index(stated)) for path, t in tensors if not t.is_nested and stated in t.shape]
     try:
-        names = tuple(inspect.signature(model.forward).parameters)
+        names = list(inspect.signature(model.forward).parameters)
     except (TypeError, ValueError):
-        names = ()
-    return {size: BatchSource(tuple(found), names) for size, found in places.items() if size}
+        names = []
+    sources = {}
+    for size, found in places.items():
+        # In training an input may come by keyword that came by position in the example, and the reverse.
+        ways = [(way, dim) for path, dim in found for way in (path, _other_way(path, names)) if way]
+        if size and ways:
+            sources[size] = BatchSource(tuple(ways))
+    return sources
+
+
+def _other_way(path: Path, names: list[str]) -> Path:
+    side, key, *rest = path
+    if side == 0:
+        return (1, names[key], *rest) if key < len(names) else ()
+    return (0, names.index(key), *rest) if key in names else ()
 
 
 def is_offsets(inputs: Inputs, source: BatchSource) -> bool:
-    """Whether all that has one entry a sample is in rising order: places in another tensor where samples start."""
+    """Whether all that has one entry a sample is in rising order: places in another tensor where samples start.
+
+    Those of other samples are out of order, which on a GPU ends the process.
+    """
     tensors = [t for path, t in tensors_in(inputs) if (path, 0) in source.places]
     rising = [t.ndim == 1 and not t.is_floating_point() and bool((t.diff() >= 0).all()) for t in tensors]
     return bool(rising) and all(rising)
@@ -111,10 +118,8 @@ def resampled(inputs: Inputs, source: BatchSource, samples: Sequence[int]) -> In
     def pick(path: Path, value: Any) -> Any:
         if path not in places:
             return value
-        dim = places[path]
         if isinstance(value, Tensor):
-            assert dim is not None
-            return value.detach().index_select(dim, torch.tensor(samples, device=value.device))
+            return value.detach().index_select(places[path] or 0, torch.tensor(samples, device=value.device))
         return type(value)(value[i] for i in samples)
 
     result: Inputs = mapped(inputs, pick)
@@ -130,16 +135,16 @@ def varied(inputs: Inputs, seed: int) -> Inputs:
     tensors = [t for _, t in tensors_in(inputs)]
     dense = [t for t in tensors if _is_dense(t)]
     dense = [t for t in dense if t.ndim > 1] or dense
-    kinds = {id(t): _distinct(t) for t in dense}
-    chosen = {key for key, distinct in kinds.items() if distinct > 2}
+    chosen = [t for t in dense if not _is_stand_in(t) and _has_many_values(t)]
     if not chosen and not any(t.ndim > 1 and not t.is_floating_point() for t in tensors):
-        chosen = {id(t) for t in dense if kinds[id(t)] == 0 or not t.any()} or set(kinds)
+        chosen = [t for t in dense if _is_stand_in(t)] or dense
+    ids = {id(t) for t in chosen}
     generator = torch.Generator().manual_seed(seed)
 
     def vary(path: Path, value: Any) -> Any:
-        if not isinstance(value, Tensor) or id(value) not in chosen:
+        if id(value) not in ids:
             return value
-        if kinds[id(value)] < 2:
+        if _is_stand_in(value) or bool((value == value.flatten()[0]).all()):
             return torch.randn(value.shape, generator=generator, device="cpu").to(value)
         order = torch.randperm(value.numel(), generator=generator, device="cpu").to(value.device)
         return value.detach().flatten()[order].view(value.shape)
@@ -175,14 +180,12 @@ def _is_dense(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_nested and tensor.numel() > 1
 
 
-def _distinct(tensor: Tensor) -> int:
-    """1, 2 or 3 for more distinct values; 0 for a tensor that is nowhere finite."""
-    finite = tensor.detach().isfinite()
-    if not bool(finite.any()):
-        return 0
-    if not bool(finite.all()):
-        return 2  # an additive mask of zeros and minus infinity
+def _is_stand_in(tensor: Tensor) -> bool:
+    """Zeros, or nowhere finite: an example that says nothing but its shape."""
+    return not bool(tensor.any()) or not bool(tensor.isfinite().any())
+
+
+def _has_many_values(tensor: Tensor) -> bool:
+    """More than two, which a mask does not have; an additive mask holds minus infinity."""
     low, high = tensor.detach().aminmax()
-    if low == high:
-        return 1
-    return 2 if bool(((tensor == low) | (tensor == high)).all()) else 3
+    return bool(tensor.isfinite().all()) and not bool(((tensor == low) | (tensor == high)).all())

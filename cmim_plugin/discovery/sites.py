@@ -7,10 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .functions import CONVOLUTIONS, PRODUCTS
-from .index import Index
-from .latents import is_sign_of
-from .layout import Layout
-from .operands import Binarization
+from .history import Binarization, History, is_sign_of
 from .trace import Event, Sighting
 
 FROZEN = "everything before it is frozen: no gradient reaches it"
@@ -19,11 +16,13 @@ NO_GRADIENT = "it is made without a gradient (under no_grad or detached)"
 _NEAR = 12
 
 
-def reason_against(index: Index, b: Binarization) -> str | None:
+def reason_against(history: History, b: Binarization) -> str | None:
     """Why this is nothing to tap, None where it is."""
     value = b.source.value
-    if not index.in_graph(b.source):
-        before = index.trace.sightings[: b.source.seq]
+    if b.source.seq < history.first_product:
+        return "it is the network's input that is binarized, not an activation"
+    if not history.in_graph(b.source):
+        before = history.trace.sightings[: b.source.seq]
         return NO_GRADIENT if any(s.requires_grad for s in before) else FROZEN
     if value.one_hot:
         return "it is one-hot: a choice, not a code"
@@ -35,40 +34,67 @@ def reason_against(index: Index, b: Binarization) -> str | None:
     if value.pattern is not None:
         if latent.numel == value.numel and bool(latent.values[value.pattern == 0].any()):
             return "it has three values: its zeros are not only signs of zero"
-        if not is_sign_of(index, b.source, b.call, b.latents[0]):
+        if not is_sign_of(history.trace, b.source if b.call is None else b.call.results[0], b.latents[0]):
             return "no threshold splits its latent into its two values"
     return None
 
 
-def scope(index: Index, b: Binarization) -> tuple[str, int]:
+def reason_against_shapes(
+    history: History, b: Binarization, binary: Sighting, latent: Sighting, spatial: int | None
+) -> str | None:
+    """Why both sides, where they are picked up, cannot be read sample by sample, None where they can."""
+    batch = history.trace.batch
+    if history.trace.time_major:
+        return "its first dimension is time, not the batch: a layer without batch_first takes it so"
+    for side in (binary, latent):
+        rows = side.value.shape[0] if side.value.shape else 0
+        shapes = f"{tuple(side.value.shape)} for {batch} samples"
+        if not rows or rows % batch:
+            return f"the batch is not its first dimension, or is mixed with another: {shapes}"
+        by_sample = True if rows == batch else history.by_sample(side)
+        if by_sample is False:
+            return f"the rows of one sample do not follow each other in its first dimension: {shapes}"
+        if by_sample is None:
+            return f"which rows belong to one sample could not be seen: {shapes}; try an example of random values"
+    dims = CONVOLUTIONS.get(b.consumer.name)
+    if dims is not None and len(b.operand.value.shape) == 1 + dims:
+        return "the convolution receives a single sample, without a batch dimension"
+    if spatial is not None and spatial >= len(latent.value.shape):
+        return f"its latent has another rank: {tuple(latent.value.shape)} for {tuple(binary.value.shape)}"
+    return None
+
+
+def scope(history: History, b: Binarization) -> tuple[str, int]:
     """The module in whose forward it happens, and which call of it."""
-    site = b.call or b.source.site
-    if b.call is not None or b.source.site.kind != "input" or not site.module:
-        return site.module, site.call
-    # What comes in was made by the module around.
+    site = b.source.site if b.call is None else b.call.results[0].site
     name = site.module
+    if b.call is not None or site.kind != "input" or not name:
+        return name, site.call
+    # What comes in was made by the module around: BiBERT's attention assigns to a mask, and a dropout gets the codes.
     while name:
         name = name.rpartition(".")[0]
-        calls = [call for (n, call), seq in index.entered.items() if n == name and seq < b.source.seq]
+        before = history.trace.sightings[: b.source.seq]
+        calls = [s.site.call for s in before if s.site.module == name]
         if calls:
             return name, max(calls)
     return "", 0
 
 
-def child(index: Index, latent: Sighting, module: str, call: int) -> str:
+def child(history: History, latent: Sighting, module: str, call: int) -> str:
     """The child of the module whose output in this call the latent is, up to elementwise functions and views."""
-    since, prefix = index.entered[module, call], f"{module}." if module else ""
-    current: Sighting | None = latent
+    since = next(s.seq for s in history.trace.sightings if (s.site.module, s.site.call) == (module, call))
+    prefix = f"{module}." if module else ""
+    current = latent
     for _ in range(_NEAR):
-        if current is None:
-            break
-        outputs = [s.site.module for s in index.of_tensor(current) if s.site.kind == "output" and s.seq > since]
+        outputs = [s.site.module for s in history.of_value(current) if s.site.kind == "output" and s.seq > since]
         names = [name for name in outputs if name.startswith(prefix) and name != module]
         if names:
             return min(names, key=len).removeprefix(prefix)
-        event, size = index.producer(current), current.value.numel
-        given = [a for a in (event.arguments if event else ()) if a.value.numel >= size and a.requires_grad]
-        current = given[0] if given and event and event.name not in PRODUCTS else None
+        event, size = history.producer(current), current.value.numel
+        given = [a for a in history.given(current) if a.value.numel >= size and a.requires_grad]
+        if event is None or event.name in PRODUCTS or not given:
+            break
+        current = given[0]
     return ""
 
 
@@ -80,40 +106,18 @@ def cheapest(sightings: Sequence[Sighting], module: str) -> Sighting:
     )
 
 
-def layouts(index: Index, binary: Sighting, latent: Sighting, b: Binarization) -> tuple[Layout, Layout] | str:
-    """How both sides are read, or why they cannot be."""
-    windowed = []
-    for side in (binary, latent):
-        rows, batch = side.value.shape[0] if side.value.shape else 0, index.trace.batch
-        shapes = f"{tuple(side.value.shape)} for {batch} samples"
-        if not rows or rows % batch:
-            return f"the batch is not its first dimension, or is mixed with another: {shapes}"
-        by_sample = index.by_sample(side)
-        # A rounding error that flips a sign grows through the layers: as many rows as samples tell more.
-        if by_sample is False and (rows != batch or index.mixes):
-            return f"the rows of one sample do not follow each other in its first dimension: {shapes}"
-        if by_sample is None and rows != batch:
-            return f"which rows belong to one sample could not be seen: {shapes}; try an example of random values"
-        windowed.append(rows != batch)
-    shape, received = binary.value.shape, b.operand.value.shape
-    if b.consumer.name in CONVOLUTIONS and len(received) == 1 + CONVOLUTIONS[b.consumer.name]:
-        return "the convolution receives a single sample, without a batch dimension"
-    spatial = _spatial_dims(shape, b.consumer, b.operand)
-    if spatial is not None and spatial >= len(latent.value.shape):
-        return f"its latent has another rank: {tuple(latent.value.shape)} for {tuple(shape)}"
-    return Layout(spatial, windowed[0]), Layout(spatial, windowed[1])
-
-
-def _spatial_dims(shape: torch.Size, consumer: Event, operand: Sighting) -> int | None:
+def spatial_dims(shape: torch.Size, consumer: Event, operand: Sighting) -> int | None:
     """:attr:`Layout.spatial` of a binary tensor of this shape, from how its consumer contracts it.
 
     The channels are the dimension that is contracted with a weight: the last, or the first after the batch.
     """
     received, name = operand.value.shape, consumer.name
     if name in CONVOLUTIONS:
-        # Tokens (B, N, C) that a permutation turns into a map have their channels last before it.
-        tokens = received[1] == shape[-1] != shape[1] and len(shape) <= len(received)
-        return None if tokens or len(shape) < 2 + CONVOLUTIONS[name] else CONVOLUTIONS[name]
+        if len(shape) < 2 + CONVOLUTIONS[name]:
+            return None
+        # A permutation turned (B, H, W, C) into a map.
+        channels_last = received[1] == shape[-1] != shape[1] and len(shape) == len(received)
+        return None if channels_last else CONVOLUTIONS[name]
     if len(shape) < 3:
         return None
     if name == "linear":

@@ -7,7 +7,7 @@ import random
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import _compat
-from .functions import WRITES
+from .functions import writes
+from .inputs import tensors_in
 
 # How far containers and objects are followed into each other, and up to which length.
 _DEPTH, _LENGTH = 4, 4096
@@ -48,33 +49,24 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     elements inside others, state of C++ extensions, and parameters that such an extension overwrites.
     """
     parameters = list(model.parameters())
-    held = _Held()
-    for owner in (*model.modules(), *parameters):  # BinaryNet keeps the real weight in an attribute of the parameter
-        held.follow(owner)
-    tensors = held.tensors.keys() - {id(p) for p in parameters}
-    # An embedding with max_norm overwrites its weight where no function mode sees it.
-    tensors |= {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None}
-    everything = {**held.tensors, **{id(p): p for p in parameters}}
-    guard = _CopyBeforeWrite([p for p in parameters if id(p) not in tensors])
-    for key in tensors:
-        guard.copy(everything[key])
-    before = [(t, t.data, t.requires_grad, t.grad, None if t.grad is None else t.grad.clone()) for t in parameters]
-    try:
+    with contextlib.ExitStack() as undo:
+        held = _Held(undo)
+        for owner in (
+            *model.modules(),
+            *parameters,
+        ):  # BinaryNet keeps the real weight in an attribute of the parameter
+            held.follow(owner)
+        everything = {**held.tensors, **{id(p): p for p in parameters}}
+        copied = held.tensors.keys() - {id(p) for p in parameters}
+        # An embedding with max_norm overwrites its weight where no function mode sees it.
+        copied |= {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None}
+        guard = _CopyBeforeWrite(undo, [p for p in parameters if id(p) not in copied])
+        for tensor in (*(everything[key] for key in copied), *(p.grad for p in parameters if p.grad is not None)):
+            guard.copy(tensor)
+        for p in parameters:
+            undo.callback(_put_back_parameter, p, p.data, p.requires_grad, p.grad)
         with preserve_generators(everything.values()), guard:
             yield
-    finally:
-        held.put_back()
-        with torch.no_grad():
-            for p, data, requires_grad, grad, value in before:
-                _point_at(p, data)
-                p.requires_grad_(requires_grad)
-                p.grad = grad
-                if grad is not None and value is not None and not same(grad, value):
-                    grad.copy_(value)
-            for t, data, value in guard.copies:
-                _point_at(t, data)
-                if not same(t.detach(), value):
-                    t.data.copy_(value)
 
 
 @contextlib.contextmanager
@@ -98,35 +90,39 @@ def _point_at(tensor: Tensor, data: Tensor) -> None:
         tensor.data = data
 
 
+def _put_back_parameter(p: nn.Parameter, data: Tensor, requires_grad: bool, grad: Tensor | None) -> None:
+    _point_at(p, data)
+    p.requires_grad_(requires_grad)
+    p.grad = grad
+
+
+def _put_back_values(tensor: Tensor, data: Tensor, values: Tensor) -> None:
+    _point_at(tensor, data)
+    if not same(tensor.detach(), values):
+        tensor.data.copy_(values)
+
+
 class _CopyBeforeWrite(TorchFunctionMode):
     """Copies a parameter before the first torch function that writes into its memory."""
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
+    def __init__(self, undo: contextlib.ExitStack, parameters: list[nn.Parameter]) -> None:
         super().__init__()
-        #: Tensor, its memory, its values.
-        self.copies: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._undo = undo
         self._pending: dict[int, list[Tensor]] = {}
         for p in parameters:
             self._pending.setdefault(_storage(p), []).append(p)
 
     def copy(self, tensor: Tensor) -> None:
-        self.copies.append((tensor, tensor.data, tensor.detach().clone()))
+        """Copy a tensor now."""
+        self._undo.callback(_put_back_values, tensor, tensor.data, tensor.detach().clone())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._pending and writes(func, kwargs):
-            for argument in (*args, *kwargs.values()):
-                for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
-                    if isinstance(tensor, Tensor):
-                        for p in self._pending.pop(_storage(tensor), ()):
-                            self.copy(p)
+            for _, tensor in tensors_in((args, kwargs)):
+                for p in self._pending.pop(_storage(tensor), ()):
+                    self.copy(p)
         return func(*args, **kwargs)
-
-
-def writes(func: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a torch function writes into one of its arguments."""
-    name = getattr(func, "__name__", "")
-    return name in WRITES or (name.endswith("_") and not name.endswith("__")) or kwargs.get("out") is not None
 
 
 def _storage(tensor: Tensor) -> int:
@@ -138,11 +134,11 @@ def _storage(tensor: Tensor) -> int:
 
 
 class _Held:
-    """What modules hold in their attributes: tensors, and for all else the actions that put it back."""
+    """What modules hold in their attributes: tensors are collected, for all else there is something to undo."""
 
-    def __init__(self) -> None:
+    def __init__(self, undo: contextlib.ExitStack) -> None:
         self.tensors: dict[int, Tensor] = {}
-        self._actions: list[Callable[[], Any]] = []
+        self._undo = undo
         # The objects themselves: an id is only unique while its object lives.
         self._seen: dict[int, Any] = {}
 
@@ -157,11 +153,9 @@ class _Held:
         self._seen[id(value)] = value
         inner: list[Any] = []
         if depth == 0 or (hasattr(value, "__dict__") and not isinstance(value, _NOT_FOLLOWED) and not callable(value)):
-            inner += self._refill(vars(value)).values()
-        if isinstance(value, dict):
-            inner += self._refill(value).values()
-        elif isinstance(value, (list, set, deque, bytearray)):
-            inner += self._extend(value)
+            inner += self._keep_content(vars(value))
+        if isinstance(value, (dict, list, set, deque, bytearray)):
+            inner += self._keep_content(value)
         elif isinstance(value, tuple):
             inner += value
         elif depth:
@@ -171,53 +165,39 @@ class _Held:
                 if not isinstance(item, _PLAIN):
                     self.follow(item, depth + 1)
 
-    def put_back(self) -> None:
-        """Undo what was changed since."""
-        for action in self._actions:
-            action()
-
-    def _refill(self, mapping: dict[Any, Any]) -> dict[Any, Any]:
-        """In place: handles of the user's hooks point at the very dictionaries."""
-        before = list(mapping.items())
-
-        def again() -> None:
-            now = list(mapping.items())
-            if len(now) != len(before) or any(
-                a is not c or b is not d for (a, b), (c, d) in zip(now, before, strict=True)
-            ):
-                mapping.clear()
-                # Not update(): a Counter would add.
-                for key, value in before:
-                    mapping[key] = value
-
-        self._actions.append(again)
-        return mapping
-
-    def _extend(self, collection: Any) -> Any:
-        before = list(collection)
-
-        def again() -> None:
-            now = list(collection)
-            if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
-                collection.clear()
-                (collection.update if isinstance(collection, set) else collection.extend)(before)
-
-        self._actions.append(again)
-        return collection
+    def _keep_content(self, container: Any) -> list[Any]:
+        before = _content(container)
+        self._undo.callback(_refill, container, before)
+        return before
 
     def _keep_state(self, value: Any) -> None:
         """Of random generators and arrays."""
         numpy: Any = sys.modules.get("numpy")
-        state: Any
         if isinstance(value, random.Random):
-            state = value.getstate()
-            self._actions.append(lambda: value.setstate(state))
+            self._undo.callback(value.setstate, value.getstate())
         elif isinstance(value, torch.Generator) or (numpy and isinstance(value, numpy.random.RandomState)):
-            state = value.get_state()
-            self._actions.append(lambda: value.set_state(state))
+            self._undo.callback(value.set_state, value.get_state())
         elif numpy and isinstance(value, numpy.random.Generator):
-            bits, state = value.bit_generator, value.bit_generator.state
-            self._actions.append(lambda: setattr(bits, "state", state))
+            bits = value.bit_generator
+            self._undo.callback(setattr, bits, "state", bits.state)
         elif numpy and isinstance(value, numpy.ndarray) and value.flags.writeable:
-            state = value.copy()
-            self._actions.append(lambda: value.__setitem__(..., state))
+            self._undo.callback(value.__setitem__, ..., value.copy())
+
+
+def _content(container: Any) -> list[Any]:
+    """The elements of a container; keys and values in turn of a dictionary."""
+    return [x for item in container.items() for x in item] if isinstance(container, dict) else list(container)
+
+
+def _refill(container: Any, before: list[Any]) -> None:
+    """In place: handles of the user's hooks point at the very dictionaries."""
+    if list(map(id, _content(container))) == list(map(id, before)):
+        return
+    container.clear()
+    if isinstance(container, dict):
+        for key, value in zip(before[::2], before[1::2], strict=True):  # not update(): a Counter would add
+            container[key] = value
+    elif isinstance(container, set):
+        container.update(before)
+    else:
+        container.extend(before)

@@ -7,11 +7,10 @@ again in training. No tensor of the model is kept.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,9 +22,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import _compat
 from .codes import is_constant, sign_pattern
-from .functions import RANDOM, SCALINGS, SHAPE_ONLY
+from .functions import RANDOM, SHAPE_ONLY, plain_name, writes
 from .inputs import Inputs, Path, tensors_in
-from .state import same, writes
+from .state import same
 
 # Values kept of each tensor, and values compared between two samples that got the same input.
 _VALUES, _TWIN_VALUES = 2048, 512
@@ -58,10 +57,9 @@ class Snapshot:
     """What a tensor held at one moment.
 
     Attributes:
-        shape, dtype: of the tensor.
-        values: ``(n,)`` at random positions, the same ones for all tensors of as many elements.
-        index: ``(n,)`` these positions in the flattened tensor.
-        pattern: ``(n,)`` its sign pattern there (:func:`sign_pattern`), None if it is not two-valued.
+        values: ``(n,)`` some of its values, from the same positions for all tensors of as many elements.
+        pattern: ``(n,)`` the sign pattern there (:func:`sign_pattern`), None if the tensor is not two-valued, or does
+            not depend on the model's input.
         constant: whether all its elements are equal.
         levels: how many values it has in all, 0 for more than a few.
         one_hot: whether along some dimension it is zero but for a single element.
@@ -70,9 +68,7 @@ class Snapshot:
     """
 
     shape: torch.Size
-    dtype: torch.dtype
     values: Tensor
-    index: Tensor
     pattern: Tensor | None = None
     constant: bool = False
     levels: int = 0
@@ -104,39 +100,32 @@ class Sighting:
 
     Attributes:
         seq: its place in the trace.
-        site: where it was seen.
-        tensor: a number that stands for the tensor object.
-        value: what it held.
-        requires_grad: whether it required a gradient.
         in_graph: whether it required a gradient, with gradients enabled.
         from_input: whether it depends on the model's input.
         distinct: elements that are not repeated by expansion.
-        event: for the result of a function call, its place among the trace's events.
+        event: the function call that returned it, None where none did.
     """
 
     seq: int
     site: Site
-    tensor: int
     value: Snapshot
     requires_grad: bool
     in_graph: bool
     from_input: bool
     distinct: int
-    event: int | None = None
+    event: Event | None = None
 
 
 @dataclass(eq=False)
 class Event:
     """One torch function call: its tensor arguments before the call, its tensor results after.
 
-    ``shapes`` are those of all tensor arguments; parameters are not among the sightings. ``weighted``: a parameter, or
-    what requires a gradient, is among the arguments.
+    Parameters are not among the arguments. ``shapes`` are those of all tensor arguments, parameters too. ``weighted``:
+    a parameter, or what requires a gradient, is among them.
     """
 
     seq: int
     name: str
-    module: str
-    call: int
     shapes: list[torch.Size]
     weighted: bool
     arguments: list[Sighting] = field(default_factory=list)
@@ -148,6 +137,7 @@ class Trace:
     """Everything seen in one forward pass, in order.
 
     ``calls`` counts the calls of each module. ``decides``: single random numbers were drawn, as random structure does.
+    ``time_major``: a recurrent layer or attention takes for time what is as long as the batch.
     """
 
     batch: int
@@ -155,20 +145,21 @@ class Trace:
     events: list[Event] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
     decides: bool = False
+    time_major: bool = False
 
 
 def record(model: nn.Module, inputs: Inputs, batch: int, twins: bool = False) -> Trace:
-    """Run a model, and write down what passes.
+    """Run a model on a batch of so many samples, and write down what passes.
 
-    Args:
-        model: the model.
-        inputs: what it is given.
-        batch: samples in these inputs.
-        twins: whether the last two samples are equal. Dropout then rests, and both get the same random numbers.
+    ``twins``: whether the last two samples are equal. Dropout then rests, and both get the same random numbers.
     """
     recorder = _Recorder(model, batch, twins)
     before = _positions()
-    with recorder.attached(), recorder:
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(module.register_forward_pre_hook(recorder.enter, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(recorder.leave).remove)
+        stack.enter_context(recorder)
         model(*inputs[0], **inputs[1])
     recorder.trace.decides |= before != _positions()
     return recorder.trace
@@ -178,6 +169,14 @@ def _positions() -> tuple[Any, Any]:
     """Of the generators that draw single numbers."""
     numpy = sys.modules.get("numpy")
     return random.getstate(), None if numpy is None else numpy.random.get_state()[2]
+
+
+@dataclass
+class _Memory:
+    """Of a tensor object: whether it depends on the model's input, and what it held last."""
+
+    from_input: bool
+    last: Snapshot | None = None
 
 
 class _Recorder(TorchFunctionMode):
@@ -192,32 +191,20 @@ class _Recorder(TorchFunctionMode):
         self._functions: Counter[Any] = Counter()
         # Modules being run: name, call, and how often each function had been called when the module was entered.
         self._scopes: list[tuple[str, int, Counter[Any]]] = []
-        self._numbers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._fresh = itertools.count()
-        # By a tensor's number: its last snapshot, and whether it depends on the model's input.
-        self._last: dict[int, Snapshot] = {}
-        self._from_input: dict[int, bool] = {}
+        self._memory: MutableMapping[Tensor, _Memory] = WeakTensorKeyDictionary()
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
 
-    @contextlib.contextmanager
-    def attached(self) -> Iterator[None]:
-        handles = []
-        try:
-            for module in self._names:
-                handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-                handles.append(module.register_forward_hook(self._leave))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         name = self._names[module]
         self._scopes.append((name, self.trace.calls[name], self._functions.copy()))
         self.trace.calls[name] += 1
-        self._see((args, kwargs), "input", True if len(self._scopes) == 1 else None)
+        if not getattr(module, "batch_first", True):
+            with _compat.unseen():
+                first = [t.shape for _, t in tensors_in((args, kwargs)) if not t.is_nested and t.ndim == 3][:1]
+            self.trace.time_major |= any(time == self.trace.batch != samples for time, samples, _ in first)
+        self._see((args, kwargs), "input", from_input=True if len(self._scopes) == 1 else None)
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._see(output, "output")
         self._scopes.pop()
 
@@ -225,33 +212,29 @@ class _Recorder(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if not self._scopes:
             return func(*args, **kwargs)
-        name, call, before = self._scopes[-1]
-        nth = self._functions[func] - before[func]
+        nth = self._functions[func] - self._scopes[-1][2][func]
         self._functions[func] += 1
-        function = getattr(func, "__name__", str(func))
-        if function in ("__get__", "__set__"):
-            function = getattr(getattr(func, "__self__", None), "__name__", function)
-        function = function.strip("_")
+        name = plain_name(func)
         tensors = [tensor for _, tensor in tensors_in((args, kwargs))]
         shapes = [t.shape for t in tensors if not t.is_nested]
         weighted = any(t.requires_grad or id(t) in self._parameters for t in tensors)
-        event = Event(len(self.trace.sightings), function, name, call, shapes, weighted)
-        event.arguments = self._see((args, kwargs), "argument", None, func, nth)
-        numbers = [self._number(t) for t in tensors if id(t) not in self._parameters]
-        from_input = function not in SHAPE_ONLY and any(self._from_input.get(n) for n in numbers)
-        if self._twins and ("drop" in function or "attention" in function):
-            kwargs.update({key: off for key, off in (("training", False), ("dropout_p", 0.0)) if key in kwargs})
+        event = Event(len(self.trace.sightings), name, shapes, weighted)
+        event.arguments = self._see((args, kwargs), "argument", func, nth)
+        memories = [self._memory[t] for t in tensors if id(t) not in self._parameters]
+        from_input = name not in SHAPE_ONLY and any(memory.from_input for memory in memories)
+        if self._twins and "drop" in name and "training" in kwargs:
+            kwargs["training"] = False
+        if self._twins and "dropout_p" in kwargs:
+            kwargs["dropout_p"] = 0.0
         result = func(*args, **kwargs)
-        if function in RANDOM:
+        if name in RANDOM:
             self._drawn(result)
-        if from_input and numbers and writes(func, kwargs):
-            self._from_input[numbers[0]] = True
-        event.results = self._see(result, "result", from_input, func, nth)
+        if from_input and writes(func, kwargs):
+            memories[0].from_input = True
+        event.results = self._see(result, "result", func, nth, from_input)
         for sighting in event.results:
-            sighting.event = len(self.trace.events)
+            sighting.event = event
         self.trace.events.append(event)
-        if function in SCALINGS:
-            _inherit(event)
         return result
 
     def _drawn(self, numbers: Tensor) -> None:
@@ -263,7 +246,7 @@ class _Recorder(TorchFunctionMode):
                 numbers.data[-rows:] = numbers.data[-2 * rows : -rows].clone()
 
     def _see(
-        self, tree: Any, kind: str, from_input: bool | None = None, function: Any = None, nth: int = 0
+        self, tree: Any, kind: str, function: Any = None, nth: int = 0, from_input: bool | None = None
     ) -> list[Sighting]:
         """Note the tensors of a tree. ``from_input``: of new ones, None where it has to be told by themselves."""
         name, call, _ = self._scopes[-1]
@@ -272,43 +255,39 @@ class _Recorder(TorchFunctionMode):
             for path, tensor in tensors_in(tree):
                 if id(tensor) in self._parameters:
                     continue
-                number = self._number(tensor)
-                if number not in self._from_input or from_input:
-                    # What comes out of code that torch functions do not show has a history all the same.
-                    self._from_input[number] = tensor.grad_fn is not None if from_input is None else from_input
+                # What comes out of code that torch functions do not show has a history all the same.
+                new = _Memory(tensor.grad_fn is not None if from_input is None else from_input)
+                memory = self._memory.setdefault(tensor, new)
+                memory.from_input |= bool(from_input)
                 odd = tensor.layout != torch.strided or tensor.is_complex() or tensor.is_nested or tensor.is_meta
                 if odd or tensor.numel() == 0:
                     continue
                 sighting = Sighting(
                     len(self.trace.sightings),
                     Site(name, call, kind, path, function, nth),
-                    number,
-                    self._snapshot(number, tensor.detach()),
+                    self._snapshot(memory, tensor.detach()),
                     tensor.requires_grad,
                     tensor.requires_grad and torch.is_grad_enabled(),
-                    self._from_input[number],
+                    memory.from_input,
                     torch.Size(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step).numel(),
                 )
                 self.trace.sightings.append(sighting)
                 seen.append(sighting)
         return seen
 
-    def _number(self, tensor: Tensor) -> int:
-        number: int = self._numbers.setdefault(tensor, next(self._fresh))
-        return number
-
-    def _snapshot(self, number: int, tensor: Tensor) -> Snapshot:
+    def _snapshot(self, memory: _Memory, tensor: Tensor) -> Snapshot:
         """What the tensor holds now; the very same object as last time while that has not changed."""
         index = self._index(tensor.numel(), tensor.device)
         values = tensor.take(index)
-        last = self._last.get(number)
         # The version counter does not move for `x.data = ...`: only the values tell.
-        if last is not None and last.shape == tensor.shape and same(last.values, values):
-            return last
-        snapshot = self._last[number] = Snapshot(tensor.shape, tensor.dtype, values, index)
+        if memory.last is not None and memory.last.shape == tensor.shape and same(memory.last.values, values):
+            return memory.last
+        snapshot = memory.last = Snapshot(tensor.shape, values)
         some = set(values[:64].tolist())
         if len(some) == 1 and is_constant(tensor):
             snapshot.constant, snapshot.levels = True, 1
+        elif not memory.from_input:
+            pass  # a weight: nothing asks for its codes, and these take half of the time
         elif (pattern := sign_pattern(tensor, index)) is not None:
             snapshot.pattern, snapshot.one_hot = pattern, _is_one_hot(tensor)
         elif len(some) <= FEW_LEVELS and values.unique().numel() <= FEW_LEVELS:
@@ -331,23 +310,17 @@ class _Recorder(TorchFunctionMode):
     def _index(self, numel: int, device: torch.device) -> Tensor:
         key = (numel, device)
         if key not in self._indices:
-            index = torch.arange(numel, device="cpu")
-            if numel > _VALUES:
-                # Not evenly spaced: that would see the same column of every image.
-                generator = torch.Generator().manual_seed(0)
-                index = torch.randint(numel, (_VALUES,), generator=generator, device="cpu").sort().values
-            self._indices[key] = index.to(device)
+            self._indices[key] = kept_positions(numel).to(device)
         return self._indices[key]
 
 
-def _inherit(event: Event) -> None:
-    """Codes times a scale that many of them share are codes, however the scale is distributed over them."""
-    if len(event.arguments) != 2 or len(event.results) != 1 or event.results[0].value.pattern is not None:
-        return
-    result = event.results[0].value
-    for codes, scale in (event.arguments, event.arguments[::-1]):
-        if codes.value.shape == result.shape and 4 * scale.distinct <= codes.distinct:
-            result.pattern = codes.value.pattern
+def kept_positions(numel: int) -> Tensor:
+    """``(n,)`` int64: where the values that a snapshot keeps stand in a flattened tensor of so many elements."""
+    if numel <= _VALUES:
+        return torch.arange(numel, device="cpu")
+    # Not evenly spaced: that would see the same column of every image.
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(numel, (_VALUES,), generator=generator, device="cpu").sort().values
 
 
 def _is_one_hot(x: Tensor) -> bool:

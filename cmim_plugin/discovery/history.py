@@ -1,0 +1,238 @@
+"""What an operand of a product was made of: its binary tensors, the call that binarized each, and the latent.
+
+A sighting is followed back from result to arguments, one function call at a time. The source of an operand is the first
+tensor in the autograd graph that holds its two values: that is a_B, whose gradient is the user's own straight-through
+estimator. The call that made these values out of something continuous (``sign``, a comparison, ``round``) was given the
+latent, or a tensor that was computed from it outside the graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .codes import is_split_by_threshold
+from .functions import CONVOLUTIONS, DETACHES, JOINS, LOOKUPS, MOVES, NORMS, PRODUCTS, RANDOM, SCALINGS, STEPS, SUMS
+from .trace import Event, Sighting, Site, Trace, kept_positions
+
+# How far equal samples are apart at most, in distances between different ones: a rounding error flips some signs.
+_ALIKE = 0.4
+# Calls that are followed back at most: from an operand, from a constant operand, and within a custom function.
+_DEPTH, _FAR, _NEAR = 96, 48, 8
+
+
+@dataclass(frozen=True)
+class Binarization:
+    """A binary tensor that a product receives, as it is or moved, scaled, joined or added up.
+
+    Attributes:
+        source: its first sighting.
+        call: the function call that made its two values out of something continuous, where that is known.
+        latents: where the latent passes in the graph, empty where there is none.
+        consumer, operand: the product, and the argument of it.
+    """
+
+    source: Sighting
+    call: Event | None
+    latents: list[Sighting]
+    consumer: Event
+    operand: Sighting
+
+
+class History:
+    """One trace to be followed back, and what the other traces show at the same sites."""
+
+    def __init__(self, trace: Trace, others: list[Trace]) -> None:
+        self.trace = trace
+        self._again: dict[Site, list[Sighting]] = defaultdict(list)
+        self._of_value: dict[int, list[Sighting]] = defaultdict(list)
+        #: Code -> calls that made it out of something that is not two-valued.
+        self._binarizing: dict[tuple[int, bytes] | None, list[Event]] = defaultdict(list)
+        for other in others:
+            for s in other.sightings:
+                self._again[s.site].append(s)
+        for s in trace.sightings:
+            self._of_value[id(s.value)].append(s)
+        for event in trace.events:
+            for result in filter(_is_two_valued, event.results):
+                size = result.value.numel
+                given = [a for a in event.arguments if a.value.numel == size and a.value is not result.value]
+                if given and not any(_is_two_valued(a) for a in given):
+                    self._binarizing[result.value.code].append(event)
+        weighted = {*CONVOLUTIONS, *PRODUCTS, *LOOKUPS, "linear"}
+        #: When the first trained product or lookup happened.
+        self.first_product = next((e.seq for e in trace.events if e.weighted and e.name in weighted), math.inf)
+
+    # -- one step back -----------------------------------------------------------------------------------------------
+
+    def of_value(self, sighting: Sighting) -> list[Sighting]:
+        """All sightings of this tensor that hold the same."""
+        return self._of_value[id(sighting.value)]
+
+    def in_graph(self, sighting: Sighting) -> list[Sighting]:
+        """Those in the graph: within the forward of a custom autograd function gradients are disabled."""
+        return [s for s in self.of_value(sighting) if s.in_graph]
+
+    def producer(self, sighting: Sighting) -> Event | None:
+        """The function call that returned this tensor with this value."""
+        return next((s.event for s in self.of_value(sighting) if s.event and s.seq <= sighting.seq), None)
+
+    def given(self, sighting: Sighting, same_size: bool = False) -> list[Sighting]:
+        """What the call that returned this was given; not the tensor itself, as a function in place is given it."""
+        event, size = self.producer(sighting), sighting.value.numel
+        arguments = [a for a in (event.arguments if event else ()) if a.value is not sighting.value]
+        return [a for a in arguments if a.value.numel == size] if same_size else arguments
+
+    # -- from a product to what was binarized ------------------------------------------------------------------------
+
+    def binarizations(self, consumer: Event, operand: Sighting) -> Iterator[Binarization]:
+        """What was binarized to make an operand."""
+        sources = [source for part in self.terms(operand) for source in self._sources(part, _is_two_valued)]
+        made = [(source, self._maker(source)) for source in sources]
+        # Two samples normalized are exactly -1 and 1.
+        made = [(source, call) for source, call in made if call is None or call.name not in NORMS]
+        if not made and operand.value.constant and operand.from_input and operand.requires_grad:
+            source = self._sources(operand, lambda s: s.value.constant and s.value.numel > 1)[0]
+            made = [(source, self._step(operand))]
+        for source, call in made:
+            yield Binarization(source, call, self._latents(source, call), consumer, operand)
+
+    def terms(self, operand: Sighting, depth: int = 0) -> list[Sighting]:
+        """The binary tensors that an operand is the sum of; itself if it is binary; none otherwise."""
+        if self._is_code(operand):
+            return [operand]
+        event = self.producer(operand)
+        if event is None or depth > _DEPTH:
+            return []
+        size, arguments = operand.value.numel, self.given(operand)
+        if event.name in MOVES:
+            arguments = arguments[:1]
+        elif event.name in SCALINGS:
+            arguments = [a for a in arguments if a.distinct == size]
+            if len(arguments) > 1:
+                return []
+        elif event.name not in SUMS | JOINS:
+            return []
+        inner = [(a, self.terms(a, depth + 1)) for a in arguments]
+        if any(not found and a.requires_grad and a.distinct * 8 > size for a, found in inner):
+            return []  # a sum with something continuous
+        return [term for _, found in inner for term in found]
+
+    def _is_code(self, sighting: Sighting) -> bool:
+        """Two-valued in all passes: not a coincidence. A sign may be constant in some of them."""
+        again = self._again.get(sighting.site, ())
+        return _is_two_valued(sighting) and all(_is_two_valued(s) or s.value.constant for s in again)
+
+    def _sources(self, current: Sighting, like: Callable[[Sighting], bool], depth: int = 0) -> list[Sighting]:
+        """The first tensor in the graph of which ``like`` is true on the way to this one.
+
+        Where this one is made of several, those of each part.
+        """
+        event, graph = self.producer(current), self.in_graph(current)
+        before = [a for a in self.given(current) if like(a) and (not graph or self.in_graph(a))]
+        # A scale of each sample has two values where there are two samples.
+        before = [a for a in before if a.distinct * 4 > a.value.numel] or before
+        if event is None or not before or depth > _DEPTH:
+            return self.of_value(current)[:1]
+        return [s for part in before for s in self._sources(part, like, depth + 1)]
+
+    # -- from what was binarized to its latent -----------------------------------------------------------------------
+
+    def _maker(self, source: Sighting) -> Event | None:
+        """The last call before the source that made its codes."""
+        calls = [e for e in self._binarizing.get(source.value.code, ()) if e.results[0].seq <= source.seq]
+        # Sums rebuild codes in the detach trick (`sign(x).detach() - f(x).detach() + f(x)`); they do not make them.
+        return next((e for e in reversed(calls) if e.name not in SUMS), calls[-1] if calls else None)
+
+    def _step(self, operand: Sighting) -> Event | None:
+        """The call that made a constant operand out of something that is not constant."""
+        line = [operand]
+        for sighting in line:
+            event, given = self.producer(sighting), self.given(sighting, same_size=True)
+            if event is None:
+                continue
+            if event.name in STEPS and any(_is_continuous(a) for a in given):
+                return event
+            if len(line) < _FAR:
+                line += [a for a in given if a.value.constant or event.name in SUMS | DETACHES]
+        return None
+
+    def _latents(self, source: Sighting, call: Event | None) -> list[Sighting]:
+        """Sightings of a_F in the graph, empty where there is none."""
+        line: list[Sighting] = []
+        if call is not None:
+            size = call.results[0].value.numel
+            line += [a for a in call.arguments if a.value.numel == size and _is_continuous(a)]
+        for sighting in line:
+            if found := self.in_graph(sighting):
+                return found
+            if len(line) < _NEAR:
+                line += self.given(sighting, same_size=True)
+        return self._separable(source)
+
+    def _separable(self, source: Sighting) -> list[Sighting]:
+        """The last tensor before the source that a threshold splits into its codes.
+
+        For codes that no call returned: they were assigned to a mask (BiBERT), or made outside torch.
+        """
+        for s in reversed(self.trace.sightings[: source.seq]):
+            if s.in_graph and not _is_two_valued(s) and _is_continuous(s):
+                high, low = _split(s.value.values, s, source)
+                if len(high) and len(low) and (high.min() > low.max() or low.min() > high.max()):
+                    return self.in_graph(s)
+        return []
+
+    def by_sample(self, sighting: Sighting) -> bool | None:
+        """Whether equal samples have nearly equal values at this site; None where that could not be seen."""
+        seen = [s.value.apart for s in (sighting, *self._again.get(sighting.site, ()))]
+        known = [apart for apart in seen if apart is not None]
+        return min(known) < _ALIKE if known else None
+
+
+def operands(trace: Trace) -> Iterator[tuple[Event, Sighting]]:
+    """The products of a trace, with each argument that may be an activation."""
+    for event in trace.events:
+        if event.name in CONVOLUTIONS or event.name == "linear":
+            # The first tensor of it where the input is a tuple: a value with its scale (brevitas).
+            first = [s for s in event.arguments if s.site.path[:2] in ((0, 0), (1, "input"))][:1]
+            yield from ((event, s) for s in first)
+        elif event.name in PRODUCTS:
+            yield from ((event, s) for s in event.arguments)
+
+
+def is_sign_of(trace: Trace, codes: Sighting, latent: Sighting) -> bool:
+    """Whether thresholds split the latent into the two codes; or, of codes that were drawn, tell more than nothing.
+
+    Drawn codes are accepted where the latent's mean rank differs between the two by 5 % of all ranks. For 2,048 codes
+    that have nothing to do with the latent, it differs by 1.3 % (standard deviation).
+    """
+    values, pattern, numel = latent.value.values, codes.value.pattern, latent.value.numel
+    if pattern is None or codes.value.numel != numel:
+        return False
+    if is_split_by_threshold(values, pattern, kept_positions(numel).to(values.device), latent.value.shape):
+        return True
+    between = [event for event in trace.events if latent.seq <= event.seq <= codes.seq and event.name in RANDOM]
+    if not any(result.value.numel == numel for event in between for result in event.results):
+        return False
+    high, low = _split(values.argsort().argsort() / len(values), latent, codes)
+    return len(high) > 0 and len(low) > 0 and bool((high.mean() - low.mean()).abs() > 0.05)
+
+
+def _split(values: Tensor, latent: Sighting, codes: Sighting) -> tuple[Tensor, Tensor]:
+    """Of values at the latent's positions: those where the code is the higher one, and those where it is the lower."""
+    pattern = codes.value.pattern
+    if pattern is None or latent.value.numel != codes.value.numel:
+        return values[:0], values[:0]
+    return values[pattern > 0], values[pattern < 0]
+
+
+def _is_two_valued(sighting: Sighting) -> bool:
+    return sighting.value.pattern is not None
+
+
+def _is_continuous(sighting: Sighting) -> bool:
+    return sighting.value.values.is_floating_point() and not sighting.value.constant
