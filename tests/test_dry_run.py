@@ -579,6 +579,18 @@ def test_what_its_latent_does_not_tell_is_no_sign_of_it():
     assert tapped(wide(Of(act)), X) == []
 
 
+def test_codes_that_follow_their_latent_in_most_places_are_no_sign_of_it():
+    """As the product of its sign with another code that is +1 more often than not."""
+
+    def act(m, x):
+        flipped = torch.arange(x.numel()).view_as(x) % 10 == 3
+        latent = x.detach()
+        return x + (torch.where(flipped, -latent, latent).sign() - latent)
+
+    (found,) = find_binary_activations(wide(Of(act)), X)
+    assert found.reason == "no threshold splits its latent into its two values"
+
+
 @pytest.mark.parametrize("value", [-1e9, -torch.inf])
 def test_a_latent_may_be_masked(value):
     def act(m, x):
