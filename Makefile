@@ -29,7 +29,7 @@ test-slow: $(INSTALLED) ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 test-random: $(INSTALLED) ## run the tests in random order, each from its own seed
-	$(BIN)/python -m pytest -o addopts="-ra --strict-markers --strict-config" -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto -o addopts="-ra --strict-markers --strict-config" -m "not slow" $(PYTEST_ARGS)
 
 test-timm: $(INSTALLED) ## one training step with every architecture family of timm (half an hour at most)
 	$(BIN)/python -m pytest tests/test_timm.py -m "slow or not slow" $(PYTEST_ARGS)
