@@ -32,7 +32,7 @@ test-random: $(INSTALLED) ## run the tests in random order, each from its own se
 	$(BIN)/python -m pytest -n auto -o addopts="-ra --strict-markers --strict-config" -m "not slow" $(PYTEST_ARGS)
 
 test-timm: $(INSTALLED) ## one training step with every architecture family of timm (half an hour at most)
-	$(BIN)/python -m pytest tests/test_timm.py -m "slow or not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/test_timm.py -m "slow or not slow" --timm-record benchmarks/results/timm.json $(PYTEST_ARGS)
 
 format: $(INSTALLED) ## let ruff fix and format what it can
 	$(BIN)/ruff check --fix .

@@ -17,6 +17,7 @@ A number within a sentence stands between `<!-- number: KIND ... -->` and `<!-- 
     gain NAME ARM [REFERENCE]    the mean of ARM minus REFERENCE (`none`), its interval and the number of pairs
     cost DEVICE ARM              the lowest and the highest ratio of a training step to the bare step
     cases DEVICE                 how many settings that is of
+    sweep FILE                   how many of timm's families passed `make test-timm`, and with which version of timm
 
 `<!-- picture: NAMES / ARMS -->` (or the first `gains` section) says what docs/gains-light.svg and docs/gains-dark.svg
 show. A document without any of these stays as it is. Results that do not exist yet have no rows.
@@ -417,6 +418,11 @@ def number(wanted: list[str], results: Path) -> str:
             return f"{len({json.dumps(r['config']) for r in shown})}"
         ratios = [r["ratio"] for r in shown if r["arm"] == rest[0]]
         return f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "not measured yet"
+    if kind == "sweep":
+        record = json.loads((results / name).read_text())
+        passed, every = record["passed"], len(record["families"])
+        counts = " and ".join(f"{len(families)} of {every} ({method})" for method, families in passed.items())
+        return f"{counts}, timm {record['versions']['timm']}"
     raise SystemExit(f"No such number: {' '.join(wanted)}")
 
 

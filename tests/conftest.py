@@ -18,6 +18,10 @@ hypothesis.settings.register_profile("cmim", deadline=None, derandomize="CI" in 
 hypothesis.settings.load_profile("cmim")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--timm-record", help="where a whole sweep over timm's families leaves its result, a JSON file")
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

@@ -1,8 +1,10 @@
 """One step of training with every timm family, binarized by two methods. The whole sweep: `make test-timm`."""
 
 import copy
+import json
 from collections import Counter
 from itertools import product
+from pathlib import Path
 
 import pytest
 import timm
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from accuracy import commit
 from cmim_plugin import CMIM
 from timm_families import FAMILIES, METHODS, UNFIT, binarize, create
 
@@ -26,9 +29,17 @@ EVERY = sorted({*timm.list_modules(), *FAMILIES, *UNFIT})
 
 @pytest.fixture(scope="module")
 def passed(request):
-    """The families that passed, by method; how many is printed at the end."""
+    """The families that passed, by method; how many is printed at the end, and recorded if asked for."""
     families = {method: set() for method in METHODS}
     yield families
+    if path := request.config.getoption("--timm-record"):
+        record = {
+            "passed": {method: sorted(names) for method, names in families.items()},
+            "families": timm.list_modules(),
+            "versions": {"timm": timm.__version__, "torch": torch.__version__},
+            "commit": commit(),
+        }
+        Path(path).write_text(json.dumps(record) + "\n")
     with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
         for method, names in families.items():
             print(f"\n{method}: {len(names)} of {len(timm.list_modules())} timm families passed", end="")
