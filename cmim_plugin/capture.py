@@ -204,7 +204,7 @@ class Capture:
             raise CMIMError(
                 "No forward pass to take the loss of: under torch.no_grad() nothing is captured, and there is nothing "
                 "to train. In a function that both trains and validates, write: "
-                "if model.training: loss = loss + cmim(model)"
+                "if torch.is_grad_enabled(): loss = loss + cmim(model)"
             )
         if self._waiting:
             raise CMIMError(
@@ -212,9 +212,9 @@ class Capture:
                 "the thread that runs the model."
             )
         raise CMIMError(
-            "No forward pass to take the loss of. Call model(x) with gradients enabled before each cmim(model); one "
-            "forward pass gives one loss. (Not captured: a pass under torch.no_grad(), one that raised, one through "
-            "model.forward(x) or a replica of nn.DataParallel, one of a model that was compiled and run before CMIM "
+            "No forward pass to take the loss of. One forward pass gives one loss: call model(x), with gradients "
+            "enabled, before each cmim(model). (Not captured: a pass under torch.no_grad(), one that raised, one "
+            "through model.forward(x) or a replica of nn.DataParallel, one of a model that was compiled and run before CMIM "
             "was attached (attach first, or call torch._dynamo.reset()), one of a model whose hooks other code cleared "
             "(attach again).)"
         )

@@ -20,13 +20,14 @@ class CMIMWarning(UserWarning):
     """Training can go on, but probably not as intended."""
 
 
-def warn_once(of: object, message: str) -> None:
-    """Warn of this once for each object."""
+def warn_once(of: object, *messages: str) -> None:
+    """Warn of each message once for each object; of those that come together, in one warning."""
     if torch.compiler.is_compiling():
         return
     given = _given.setdefault(of, set())
-    if message not in given:
-        given.add(message)
+    message = "\n".join(message for message in messages if message not in given)
+    if message:
+        given.update(messages)
         # At the line of the user's that led here.
         level, frame = 2, sys._getframe(1)
         while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "cmim_plugin"):

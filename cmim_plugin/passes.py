@@ -222,8 +222,7 @@ class Pass:
             )
         missing = [k for k in self.pairs if k not in reached and k not in failures]
         lines += [f"The forward pass did not reach tap {self.taps[k].name}." for k in missing]
-        for line in lines:
-            warn_once(plugin, f"{line} It adds nothing to the loss.")
+        warn_once(plugin, *(f"{line} It adds nothing to the loss." for line in lines))
 
     def take(self, k: int, side: int, x: Tensor) -> None:
         """Take the rows of one side of a tap out of its activation."""

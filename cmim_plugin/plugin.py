@@ -62,7 +62,7 @@ class CMIM(nn.Module):
         objective: ``InfoNCE()``, the default, or ``NCE(num_samples=len(dataset))``. Or any function called like them,
             of the embeddings of several taps side by side, ``(taps, n, D)``, that returns their losses, ``(taps,)``;
             with a method ``bound(loss, num_negatives)`` if it gives one.
-        temperature: of the critic.
+        temperature: divides the inner products of the embeddings.
         embed_dim: width ``D`` of the embeddings. None for 128, or 64 or 32 where the heads would hold more than a fifth
             of the network's parameters and more than 250,000.
         heads_lr: learning rate of the heads' Adam. 0 leaves the training of ``cmim.heads.weights`` to you.

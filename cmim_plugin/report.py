@@ -82,6 +82,7 @@ class Report:
         samples, batches: how many were seen.
         instances: what one sample of the contrast was, "position" or "image".
         rank, ranks: whose data this is.
+        heads_trained: False where the heads have taken no step yet: bound and retrieval then say nothing.
     """
 
     taps: tuple[TapReport, ...]
@@ -90,6 +91,7 @@ class Report:
     instances: str
     rank: int = 0
     ranks: int = 1
+    heads_trained: bool = True
     # Tap name -> number of the batch -> the codes at some positions, (n, channels) bool.
     _codes: dict[str, dict[int, Tensor]] = field(default_factory=dict, compare=False)
     # Of each batch some values of its inputs.
@@ -182,14 +184,14 @@ class Report:
                 axes.set_xlim(0, 100)
         ceilings = _with_nan(tap.ceiling for tap in self.taps)
         row[0].plot(ceilings, range(len(names)), "k|", markersize=10, label="at most")
-        row[0].legend(fontsize=8)
+        figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower left", ncols=len(bars) + 1, fontsize=8)
         row[2].axvline(50, color="black", linewidth=0.8, linestyle=":")
         row[0].set_yticks(range(len(names)), names)
         row[0].invert_yaxis()
         for tick, name in zip(row[0].get_yticklabels(), names, strict=True):
-            if name == self.worst:
+            if name == self.worst and self.heads_trained:
                 tick.set(color="tab:red", fontweight="bold")
-        figure.suptitle(f"{self._title()}; red: loses the most", fontsize=10)
+        figure.suptitle(f"{self._title()}{'; red: loses the most' if self.heads_trained else ''}", fontsize=10)
         figure.savefig(path, dpi=120)
         return figure
 
@@ -211,14 +213,16 @@ class Report:
             for tap in self.taps
         ]
         heading, *lines = table([head, *cells], right=True).splitlines()
-        marks = ["  <- loses the most" if len(cells) > 1 and row[0] == self.worst else "" for row in cells]
+        marked = self.worst if len(cells) > 1 and self.heads_trained else None
+        marks = ["  <- loses the most" if row[0] == marked else "" for row in cells]
         return "\n".join([self._title(), heading, *(line + mark for line, mark in zip(lines, marks, strict=True))])
 
     def _title(self) -> str:
         whose = "" if self.ranks == 1 else f", the data of rank {self.rank} of {self.ranks} alone"
+        untrained = "" if self.heads_trained else "; the heads are not trained yet: bound and retrieval say nothing"
         return (
             f"Report on inputs: {self.samples}, batches: {self.batches}, one instance = one {self.instances}, "
-            f"bounds in nats{whose}"
+            f"bounds in nats{whose}{untrained}"
         )
 
 
@@ -298,6 +302,7 @@ def measure(
         instances="image" if num_positions is None else "position",
         rank=distributed.rank(),
         ranks=distributed.ranks(),
+        heads_trained=not contrast.heads.lr or bool(contrast.heads.steps),
         _codes={tally.tap.name: tally.codes for tally in found},
         _inputs=seen,
     )

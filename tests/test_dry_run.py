@@ -345,6 +345,16 @@ def test_what_is_frozen_up_to_the_sign_is_listed():
     model[:2].requires_grad_(False)
     assert "frozen" in reasons(model, X)["2"]
 
+    # Also where a weight was binarized before it.
+    def convolve(m, x):
+        weight = Sign.apply(m.weight)
+        return F.conv2d(Sign.apply(x), weight)
+
+    layer = Of(convolve, weight=nn.Parameter(torch.randn(8, 8, 3, 3)))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), layer)
+    model[:2].requires_grad_(False)
+    assert "frozen" in reasons(model, X)["2"]
+
 
 def test_a_frozen_model_is_an_error():
     with pytest.raises(CMIMError, match="frozen"):

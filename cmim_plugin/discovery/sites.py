@@ -23,7 +23,7 @@ def reason_against(history: History, b: Binarization) -> str | None:
         return "it is the network's input that is binarized, not an activation"
     if not history.in_graph(b.source):
         before = history.trace.sightings[: b.source.seq]
-        return NO_GRADIENT if any(s.requires_grad for s in before) else FROZEN
+        return NO_GRADIENT if any(s.requires_grad and s.from_input for s in before) else FROZEN
     if value.one_hot:
         return "it is one-hot: a choice, not a code"
     if not b.latents:
