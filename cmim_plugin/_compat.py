@@ -27,27 +27,19 @@ _push_mode = getattr(torch._C, "_push_on_torch_function_stack", None)
 _all_gather_single = getattr(dist, "all_gather_single", None)
 
 
-def in_backward_pass() -> bool:
-    """Whether this thread runs a backward pass: a forward pass within it is the recomputation of a checkpoint.
+def in_backward_or_transform() -> bool:
+    """Whether a forward pass now is no training step: this thread runs a backward pass (a checkpoint is recomputed),
+    a torch.func transform, forward-mode differentiation or torch.jit.trace.
 
-    Without it: False. Recomputation is then captured, as a pass whose loss nobody asks for.
+    Without one of them: False. Recomputation is then captured as a pass that nobody asks for; in a transform capturing
+    fails with a message of torch's; a trace holds our operations.
     """
-    return _current_graph_task_id is not None and _current_graph_task_id() != -1
-
-
-def under_functorch() -> bool:
-    """Whether a torch.func transform runs. Without it: False, and capturing fails with a message of torch's."""
-    return _functorch_transforms_active is not None and _functorch_transforms_active()
-
-
-def under_forward_ad() -> bool:
-    """Whether forward-mode differentiation runs. Without it: False, as above."""
-    return getattr(forward_ad, "_current_level", -1) >= 0
-
-
-def under_jit_tracing() -> bool:
-    """Whether torch.jit.trace runs. Without it: False, and the traced graph holds our operations."""
-    return _jit_tracing_state is not None and _jit_tracing_state() is not None
+    return (
+        (_current_graph_task_id is not None and _current_graph_task_id() != -1)
+        or (_functorch_transforms_active is not None and _functorch_transforms_active())
+        or getattr(forward_ad, "_current_level", -1) >= 0
+        or (_jit_tracing_state is not None and _jit_tracing_state() is not None)
+    )
 
 
 def gradient_hooks(tensor: Tensor) -> list[Any] | None:
@@ -78,6 +70,19 @@ def running_calls(module: nn.Module) -> int:
             count += 1
         frame = frame.f_back
     return count
+
+
+def enter_mode_below(mode: TorchFunctionMode) -> None:
+    """Put a mode on this thread's stack, below all that lie there: an interrupt then ends the modes of others first.
+
+    Without it: the public way, on top.
+    """
+    if _mode_stack_length is None or _pop_mode is None or _push_mode is None:
+        mode.__enter__()
+        return
+    above = [_pop_mode() for _ in range(_mode_stack_length())]
+    for each in (mode, *reversed(above)):
+        _push_mode(each)
 
 
 def leave_mode(mode: TorchFunctionMode) -> None:

@@ -28,6 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import _compat
 from .discovery import BatchSource, Layout
+from .discovery.inputs import parameter_names
 from .errors import CMIMError, CMIMWarning, warn_once
 from .passes import BINARY, LATENT, Call, Pass, Pickup, Tap, current_error
 from .sampling import Schedule
@@ -80,7 +81,9 @@ class Capture:
         self.running: dict[int, Pass] = {}
         self._waiting: dict[int, Pass] = {}
         self._handles: list[RemovableHandle] = []
-        self._on = False
+        names = parameter_names(model)
+        #: Which positional input of the model is its mask; past all of them where none is.
+        self._mask_at = names.index("attention_mask") if "attention_mask" in names else sys.maxsize
         self._plan: dict[str, dict[int, list[Pickup]]] = defaultdict(lambda: defaultdict(list))
         for k, tap in enumerate(taps):
             for side, site in ((BINARY, tap.binary), (LATENT, tap.latent)):
@@ -92,7 +95,7 @@ class Capture:
     @property
     def attached(self) -> bool:
         """Whether the hooks are on the model."""
-        return self._on
+        return bool(self._handles)
 
     def attach(self) -> None:
         """Put the hooks on the model."""
@@ -100,14 +103,12 @@ class Capture:
         if model is None or self.attached:
             return
         modules = dict(model.named_modules(remove_duplicate=False))
-        self._on = True
-        root = _RootHook(self, model)
-        # Around all others: first in, last out.
-        self._handles.append(model.register_forward_pre_hook(root.enter, prepend=True, with_kwargs=True))
         gone = [name for name in self._plan if name not in modules]
         if gone:
-            self.detach()
             raise CMIMError(f"The model has no module {', '.join(gone)} any more: build a new CMIM.")
+        root = _RootHook(self, model)
+        # Registered first and last: all other hooks of the model run inside the pass.
+        self._handles.append(model.register_forward_pre_hook(root.enter, prepend=True, with_kwargs=True))
         for name, plan in self._plan.items():
             hook = _ModuleHook(self, modules[name], name, {call: tuple(found) for call, found in plan.items()})
             self._handles.append(modules[name].register_forward_pre_hook(hook.enter, with_kwargs=True))
@@ -122,7 +123,6 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._on = False
         for running in self.running.values():
             running.abandon()
         self.running.clear()
@@ -130,18 +130,24 @@ class Capture:
 
     # -- one pass ------------------------------------------------------------------------------------------------
 
-    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], hook: _RootHook) -> None:
         """A forward pass of the model starts, and is to be captured."""
         every = torch.compiler.is_compiling() or _recording_a_graph()
         scheduled = tuple(range(len(self.taps))) if every else self.schedule.taps
         draws = self.schedule.draws_of(len(scheduled))
         batch_size = None if self.batch_source is None else self.batch_source.of(args, kwargs)
         mask = kwargs.get("attention_mask")
+        if self._mask_at < len(args):
+            mask = args[self._mask_at]
         # As transformers has it: (samples, tokens), zero for padding. Others by that name are not ours to read.
-        if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != batch_size or mask.is_floating_point():
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != batch_size:
             mask = None
         started = Pass(self.taps, scheduled, draws, model.training, batch_size, mask, self.observer)
-        self.running[_thread()] = started
+        started.open.append(Call(hook, ()))
+        thread = _thread()
+        if not torch.compiler.is_compiling() and self._may_replace(thread, started):
+            self._waiting.pop(thread, None)  # now, for it holds the activations of its graph
+        self.running[thread] = started
         self._forget_dead_threads()
         before = self.before
         if before is not None:
@@ -154,17 +160,19 @@ class Capture:
         if torch.compiler.is_compiling():
             self._waiting[thread] = ended
             return
-        if ended.only_all_taps:
-            self.schedule.taps_per_step = None
-        ended.abandon()  # what is open still: others cleared the hooks that would have closed it
-        waiting = self._waiting.get(thread)
-        # A pass in eval mode does not take the place of one in training mode that waits.
-        if ended.training or waiting is None or not waiting.training:
+        if ended.partly_compiled:
+            self.schedule.all_taps = True
+        if self._may_replace(thread, ended):
             self._waiting[thread] = ended
-            self.unasked += 1
+            self.unasked += ended.training
             if self.unasked == _FORGOTTEN:
                 with contextlib.suppress(CMIMWarning):  # where warnings are errors: not within the user's forward
                     warn_once(self, _FORGOTTEN_WARNING)
+
+    def _may_replace(self, thread: int, other: Pass) -> bool:
+        """A pass in eval mode does not take the place of one in training mode that waits."""
+        waiting = self._waiting.get(thread)
+        return other.training or waiting is None or not waiting.training
 
     def drop(self) -> None:
         """The pass of this thread did not come to its end."""
@@ -214,9 +222,9 @@ class Capture:
         raise CMIMError(
             "No forward pass to take the loss of. One forward pass gives one loss: call model(x), with gradients "
             "enabled, before each cmim(model). (Not captured: a pass under torch.no_grad(), one that raised, one "
-            "through model.forward(x) or a replica of nn.DataParallel, one of a model that was compiled and run before CMIM "
-            "was attached (attach first, or call torch._dynamo.reset()), one of a model whose hooks other code cleared "
-            "(attach again).)"
+            "through model.forward(x) or a replica of nn.DataParallel, one of a model that was compiled and run before "
+            "CMIM was attached (attach first, or call torch._dynamo.reset()), one of a model whose hooks other code "
+            "cleared (attach again).)"
         )
 
     def _forget_dead_threads(self) -> None:
@@ -240,9 +248,6 @@ class _Hook:
         self.closing: RemovableHandle | None = None
         self._module = None if module is None else weakref.ref(module)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return type(self)()
-
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
 
@@ -262,27 +267,29 @@ class _Hook:
 
 
 class _RootHook(_Hook):
-    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    # torch.ao.quantization registers hooks again without `with_kwargs`: what it leaves out has a default.
+    def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         capture = self.capture
         if capture is None or not self.serves(module):
             return
         running = self.running(module)
         if running is not None:
-            # A pass is open: this forward calls itself, or the last one was interrupted, and torch called no hook.
-            if _compat.running_calls(module) > 1 + sum(call.hook is self for call in running.open):
+            # A pass is open: either this forward calls itself, or the last one was interrupted without closing hooks.
+            if torch.compiler.is_compiling() and not running.compiled:
+                pass  # interrupted: its frames are not to be looked for in what is compiled
+            elif _compat.running_calls(module) > sum(call.hook is self for call in running.open):
                 running.open.append(Call(self, ()))
                 return
-            capture.drop()
+            else:
+                capture.drop()
         if self.will_close() and (capture.observer is not None or (torch.is_grad_enabled() and not _aside())):
-            capture.begin(module, args, kwargs)
+            capture.begin(module, args, kwargs or {}, self)
 
-    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def leave(self, module: nn.Module, args: Any, kwargs: Any = None, output: Any = None) -> None:
         running = self.running(module)
-        if running is None:
-            return
-        assert self.capture is not None
-        if running.close(self) is None:
-            if current_error() != running.error:
+        call = None if running is None else running.close(self)
+        if self.capture is not None and running is not None and call is not None and not running.open:
+            if current_error() != call.error:
                 self.capture.drop()
             else:
                 self.capture.end()
@@ -306,27 +313,25 @@ class _ModuleHook(_Hook):
         # Not a frozenset, for which torch 2.6 compiles no guard.
         self._taps = tuple({p.tap for pickups in self._plan.values() for p in pickups})
 
-    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         running = self.running(module)
         if running is None:
             return
-        running.entered = True
         if torch.compiler.is_compiling() and not running.compiled:
-            # A part of the model is compiled, its root is not: each choice of taps would be compiled anew.
-            running.only_all_taps = True
-        if not any(k in running.scheduled for k in self._taps) or not self.will_close():
-            return
+            running.partly_compiled = True
         number = running.calls.get(self._name, 0)
         running.calls[self._name] = number + 1
+        if not any(k in running.scheduled for k in self._taps) or not self.will_close():
+            return
         call = Call(self, [p for p in self._plan.get(number, ()) if p.tap in running.pairs])
         if any(p.site.function is not None for p in call.pickups):
             call.listener = _Listener(running, call.pickups)
         running.pick_up(call.pickups, "input", (args, kwargs))
         running.open.append(call)
         if call.listener is not None:
-            call.listener.__enter__()
+            _enter(call.listener)
 
-    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def leave(self, module: nn.Module, args: Any, kwargs: Any = None, output: Any = None) -> None:
         running = self.running(module)
         call = None if running is None else running.close(self)
         if running is not None and call is not None and current_error() == call.error:
@@ -356,6 +361,13 @@ class _Listener(TorchFunctionMode):
         return result
 
 
+def _enter(listener: TorchFunctionMode) -> None:
+    if torch.compiler.is_compiling():
+        listener.__enter__()
+    else:
+        _compat.enter_mode_below(listener)
+
+
 @_compat.constant_when_compiled
 def _thread() -> int:
     return threading.get_ident()
@@ -371,14 +383,7 @@ def _aside() -> bool:
 
     Recomputation of a checkpointed model within a backward pass, torch.func, forward-mode differentiation, torch.jit.
     """
-    if torch.compiler.is_compiling():
-        return False
-    return (
-        _compat.in_backward_pass()
-        or _compat.under_functorch()
-        or _compat.under_forward_ad()
-        or _compat.under_jit_tracing()
-    )
+    return not torch.compiler.is_compiling() and _compat.in_backward_or_transform()
 
 
 def attached_to(model: nn.Module) -> bool:

@@ -129,9 +129,10 @@ class Heads(nn.Module):
             return
         if grad.requires_grad:  # left by a backward pass with create_graph=True
             grad = grad.detach().clone()
-            self.weights.grad = torch.zeros_like(grad)
+            with torch.inference_mode(False):  # state_dict() may be called in inference mode
+                self.weights.grad = torch.zeros_like(self.weights)
         size = torch.linalg.vector_norm(grad, 1)
-        # A number's remainder by itself is 0. It is NaN where the number is zero, infinite or NaN: those are skipped.
+        # size.fmod(size) is 0 for a finite number above zero; for 0, infinity and NaN it is NaN, and skip is 1.
         skip = size.fmod(size).nan_to_num(1.0).to(torch.float32)
         adam_step(self.weights, grad, self.exp_avg, self.exp_avg_sq, self.steps, skip, self.lr)
         grad.zero_()
@@ -140,7 +141,7 @@ class Heads(nn.Module):
         """Make the weights a leaf, with a gradient that is always there: backward passes add to it in place."""
         for name in ("weights", "exp_avg", "exp_avg_sq", "steps"):
             buffer = getattr(self, name)
-            # Half a precision is too little to add small steps in.
+            # In half precision small steps of Adam would round to nothing.
             setattr(self, name, buffer.detach().to(torch.promote_types(buffer.dtype, torch.float32)))
         self.weights.requires_grad_()
         self.weights.grad = torch.zeros_like(self.weights)

@@ -141,17 +141,13 @@ class Pass:
         self.pairs = {k: Pair() for k in self.scheduled}
         #: What went wrong: tap, or None for the pass as a whole -> message.
         self.failures: dict[int | None, str] = {}
-        #: Whether any module with a tap ran.
-        self.entered = False
-        #: Whether the passes after this one are to capture all taps.
-        self.only_all_taps = False
+        #: Whether a part of the model is compiled, and its root is not.
+        self.partly_compiled = False
         #: Taps whose binary activation came without a gradient.
         self.without_gradient: set[int] = set()
         #: Calls of modules that run, the innermost last, and how often each module was called so far.
         self.open: list[Call] = []
         self.calls: dict[str, int] = {}
-        #: The exception that was being handled when the pass started.
-        self.error = current_error()
         #: Within a hook of ours: our own torch calls are not the model's.
         self.muted = False
         #: What is asked of the backward passes.
@@ -214,7 +210,7 @@ class Pass:
         if None in self.failures or fatal or (failures and not reached):
             whole = [self.failures[None]] if None in self.failures else []
             raise CMIMError("\n".join(["The forward pass could not be captured.", *whole, *lines]))
-        if not self.entered:
+        if not self.calls:
             raise CMIMError(
                 "The forward pass reached none of the taps. A model that was compiled and run before CMIM was attached "
                 "does that (attach first, or call torch._dynamo.reset()), inputs that take another way through it, "

@@ -56,9 +56,8 @@ class CMIM(nn.Module):
         instances: what is one sample of the contrast: "position" (a random sample of the positions or tokens of the
             batch: a local binary code against its own latent) or "image" (pooled over space: the paper's reading).
         num_positions: positions a tap and step, for ``instances="position"``; of all ranks together.
-        taps_per_step: contrast so many taps a step, in turn, whose losses then stand for those of all: the mean
-            gradient is the same, and the cost does not grow with depth. None for all; so does what is compiled or
-            recorded in a CUDA graph.
+        taps_per_step: contrast this number of taps a step, in turn: the mean gradient is that of all, and the cost does
+            not grow with depth. None contrasts all; compiled code and CUDA graphs always do.
         objective: ``InfoNCE()``, the default, or ``NCE(num_samples=len(dataset))``. Or any function called like them,
             of the embeddings of several taps side by side, ``(taps, n, D)``, that returns their losses, ``(taps,)``;
             with a method ``bound(loss, num_negatives)`` if it gives one.
@@ -179,10 +178,7 @@ class CMIM(nn.Module):
                 wrong shape; the hooks were removed or are paused.
         """
         captured = self._captured(model)
-        if not len(self.contrast.queues):
-            mask = captured.mask if mask is None and self.instances == "position" else mask
-        elif mask is not None:
-            raise CMIMError("A mask and a queue do not go together: padding would be queued. Attach with queue_size=0.")
+        mask = _mask_of(self, captured, mask)
         self._sync()
         self.heads.step()
         # On two lines: in one, torch.compile of torch 2.6 keeps the bound method of the first call and compiles anew.
@@ -211,8 +207,9 @@ class CMIM(nn.Module):
     def _sync(self) -> None:
         """Start from the state of rank 0, as soon as there are several ranks."""
         if not self.contrast.synced and distributed.ranks() > 1:
+            was_loaded = self.contrast.was_loaded
             distributed.start_alike(self, self.heads.weights.device)
-            self.contrast.synced = True
+            self.contrast.synced, self.contrast.was_loaded = True, was_loaded
 
     # -- figures -------------------------------------------------------------------------------------------------
 
@@ -308,10 +305,15 @@ class CMIM(nn.Module):
 
     # -- state ---------------------------------------------------------------------------------------------------
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CMIM:
+        with torch.inference_mode(False):  # an evaluation that moves the model makes no inference tensors of our state
+            return super()._apply(fn, recurse)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> CMIM:
         """A copy belongs to no model: it holds the same state, and gives no loss."""
         copied = self.__new__(type(self))
         memo[id(self)] = copied
+        memo[id(self._teacher)] = self._teacher  # shared, for it is not trained
         copied.__dict__.update(copy.deepcopy({k: v for k, v in self.__dict__.items() if k != "_capture"}, memo))
         copied._capture = Capture(nn.Module(), self.taps, copied.schedule, None)
         return copied
@@ -323,19 +325,39 @@ class CMIM(nn.Module):
         )
 
     def __repr__(self) -> str:
-        other = "its latent" if self._teacher is None else "the teacher's activation"
-        shares = {tap.name: (tap, w) for tap, w in zip(self.taps, self.contrast.layer_weights, strict=True)}
-        rows = [(tap.name, f"{tap.channels}", f"{w:.3f}", f"a_B against {other}") for tap, w in shares.values()]
-        rows += [(f.name, "-", "-", f.reason or "not chosen by taps=") for f in self.found if f.name not in shares]
-        some = f", {len(self.schedule.taps)} of them a step" if len(self.schedule.taps) < len(shares) else ""
+        count, chosen = len(self.taps), len(self.schedule.taps)
+        some = f", {chosen} of them a step" if chosen < count else ""
         title = (
-            f"CMIM: {len(shares)} of {len(self.found)} binary activations tapped{some}, one instance = one "
-            f"{self.instances}, weight {self.weight:g}{'' if self._capture.attached else ', not attached'}"
+            f"CMIM: {count} of {len(self.found)} binary activations tapped{some}, one instance = one "
+            f"{self.instances}, weight {float(self.weight):g}{'' if self._capture.attached else ', not attached'}"
         )
-        return "\n".join([title, table([("tap", "channels", "share", "what"), *folded(rows)])])
+        other = "its latent" if self._teacher is None else "the teacher's activation"
+        return f"{title}\n{_listing(self, other)}"
 
 
 # -- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _mask_of(cmim: CMIM, captured: Pass, mask: Tensor | None) -> Tensor | None:
+    """The mask that the user gave, else that which the model itself was given."""
+    if len(cmim.contrast.queues):
+        if mask is not None:
+            raise CMIMError("A mask and a queue do not go together: padding would be queued. Attach with queue_size=0.")
+        return None
+    if mask is not None or cmim.instances == "image" or captured.mask is None:
+        return mask
+    if captured.mask.is_floating_point():
+        warn_once(cmim, "An attention_mask of floats is not read: pass mask=, zero or False for padding.")
+        return None
+    return captured.mask
+
+
+def _listing(cmim: CMIM, other: str) -> str:
+    """A table of all binary activations: what is contrasted with the latent (or ``other``), and why others are not."""
+    shares = {tap.name: (tap, w) for tap, w in zip(cmim.taps, cmim.contrast.layer_weights, strict=True)}
+    rows = [(tap.name, f"{tap.channels}", f"{w:.3f}", f"a_B against {other}") for tap, w in shares.values()]
+    rows += [(f.name, "-", "-", f.reason or "not chosen by taps=") for f in cmim.found if f.name not in shares]
+    return table([("tap", "channels", "share", "what"), *folded(rows)])
 
 
 def _chosen(

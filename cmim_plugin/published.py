@@ -86,7 +86,11 @@ class PublishedCMIM(CMIM):
             teacher=teacher,
             teacher_modules=teacher_modules,
         )
-        self.bank = MemoryBank(self.contrast, targets, num_negatives, momentum).to(self.heads.weights.device)
+        try:
+            self.bank = MemoryBank(self.contrast, targets, num_negatives, momentum).to(self.heads.weights.device)
+        except BaseException:  # out of memory, an interrupt
+            self.remove()
+            raise
         # Again, with the bank.
         self.contrast.synced = False
         self._sync()
@@ -150,8 +154,8 @@ class MemoryBank(nn.Module):
 
     def forward(self, contrast: Contrast, captured: Pass, indices: Tensor) -> Tensor:
         """The weighted sum of the losses of all taps, 0-d."""
-        self._check(captured, indices)
-        embedded = contrast.embed(captured, indices.to(self.entries.device), None)
+        indices = self._checked(captured, indices)
+        embedded = contrast.embed(captured, indices, None)
         assert embedded.labels is not None
         rows = (side.split(list(embedded.counts.values())) for side in (*embedded.z, embedded.labels))
         total = embedded.z.new_zeros(())
@@ -164,9 +168,12 @@ class MemoryBank(nn.Module):
                 total = total + contrast.layer_weights[k] * loss
         return total
 
-    def _check(self, captured: Pass, indices: Tensor) -> None:
-        if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.is_floating_point():
+    def _checked(self, captured: Pass, indices: Tensor) -> Tensor:
+        """Indices of the batch of a pass, int64, on the device of the bank."""
+        kind = indices.dtype if isinstance(indices, Tensor) and indices.ndim == 1 else torch.bool
+        if kind.is_floating_point or kind == torch.bool:
             raise CMIMError("indices must be (B,) integers: where the samples stand in the training set.")
+        indices = indices.to(self.entries.device, torch.int64)
         complete = [pair for pair in captured.pairs.values() if pair.complete]
         if complete and complete[0].batch_size != len(indices):
             raise CMIMError(f"indices must be one a sample, {complete[0].batch_size} of them; found {len(indices)}.")
@@ -174,6 +181,7 @@ class MemoryBank(nn.Module):
         if bool(((indices < 0) | (indices >= count)).any()):
             found = f"{int(indices.min())} to {int(indices.max())}"
             raise CMIMError(f"indices must be those of the {count} samples of targets; found {found}.")
+        return indices
 
     def _loss(self, k: int, z_b: Tensor, z_f: Tensor, indices: Tensor, temperature: float) -> Tensor:
         """The loss of one tap; its entries move towards the embeddings."""

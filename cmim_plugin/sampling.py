@@ -46,10 +46,13 @@ class Schedule(nn.Module):
     Attributes:
         draws: ``(count, positions)`` int64; a pass of ``m`` taps uses the first ``m`` rows.
         step: how many losses were asked for so far.
+        all_taps: whether each pass captures all taps, whatever ``taps_per_step`` says: for each choice of some, what is
+            compiled would be compiled anew.
     """
 
     draws: Tensor
     _step: Tensor
+    _all_taps: Tensor
 
     def __init__(
         self,
@@ -62,17 +65,19 @@ class Schedule(nn.Module):
         super().__init__()
         self.count = count
         self.taps_per_step = taps_per_step
+        self.all_taps = False
         self.positions = positions
         self.shared = shared
         self.step = 0
         self.register_buffer("draws", new_draws((count, positions or 0), generator))
         self.register_buffer("_step", torch.zeros((), dtype=torch.int64, device="cpu"))
+        self.register_buffer("_all_taps", torch.tensor(False, device="cpu"))
 
     @property
     def taps(self) -> tuple[int, ...]:
         """The taps of the next pass: evenly spread over the network, each as often as any other."""
         chosen = self.taps_per_step
-        if chosen is None or chosen >= self.count:
+        if chosen is None or chosen >= self.count or self.all_taps:
             return tuple(range(self.count))
         return tuple(sorted((self.step + i * self.count // chosen) % self.count for i in range(chosen)))
 
@@ -87,17 +92,18 @@ class Schedule(nn.Module):
         """A loss was asked for."""
         advance(self.draws)
         if torch.compiler.is_compiling():
-            self.taps_per_step = None  # each choice of taps would be compiled anew
+            self.all_taps = True
         else:
             self.step += 1
 
     def _save_to_state_dict(self, *args: Any) -> None:
         self._step.fill_(self.step)
+        self._all_taps.fill_(self.all_taps)
         super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self.step = int(self._step)
+        self.step, self.all_taps = int(self._step), bool(self._all_taps)
 
 
 def stratified_indices(draws: Tensor, total: int) -> Tensor:

@@ -80,6 +80,11 @@ def test_a_network_compiled_in_parts_contrasts_all_taps_and_is_not_compiled_for_
     counters.clear()
     train(model, cmim, 3)
     assert graphs() == 0
+    # A resumed run goes on with all taps, from its first step on.
+    resumed = CMIM(network(IRNET), X, taps_per_step=1)
+    assert resumed.scheduled != cmim.scheduled
+    resumed.load_state_dict(cmim.state_dict())
+    assert resumed.scheduled == cmim.scheduled
 
 
 def test_attached_after_the_first_compiled_call_the_loss_is_refused():

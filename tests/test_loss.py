@@ -580,11 +580,11 @@ class Attending(nn.Module):
 SENTENCES = torch.randn(3, 5, 5, generator=torch.Generator().manual_seed(2))
 
 
-def masked_loss(**inputs: Tensor) -> float:
+def masked_loss(*args: Tensor, **inputs: Tensor) -> float:
     torch.manual_seed(0)
     model = Attending()
     cmim = CMIM(model, SENTENCES)
-    model(SENTENCES, **inputs)
+    model(SENTENCES, *args, **inputs)
     return cmim(model).item()
 
 
@@ -595,6 +595,16 @@ def test_the_mask_of_the_model_is_read_only_where_it_tells_samples_and_tokens():
     assert masked_loss(attention_mask=padding.bool()) == masked_loss(attention_mask=padding)
     for other in (torch.ones(5, 5).tril(), torch.zeros(3, 5), torch.ones(5, 5, dtype=torch.bool).tril()):
         assert masked_loss(attention_mask=other) == plain
+
+
+def test_the_mask_of_the_model_is_read_where_it_comes_by_position():
+    padding = torch.tensor([[1, 1, 1, 0, 0]] * 3)
+    assert masked_loss(padding) == masked_loss(attention_mask=padding) != masked_loss()
+
+
+def test_an_attention_mask_of_floats_is_told_for_it_may_be_additive():
+    with pytest.warns(CMIMWarning, match="attention_mask of floats is not read: pass mask="):
+        masked_loss(attention_mask=torch.zeros(3, 5))
 
 
 def test_a_mask_that_cannot_be_read_is_refused():

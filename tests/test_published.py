@@ -208,16 +208,34 @@ def test_autocast_does_not_reach_heads_and_critic():
         (torch.tensor([0, -1, 2, 3]), "found -1 to 3"),
         (torch.rand(4), r"indices must be \(B,\) integers"),
         ([0, 1, 2, 3], r"indices must be \(B,\) integers"),
+        (torch.tensor([True, False, True, False]), r"indices must be \(B,\) integers"),
         (torch.arange(3), "indices"),
         (torch.arange(5), "indices"),
     ],
-    ids=["too large", "negative", "floating point", "a list", "too few", "too many"],
+    ids=["too large", "negative", "floating point", "a list", "booleans", "too few", "too many"],
 )
 def test_indices_are_checked(indices, said):
     model, _, cmim = start()
     model(X.double())
     with pytest.raises(CMIMError, match=said):
         cmim(model, indices=indices)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_indices_may_be_of_any_integer_dtype(dtype):
+    losses = []
+    for kind in (torch.int64, dtype):
+        model, _, cmim = start()
+        model(X.double())
+        losses.append(cmim(model, indices=torch.tensor([3, 0, 9, 4]).to(kind)).item())
+    assert losses[0] == losses[1]
+
+
+def test_a_bank_that_does_not_fit_leaves_no_hook():
+    model = network()
+    with pytest.raises(RuntimeError) as kept:  # the traceback keeps the plug-in alive, as in a notebook
+        PublishedCMIM(model, X, teacher=teacher(), targets=TARGETS, num_negatives=10**15)
+    assert kept and not model._forward_hooks and not model._forward_pre_hooks
 
 
 def test_indices_go_by_their_name_and_class_labels_are_not_taken_for_them():

@@ -62,6 +62,25 @@ def stored(states):
     return torch.load(file, weights_only=True)
 
 
+def test_an_evaluation_in_inference_mode_may_move_model_and_plug_in_and_save_them():
+    model = network()
+    cmim = CMIM(model, X, queue_size=5)
+    loss = a_loss(model, cmim)
+    torch.autograd.backward(loss, create_graph=True)
+    with torch.inference_mode():
+        cmim.to("cpu", torch.float64).float()
+        cmim.state_dict()
+    assert not any(tensor.is_inference() for tensor in (*cmim.state_dict().values(), cmim.heads.weights.grad))
+    for _ in range(2):
+        (model(X).sum() + cmim(model)).backward()
+
+
+def test_a_copy_shares_the_teacher():
+    model, other = network(), teacher()
+    cmim = CMIM(model, X, teacher=other)
+    assert copy.deepcopy(cmim)._teacher is cmim._teacher
+
+
 def test_every_value_of_the_state_is_a_tensor_and_nothing_of_the_model_is_in_it():
     model, other = network(), teacher()
     keys = list(model.state_dict())

@@ -67,6 +67,14 @@ class BatchSource:
         return None
 
 
+def parameter_names(model: nn.Module) -> list[str]:
+    """Names of the inputs of a model's forward, in order; none where they cannot be told."""
+    try:
+        return list(inspect.signature(model.forward).parameters)
+    except (TypeError, ValueError):
+        return []
+
+
 def batch_sources(model: nn.Module, inputs: Inputs, stated: int | None = None) -> dict[int, BatchSource]:
     """The numbers of samples that the inputs may have, most likely first, each with where it is read.
 
@@ -81,10 +89,7 @@ def batch_sources(model: nn.Module, inputs: Inputs, stated: int | None = None) -
             places.setdefault(tensor.size(0), []).append((path, 0))
     if stated is not None and stated not in places:
         places[stated] = [(path, t.shape.index(stated)) for path, t in tensors if not t.is_nested and stated in t.shape]
-    try:
-        names = list(inspect.signature(model.forward).parameters)
-    except (TypeError, ValueError):
-        names = []
+    names = parameter_names(model)
     sources = {}
     for size, found in places.items():
         # In training an input may come by keyword that came by position in the example, and the reverse.

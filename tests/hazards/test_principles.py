@@ -485,6 +485,65 @@ def test_an_interrupt_and_a_plug_in_that_is_dropped_leave_no_function_mode():
     assert modes() == []
 
 
+def test_an_interrupt_within_the_mode_of_somebody_else_leaves_that_mode_to_its_owner():
+    model, cmim = attached(inside=True)
+
+    def interrupted(x: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    model[2].forward = interrupted
+    with contextlib.suppress(KeyboardInterrupt), torch.device("meta"):
+        model(X)
+    del model[2].forward
+    assert torch.zeros(1).device.type == "cpu"
+    assert trained(model, cmim)
+
+
+def test_an_interrupt_does_not_disturb_what_is_compiled_after_it():
+    model, cmim = attached()
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model[5].register_forward_hook(interrupted)
+    with contextlib.suppress(KeyboardInterrupt):
+        model(X)
+    handle.remove()
+    compiled(model)(X)
+    assert cmim(model) > 0
+
+
+def test_a_pass_without_a_loss_is_let_go_before_the_next_one_runs():
+    """Validation without no_grad(), adversarial steps: the memory of two passes would be held at once."""
+    model, _cmim = attached()
+    seen = Activations(model)
+    alive: list[int] = []
+    model[0].register_forward_pre_hook(lambda *_: alive.append(seen.alive() if seen.references else 0))
+    for training in (False, False, True, True):
+        model.train(training)
+        model(X)
+    assert alive == [0, 0, 0, 0]
+
+
+def test_a_module_whose_hooks_are_registered_again_without_keywords_runs_and_is_told():
+    """As torch.ao.quantization does when it swaps modules."""
+    model, cmim = attached()
+    place = model[2][0]
+    swapped = Binary()
+    for hook in place._forward_pre_hooks.values():
+        swapped.register_forward_pre_hook(hook)
+    for hook in place._forward_hooks.values():
+        swapped.register_forward_hook(hook)
+    model[2][0] = swapped
+    for hooks, of in ((model._forward_pre_hooks, "_forward_pre_hooks_with_kwargs"), (model._forward_hooks, None)):
+        assert hooks and (of is None or getattr(model, of))
+    model._forward_pre_hooks_with_kwargs.clear()
+    model._forward_hooks_with_kwargs.clear()
+    model(X)
+    with pytest.warns(CMIMWarning, match="did not reach tap"):
+        cmim(model)
+
+
 def test_warnings_that_are_errors_fail_no_pass():
     model, cmim = attached()
     model[2] = copy.deepcopy(model[2])
