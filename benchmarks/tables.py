@@ -9,6 +9,7 @@ A section `<!-- KIND: NAMES -->` ... `<!-- end -->` is rewritten. NAMES may end 
     table: NAME              all arms of one file
     pooled: NAME minus:ARM   a row an arm, its differences to ARM (`none` if not given) over the pairs of all methods
     dense: NAME              dense prediction
+    inside: NAME             what an arm changes inside the network, over the pairs of all methods (why.py)
     overhead: KIND DEVICE    what a training step takes: KIND is `step` (time) or `memory`, from results/overhead.jsonl,
                              or from overhead-joint.jsonl for a device that is not in there yet
 
@@ -17,6 +18,7 @@ A number within a sentence stands between `<!-- number: KIND ... -->` and `<!-- 
     gain NAME ARM [REFERENCE]    the mean of ARM minus REFERENCE (`none`), its interval and the number of pairs
     cost DEVICE ARM              the lowest and the highest ratio of a training step to the bare step
     cases DEVICE                 how many settings that is of
+    best NAME                    of each method, the best arm with CMIM and the best bare network: arms and accuracies
     sweep FILE                   how many of timm's families passed `make test-timm`, and with which version of timm
 
 `<!-- picture: NAMES / ARMS -->` (or the first `gains` section) says what docs/gains-light.svg and docs/gains-dark.svg
@@ -46,7 +48,7 @@ DOCUMENTS = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 PICTURES = {"light": ROOT / "docs" / "gains-light.svg", "dark": ROOT / "docs" / "gains-dark.svg"}
-KINDS = "gains|summary|table|pooled|dense|overhead"
+KINDS = "gains|summary|table|pooled|dense|inside|overhead"
 SECTION = re.compile(rf"(<!-- ({KINDS}): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 NUMBER = re.compile(r"(<!-- number: (.*?) -->).*?(<!-- end -->)", re.DOTALL)
 PICTURED = re.compile(r"<!-- (?:gains|picture): (.*?) -->")
@@ -245,7 +247,9 @@ def draw(found: list[Gain], theme: str, path: Path) -> None:
         "axes.edgecolor": grid,
     }
     with matplotlib.rc_context(style):
-        figure, axes = plt.subplots(figsize=(4.5, 0.6 + 0.17 * y), facecolor=surface)
+        legend_rows = -(-(len(arms) + len(controls)) // 2)
+        height = 0.45 + 0.15 * legend_rows + 0.17 * y
+        figure, axes = plt.subplots(figsize=(4.5, height), facecolor=surface)
         axes.set_facecolor(surface)
         axes.axvline(0, color=muted, linewidth=0.8, zorder=1)
         for at, gain in rows:
@@ -288,8 +292,10 @@ def draw(found: list[Gain], theme: str, path: Path) -> None:
             )[0]
             for arm in controls
         ]
-        figure.legend(handles=handles, loc="upper center", ncols=4, frameon=False, fontsize=7, labelcolor=text)
-        figure.subplots_adjust(left=0.19, right=0.97, top=1 - 0.3 / (0.6 + 0.17 * y), bottom=0.36 / (0.6 + 0.17 * y))
+        figure.legend(handles=handles, loc="upper center", ncols=2, frameon=False, fontsize=7, labelcolor=text)
+        figure.subplots_adjust(
+            left=0.19, right=0.97, top=1 - (0.15 + 0.15 * legend_rows) / height, bottom=0.36 / height
+        )
         metadata = {"Date": None, "Creator": None, "Title": "Gain over the bare network", "Description": digest(found)}
         figure.savefig(path, metadata=metadata if path.suffix == ".svg" else None, facecolor=surface)
         plt.close(figure)
@@ -418,12 +424,29 @@ def number(wanted: list[str], results: Path) -> str:
             return f"{len({json.dumps(r['config']) for r in shown})}"
         ratios = [r["ratio"] for r in shown if r["arm"] == rest[0]]
         return f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "not measured yet"
+    if kind == "best":
+        return best_of(by_seed(list(read_results(results / f"{name}.jsonl").values())))
     if kind == "sweep":
         record = json.loads((results / name).read_text())
         passed, every = record["passed"], len(record["families"])
         counts = " and ".join(f"{len(families)} of {every} ({method})" for method, families in passed.items())
         return f"{counts}, timm {record['versions']['timm']}"
     raise SystemExit(f"No such number: {' '.join(wanted)}")
+
+
+def best_of(accuracy: dict[tuple[str, str], dict[int, float]]) -> str:
+    """In words: for each method, the arm with the highest mean over two seeds or more, with CMIM and without."""
+    found = []
+    for method in METHOD_NAMES:
+        of_method = {arm: list(by.values()) for (m, arm), by in accuracy.items() if m == method and len(by) > 1}
+        means = {arm: float(np.mean(values)) for arm, values in of_method.items()}
+        if means:
+            bare = max((arm for arm in means if arm.startswith("none")), key=means.__getitem__)
+            best = max((arm for arm in means if not arm.startswith("none")), key=means.__getitem__)
+            found.append(
+                f"{METHOD_NAMES[method]} {means[best]:.1f} % (`{best}`) against {means[bare]:.1f} % (`{bare}`)"
+            )
+    return "; ".join(found)
 
 
 def dense_table(records: Records, arms: list[str]) -> str:
@@ -508,7 +531,9 @@ def fill(text: str, results: Path) -> str:
         elif kind == "summary":
             content = summary(names, arms or list(SHOWN), results)
         else:
-            write = {"table": table, "pooled": pooled, "dense": dense_table}[kind]
+            from why import pooled as pooled_inside  # here, for why.py imports this file
+
+            write = {"table": table, "pooled": pooled, "dense": dense_table, "inside": pooled_inside}[kind]
             content = write(list(read_results(results / f"{names[0]}.jsonl").values()), names[1:] + arms)
         return f"{begin}\n{content}\n\n{end}"
 

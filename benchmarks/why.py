@@ -60,6 +60,29 @@ def table(records: list[dict[str, Any]], arms: list[str]) -> str:
     return "\n".join(lines)
 
 
+def pooled(records: list[dict[str, Any]], arms: list[str]) -> str:
+    """Markdown: a row an arm, over the pairs of all methods; its mean, and its difference to the bare network's."""
+    by_run = {(r["method"], r["arm"], r["seed"]): r for r in records if r["inside"]["codes"]}
+    shown = [name for name in COLUMNS if name != "log10 gradient spread"]
+    lines = [f"| arm | pairs | {' | '.join(shown)} |", "|---" * (2 + len(shown)) + "|"]
+    for arm in sorted({key[1] for key in by_run}, key=rank):
+        runs = [(m, s) for m, a, s in sorted(by_run) if a == arm and (m, beside(arm, "none"), s) in by_run]
+        if (arms and arm not in arms) or len(runs) < 2:
+            continue
+        cells = []
+        for name in shown:
+            own, bare = (
+                [COLUMNS[name](by_run[method, which, seed]) for method, seed in runs]
+                for which in (arm, beside(arm, "none"))
+            )
+            cell = f"{np.mean(own):.3g}"
+            if arm != beside(arm, "none"):
+                cell += f", {interval(*paired_difference(bare, own), digits=2 if '%' in name else 3)}"
+            cells.append(cell)
+        lines.append(f"| `{arm}` | {len(runs)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def layers(records: list[dict[str, Any]], arms: list[str]) -> str:
     """Markdown: bit entropy, dead channels and gradient norm by layer, means over seeds."""
     lines = ["| method | arm | layer | dead (%) | entropy | correlation | gradient norm |", "|---" * 7 + "|"]
