@@ -1,13 +1,7 @@
 """Hooks on the model: one forward pass becomes rows of a_B and a_F, tap by tap.
 
-What these hooks promise:
-
-- They change nothing that the model returns, and raise nothing. What goes wrong is kept beside the tap's name, in the
-  pass, and told when the loss is asked for.
-- They learn nothing. Where each activation is picked up was decided in the dry run; what belongs to one pass is one
-  :class:`Pass` object, one a thread.
-- They keep nothing of an activation but the sampled or pooled rows, taken within the hook: the network may overwrite
-  the activation right after it.
+The hooks change nothing that the model returns, and raise nothing: what goes wrong is kept in the :class:`Pass`, and
+raised when the loss is asked for. They learn nothing: where each activation is picked up was decided in the dry run.
 """
 
 from __future__ import annotations
@@ -33,7 +27,7 @@ from .errors import CMIMError, CMIMWarning, warn_once
 from .passes import BINARY, LATENT, Call, Pass, Pickup, Tap, current_error
 from .sampling import Schedule
 
-# Passes in a row without a loss (an adversarial attack takes dozens) before that is told.
+# After this number of training passes in a row without a loss we warn. (An adversarial attack takes dozens.)
 _FORGOTTEN = 100
 _FORGOTTEN_WARNING = (
     f"CMIM captured {_FORGOTTEN} forward passes and was asked for no loss. Add cmim(model) to the loss of each "
@@ -51,7 +45,7 @@ class Capture:
         batch_source: where the number of samples is read off the model's inputs.
         observer: called with tap, a_B as a whole and its layout. With it every pass is captured, in eval mode and
             without gradients too.
-        before: called with the pass and the inputs of the model, before the model runs.
+        run_first: called with the pass and the inputs of the model, before the model runs.
 
     Attributes:
         unasked: passes that were captured since a loss was asked for.
@@ -66,13 +60,13 @@ class Capture:
         schedule: Schedule,
         batch_source: BatchSource | None,
         observer: Callable[[int, Tensor, Layout], None] | None = None,
-        before: Callable[[Pass, tuple[Any, ...], dict[str, Any]], None] | None = None,
+        run_first: Callable[[Pass, tuple[Any, ...], dict[str, Any]], None] | None = None,
     ) -> None:
         self.taps = taps
         self.schedule = schedule
         self.batch_source = batch_source
         self.observer = observer
-        self.before = before
+        self.run_first = run_first
         self.unasked = 0
         self.removed = False
         self.model_was_loaded = False
@@ -149,9 +143,9 @@ class Capture:
             self._waiting.pop(thread, None)  # now, for it holds the activations of its graph
         self.running[thread] = started
         self._forget_dead_threads()
-        before = self.before
-        if before is not None:
-            started.attempt(None, partial(before, started, args, kwargs))
+        run_first = self.run_first
+        if run_first is not None:
+            started.attempt(None, partial(run_first, started, args, kwargs))
 
     def end(self) -> None:
         """The pass of this thread has come to its end, and waits for its loss to be asked for."""
@@ -282,7 +276,9 @@ class _RootHook(_Hook):
                 return
             else:
                 capture.drop()
-        if self.will_close() and (capture.observer is not None or (torch.is_grad_enabled() and not _aside())):
+        if self.will_close() and (
+            capture.observer is not None or (torch.is_grad_enabled() and not _is_no_training_step())
+        ):
             capture.begin(module, args, kwargs or {}, self)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any = None, output: Any = None) -> None:
@@ -378,11 +374,7 @@ def _recording_a_graph() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def _aside() -> bool:
-    """Whether this pass is not part of a training step.
-
-    Recomputation of a checkpointed model within a backward pass, torch.func, forward-mode differentiation, torch.jit.
-    """
+def _is_no_training_step() -> bool:
     return not torch.compiler.is_compiling() and _compat.in_backward_or_transform()
 
 

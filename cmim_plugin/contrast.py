@@ -19,10 +19,10 @@ from .negatives import Queue
 from .objectives import count_negatives
 from .passes import Pair, Pass, Tap
 
-# In the first steps we check that labels and mask leave a negative. The check synchronizes with the device.
+# In the first steps we check that labels and mask leave a negative. The check waits for the device.
 _FIRST_STEPS = 3
-# Losses after which a bound under so many nats is told.
-_LONG, _NOTHING = 1000, 0.05
+# From this step on we warn where every bound is below this number of nats.
+_BOUND_CHECK_STEP, _LEAST_BOUND = 1000, 0.05
 
 
 @dataclass
@@ -50,10 +50,10 @@ class Losses:
         counts = count_negatives(self.instances, self.labels, self.queue_labels, self.queued, self.mask)
         return counts.expand(len(self.taps), -1)
 
-    def bound(self, i: int, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def bound(self, i: int, bound_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """The bound that the ``i``-th loss gives, by an objective's ``bound``."""
         counts = self.negatives[i]
-        return of(self.values[i], counts if self.mask is None else counts[self.mask[i]])
+        return bound_of(self.values[i], counts if self.mask is None else counts[self.mask[i]])
 
 
 @dataclass
@@ -94,12 +94,7 @@ class Embedded:
 
 
 class Contrast(nn.Module):
-    """The heads, queues and objective of all taps.
-
-    Args:
-        taps: in forward order.
-        objective: see :class:`cmim_plugin.CMIM`, as for the rest.
-    """
+    """The heads, queues and objective of all taps; the arguments are those of :class:`cmim_plugin.CMIM`."""
 
     _layer_weights: Tensor
     _loaded: Tensor
@@ -219,9 +214,11 @@ class Contrast(nn.Module):
         queued = 0 if queue_labels is None else queue_labels.shape[-1]
         found = Losses(taps, losses.detach(), z_b.shape[1], queued, labels, mask, queue_labels)
         self.last.update({k: (found, i) for i, k in enumerate(taps)})
-        none = z_b.shape[1] + queued == 1
-        ask = (labels is not None or mask is not None) and self._steps < _FIRST_STEPS
-        if none or (ask and not torch.compiler.is_compiling() and not bool(found.negatives.any(-1).all())):
+        no_negatives = z_b.shape[1] + queued == 1
+        excluding = (labels is not None or mask is not None) and self._steps < _FIRST_STEPS
+        if no_negatives or (
+            excluding and not torch.compiler.is_compiling() and not bool(found.negatives.any(-1).all())
+        ):
             warn_once(self, "A batch had no negatives (one instance, or one class only): its loss is zero.")
         return losses
 
@@ -275,7 +272,7 @@ class Contrast(nn.Module):
                 "backward() is called on?",
             )
         bounds = [float(m["bound"]) for m in self.metrics().values() if "bound" in m]
-        if step >= _LONG and bounds and max(bounds) < _NOTHING:
+        if step >= _BOUND_CHECK_STEP and bounds and max(bounds) < _LEAST_BOUND:
             warn_once(
                 self,
                 f"After {step} losses the bound of every tap is still zero ({max(bounds):.2f} nats at most): the "

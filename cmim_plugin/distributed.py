@@ -56,8 +56,7 @@ def gather(rows: Tensor, counts: tuple[tuple[int, ...], ...]) -> Tensor:
     Returns:
         ``(R of all ranks, ...)``, with gradients to the rows of this rank: times the number of ranks.
     """
-    gathered: Tensor = _Gather.apply(rows, counts)
-    return gathered
+    return _Gather.apply(rows, counts)  # type: ignore[no-any-return]
 
 
 class _Gather(torch.autograd.Function):
@@ -96,8 +95,7 @@ def _order(counts: tuple[tuple[int, ...], ...], rank: int, device: torch.device)
 
 def averaged(parameters: Tensor) -> Tensor:
     """The parameters themselves, with another gradient: the mean over all ranks."""
-    found: Tensor = _Average.apply(parameters)
-    return found
+    return _Average.apply(parameters)  # type: ignore[no-any-return]
 
 
 class _Average(torch.autograd.Function):

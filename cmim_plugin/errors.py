@@ -20,11 +20,11 @@ class CMIMWarning(UserWarning):
     """Training can go on, but probably not as intended."""
 
 
-def warn_once(of: object, *messages: str) -> None:
+def warn_once(owner: object, *messages: str) -> None:
     """Warn of each message once for each object; of those that come together, in one warning."""
     if torch.compiler.is_compiling():
         return
-    given = _given.setdefault(of, set())
+    given = _given.setdefault(owner, set())
     message = "\n".join(message for message in messages if message not in given)
     if message:
         given.update(messages)

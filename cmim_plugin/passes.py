@@ -172,14 +172,14 @@ class Pass:
             except CMIMError as error:
                 self.failures.setdefault(tap, error.args[0])
             return
-        before, self.muted = self.muted, True
+        was_muted, self.muted = self.muted, True
         try:
             action()
         except Exception as error:
             told = str(error) if isinstance(error, CMIMError) else f"{type(error).__name__}: {error}"
             self.failures.setdefault(tap, told)
         finally:
-            self.muted = before
+            self.muted = was_muted
 
     def close(self, hook: object) -> Call | None:
         """The innermost call of a hook's module ends, with all that was opened within it."""

@@ -27,10 +27,10 @@ from .teacher import Teacher
 from .text import folded, table
 from .wrappers import averages_one_backward, path_to, unwrapped
 
-# The heads may hold this share of the parameters, and always so many. If they need more, embeddings get narrower.
+# The heads may hold this share of the network's parameters, or this number of them. Else the embeddings get narrower.
 _HEADS_SHARE, _HEADS_LEAST = 0.2, 250_000
-# After so many losses we check that the heads learn. The check synchronizes with the device.
-_LOOK_AT = (100, 1000)
+# The steps at which we check that the heads learn. The check waits for the device.
+_CHECK_HEADS_AT = (100, 1000)
 
 
 class CMIM(nn.Module):
@@ -109,8 +109,8 @@ class CMIM(nn.Module):
         discovery = discover(model, example_input, batch_size)
         found = discovery.found
         if instances == "position" and teacher is None:
-            apart = 'its latent has another number of positions: only instances="image" can contrast them'
-            found = tuple(replace(f, reason=apart) if f.tapped and not f.aligned else f for f in found)
+            misaligned = 'its latent has another number of positions: only instances="image" can contrast them'
+            found = tuple(replace(f, reason=misaligned) if f.tapped and not f.aligned else f for f in found)
         chosen = _chosen(found, taps, model)
         tapped = tuple(Tap.of(f) for f in (chosen if taps is not None else chosen[self._default_taps]))
         self._teacher = None if teacher is None else Teacher(teacher, example_input, tapped, teacher_modules)
@@ -137,8 +137,8 @@ class CMIM(nn.Module):
         positions = num_positions if instances == "position" else None
         self.schedule = Schedule(len(tapped), taps_per_step, positions, generator)
         self.to(next((p.device for p in model.parameters()), torch.device("cpu")))
-        before = None if self._teacher is None else self._teacher.deliver
-        self._capture = Capture(model, tapped, self.schedule, discovery.batch, before=before)
+        run_first = None if self._teacher is None else self._teacher.deliver
+        self._capture = Capture(model, tapped, self.schedule, discovery.batch, run_first=run_first)
         self._sync()
         self._capture.attach()
         # A plug-in that is thrown away takes its hooks with it.
@@ -199,7 +199,7 @@ class CMIM(nn.Module):
             step = self.schedule.step
             if not step and self._capture.model_was_loaded:
                 self.contrast.tell_of_new_heads()
-            if step in _LOOK_AT and self.weight:
+            if step in _CHECK_HEADS_AT and self.weight:
                 self.contrast.tell_of_idle_heads(step)
         self.schedule.advance()
         return self.weight * len(self.taps) / len(captured.scheduled) * contrast
@@ -271,7 +271,7 @@ class CMIM(nn.Module):
             loader: batches. Of a tuple, list or dict the first element is the input of the model: a tensor, a tuple of
                 positional inputs or a dict of keyword inputs. Tensors are moved to the device of the model.
             inputs: batch to input of the model, for batches of another form.
-            max_batches: stop after so many.
+            max_batches: stop after this number of batches.
             since: an earlier report on the same inputs in the same order, to count the codes that flipped since.
 
         Raises:

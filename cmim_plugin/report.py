@@ -256,8 +256,8 @@ def measure(
     def observer(k: int, activation: Tensor, layout: Layout) -> None:
         tallies[k].count_codes(activation, layout, draws, len(seen))
 
-    before = None if teacher is None else teacher.deliver
-    capture = Capture(model, contrast.taps, schedule, batch_source, observer, before)
+    run_first = None if teacher is None else teacher.deliver
+    capture = Capture(model, contrast.taps, schedule, batch_source, observer, run_first)
     failures: dict[int | None, str] = {}
     # A loader that shuffles or augments draws from the generators, too: they are kept around all of it.
     with preserve_generators(model.parameters()), torch.no_grad(), _evaluating(model), force_eager():

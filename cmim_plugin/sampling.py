@@ -207,7 +207,7 @@ class AddSampledGradient:
 
     def __call__(self, grad: Tensor) -> Tensor | None:
         sampled, self.sampled = self.sampled, None
-        # Nothing but our expanded zero came.
+        # Nothing but our expanded zero: the gradient of the network's loss did not come in this pass.
         alone = sampled is not None and not any(grad.stride()) and bool(self.shape)
         self._arrived.add("network" if sampled is None else "contrast" if alone else "both")
         if self.rule.one_pass and {"network", "contrast"} <= self._arrived:
