@@ -16,6 +16,7 @@ A section `<!-- KIND: NAMES -->` ... `<!-- end -->` is rewritten. NAMES may end 
 A number within a sentence stands between `<!-- number: KIND ... -->` and `<!-- end -->`:
 
     gain NAME ARM [REFERENCE]    the mean of ARM minus REFERENCE (`none`), its interval and the number of pairs
+    mean NAME ARM                mean test accuracy of an arm, by method
     cost DEVICE ARM              the lowest and the highest ratio of a training step to the bare step
     cases DEVICE                 how many settings that is of
     best NAME                    of each method, the best arm with CMIM and the best bare network: arms and accuracies
@@ -424,6 +425,10 @@ def number(wanted: list[str], results: Path) -> str:
             return f"{len({json.dumps(r['config']) for r in shown})}"
         ratios = [r["ratio"] for r in shown if r["arm"] == rest[0]]
         return f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "not measured yet"
+    if kind == "mean":
+        accuracy = by_seed(list(read_results(results / f"{name}.jsonl").values()))
+        means = {m: np.mean(list(accuracy[m, rest[0]].values())) for m in METHOD_NAMES if (m, rest[0]) in accuracy}
+        return ", ".join(f"{METHOD_NAMES[method]} {mean:.1f} %" for method, mean in means.items()) or "not measured yet"
     if kind == "best":
         return best_of(by_seed(list(read_results(results / f"{name}.jsonl").values())))
     if kind == "sweep":
