@@ -1,5 +1,6 @@
 """The benchmark's own machinery: data, networks, loop, queue, records, tables and picture."""
 
+import itertools
 import json
 import math
 
@@ -359,6 +360,25 @@ def test_summary_has_a_row_for_each_setting_and_arm_and_skips_what_does_not_exis
     assert "No results yet." in tables.fill("<!-- summary: later -->\n<!-- end -->\n", results)
 
 
+def test_what_changes_inside_is_told_over_the_pairs_of_all_methods(tmp_path) -> None:
+    codes = {"none": (0.25, 0.5, 0.3), "default": (0.0, 0.75, 0.1)}
+    records = [
+        {
+            "method": method,
+            "arm": arm,
+            "seed": seed,
+            "accuracy": 40.0 + (arm == "default") * (1 + seed),
+            "inside": {"codes": {"a": dict(zip(("dead", "entropy", "correlation"), codes[arm], strict=True))}},
+        }
+        for method, arm, seed in itertools.product(("irnet", "bireal"), ("none", "default"), range(2))
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    lines = tables.fill("<!-- inside: in -->\n<!-- end -->\n", tmp_path).splitlines()
+    assert lines[4] == "| `none` | 4 | 40 | 25 | 0.5 | 0.3 |"
+    assert lines[5].startswith("| `default` | 4 | 41.5, **+1.50 (+0.58 to +2.42)** | 0, **-25.00 (")
+    assert "0.1, **-0.200 (-0.200 to -0.200)** |" in lines[5]
+
+
 def test_numbers_within_a_sentence(results) -> None:
     def number(wanted: str) -> str:
         filled = tables.fill(f"It is <!-- number: {wanted} -->stale<!-- end -->.", results)
@@ -368,6 +388,11 @@ def test_numbers_within_a_sentence(results) -> None:
     assert number("gain gains default") == f"{GAIN.strip('*').replace(' (', ' points (95 % CI ')[:-1]}, 3 pairs)"
     assert number("gain gains default shuffled") == "+0.10 points (95 % CI -2.14 to +2.34, 3 pairs)"
     assert number("gain later default") == number("cost cpu position") == "not measured yet"
+    assert number("mean gains none") == "Bi-Real Net 40.0 %" and number("mean later none") == "not measured yet"
+    assert number("best swept") == "Bi-Real Net 31.0 % (`default+lr=0.03,weight=1`) against 40.0 % (`none`)"
+    record = {"passed": {"irnet": ["a", "b"]}, "families": ["a", "b", "c"], "versions": {"timm": "1"}}
+    (results / "sweep.json").write_text(json.dumps(record))
+    assert number("sweep sweep.json") == "2 of 3 (irnet), timm 1"
     config = vars(overhead.Config("tiny", 4))
     lines = [{"config": config, "arm": arm, "ratio": ratio} for arm, ratio in (("none", 1.0), ("position", 1.042))]
     (results / "overhead.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
