@@ -176,6 +176,10 @@ class Capture:
             if running.training:
                 self._waiting.pop(_thread(), None)
 
+    def forget(self) -> None:
+        """The pass of this thread that waits gives no loss."""
+        self._waiting.pop(_thread(), None)
+
     def pop(self) -> Pass:
         """The last pass of this thread, which is then forgotten here.
 
@@ -276,9 +280,9 @@ class _RootHook(_Hook):
                 return
             else:
                 capture.drop()
-        if self.will_close() and (
-            capture.observer is not None or (torch.is_grad_enabled() and not _is_no_training_step())
-        ):
+        if not self.will_close():
+            capture.forget()  # else cmim(model) would give the loss of an older pass
+        elif capture.observer is not None or (torch.is_grad_enabled() and not _is_no_training_step()):
             capture.begin(module, args, kwargs or {}, self)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any = None, output: Any = None) -> None:

@@ -96,7 +96,7 @@ class InfoNCE(_Objective):
         return scores.log_softmax(-1).diagonal(0, -2, -1)
 
     def bound(self, loss: Tensor | float, num_negatives: Tensor | int) -> Tensor:
-        """Lower bound on the mutual information, in nats: ``I(a_B; a_F) >= log(N + 1) - loss`` (arXiv 1807.03748, eq. 5).
+        """Lower bound on the mutual information in nats: ``I(a_B; a_F) >= log(N + 1) - loss`` (1807.03748, eq. 5).
 
         Args:
             loss: as it was returned.

@@ -525,6 +525,15 @@ def test_a_pass_without_a_loss_is_let_go_before_the_next_one_runs():
     assert alive == [0, 0, 0, 0]
 
 
+def test_an_older_pass_gives_no_loss_where_others_cleared_the_forward_hooks_since():
+    model, cmim = attached()
+    model(X)
+    model._forward_hooks.clear()
+    model(2 * X)
+    with pytest.raises(CMIMError, match=NO_PASS):
+        cmim(model)
+
+
 def test_a_module_whose_hooks_are_registered_again_without_keywords_runs_and_is_told():
     """As torch.ao.quantization does when it swaps modules."""
     model, cmim = attached()
