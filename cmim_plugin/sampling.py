@@ -71,7 +71,8 @@ class Schedule(nn.Module):
         self.step = 0
         self.register_buffer("draws", new_draws((count, positions or 0), generator))
         self.register_buffer("_step", torch.zeros((), dtype=torch.int64, device="cpu"))
-        self.register_buffer("_all_taps", torch.tensor(False, device="cpu"))
+        # A number, for an average over the buffers (AveragedModel) subtracts them.
+        self.register_buffer("_all_taps", torch.zeros((), dtype=torch.int64, device="cpu"))
 
     @property
     def taps(self) -> tuple[int, ...]:
