@@ -162,11 +162,15 @@ def accelerate_loop(monkeypatch):
 
     import accelerate_loop
 
+    def reset() -> None:
+        """Accelerate keeps its settings for the process, and refuses others. Other tests make some too."""
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
     monkeypatch.setattr(accelerate_loop, "CMIM", Watched)
+    reset()
     yield accelerate_loop
-    # Accelerate keeps its settings for the process, and refuses others.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset()
 
 
 def test_accelerate_trains_the_heads(accelerate_loop, capsys):
