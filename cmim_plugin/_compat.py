@@ -75,9 +75,9 @@ def running_calls(module: nn.Module) -> int:
 def enter_mode_below(mode: TorchFunctionMode) -> None:
     """Put a mode on this thread's stack, below all that lie there: an interrupt then ends the modes of others first.
 
-    Without it: the public way, on top.
+    Without it, and in compiled code: the public way, on top.
     """
-    if _mode_stack_length is None or _pop_mode is None or _push_mode is None:
+    if torch.compiler.is_compiling() or _mode_stack_length is None or _pop_mode is None or _push_mode is None:
         mode.__enter__()
         return
     above = [_pop_mode() for _ in range(_mode_stack_length())]
@@ -88,9 +88,9 @@ def enter_mode_below(mode: TorchFunctionMode) -> None:
 def leave_mode(mode: TorchFunctionMode) -> None:
     """Take a mode off this thread's stack, wherever it lies there. Nothing happens where it is not on it.
 
-    Without it: the public way, which takes off the mode on top.
+    Without it, and in compiled code: the public way, which takes off the mode on top.
     """
-    if _mode_stack_length is None or _pop_mode is None or _push_mode is None:
+    if torch.compiler.is_compiling() or _mode_stack_length is None or _pop_mode is None or _push_mode is None:
         mode.__exit__(None, None, None)
         return
     above = []

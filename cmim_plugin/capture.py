@@ -139,8 +139,10 @@ class Capture:
         started = Pass(self.taps, scheduled, draws, model.training, batch_size, mask, self.observer)
         started.open.append(Call(hook, ()))
         thread = _thread()
-        if not torch.compiler.is_compiling() and self._may_replace(thread, started):
-            self._waiting.pop(thread, None)  # now, for it holds the activations of its graph
+        waiting = None if torch.compiler.is_compiling() else self._waiting.get(thread)
+        # A pass in eval mode does not take the place of one in training mode that waits.
+        if waiting is not None and (started.training or not waiting.training):
+            self.forget()  # now, for it holds the activations of its graph
         self.running[thread] = started
         self._forget_dead_threads()
         run_first = self.run_first
@@ -156,17 +158,12 @@ class Capture:
             return
         if ended.partly_compiled:
             self.schedule.all_taps = True
-        if self._may_replace(thread, ended):
+        if thread not in self._waiting:
             self._waiting[thread] = ended
             self.unasked += ended.training
             if self.unasked == _FORGOTTEN:
                 with contextlib.suppress(CMIMWarning):  # where warnings are errors: not within the user's forward
                     warn_once(self, _FORGOTTEN_WARNING)
-
-    def _may_replace(self, thread: int, other: Pass) -> bool:
-        """A pass in eval mode does not take the place of one in training mode that waits."""
-        waiting = self._waiting.get(thread)
-        return other.training or waiting is None or not waiting.training
 
     def drop(self) -> None:
         """The pass of this thread did not come to its end."""
@@ -174,7 +171,7 @@ class Capture:
         if running is not None:
             running.abandon()
             if running.training:
-                self._waiting.pop(_thread(), None)
+                self.forget()
 
     def forget(self) -> None:
         """The pass of this thread that waits gives no loss."""
@@ -329,7 +326,7 @@ class _ModuleHook(_Hook):
         running.pick_up(call.pickups, "input", (args, kwargs))
         running.open.append(call)
         if call.listener is not None:
-            _enter(call.listener)
+            _compat.enter_mode_below(call.listener)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any = None, output: Any = None) -> None:
         running = self.running(module)
@@ -359,13 +356,6 @@ class _Listener(TorchFunctionMode):
         result = func(*args, **kwargs)
         self._running.pick_up(pickups, "result", result)
         return result
-
-
-def _enter(listener: TorchFunctionMode) -> None:
-    if torch.compiler.is_compiling():
-        listener.__enter__()
-    else:
-        _compat.enter_mode_below(listener)
 
 
 @_compat.constant_when_compiled

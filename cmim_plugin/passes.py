@@ -188,7 +188,7 @@ class Pass:
         while True:
             call = self.open.pop()
             if call.listener is not None:
-                _leave(call.listener)
+                _compat.leave_mode(call.listener)
             if call.hook is hook:
                 return call
 
@@ -286,13 +286,6 @@ class Pass:
         if key not in self._zeros:
             self._zeros[key] = x.new_zeros(())
         return self._zeros[key]
-
-
-def _leave(listener: TorchFunctionMode) -> None:
-    if torch.compiler.is_compiling():
-        listener.__exit__(None, None, None)
-    else:
-        _compat.leave_mode(listener)
 
 
 def current_error() -> int:
