@@ -119,7 +119,7 @@ def constant_when_compiled(function: Callable[[], int]) -> Callable[[], int]:
     return function
 
 
-def eager_stance() -> contextlib.AbstractContextManager[Any]:
+def force_eager() -> contextlib.AbstractContextManager[Any]:
     """What was compiled with ``torch.compile`` runs as plain Python.
 
     ``torch.compiler.set_stance`` exists since torch 2.6. Without it, nothing is done: compiled code then hides its

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
+from ._compat import force_eager
 from .capture import Capture
 from .contrast import Contrast
 from .discovery import BatchSource, Layout, is_two_valued
 from .discovery.inputs import as_inputs, mapped, tensors_in
-from .discovery.state import force_eager, preserve_generators
+from .discovery.state import preserve_generators
 from .errors import CMIMError, CMIMWarning
 from .passes import Pass
 from .sampling import Schedule, advance, new_draws, stratified_indices

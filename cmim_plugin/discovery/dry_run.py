@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._compat import force_eager
 from ..errors import CMIMError
 from .inputs import BatchSource, Inputs, as_inputs, batch_sources, is_offsets, resampled, varied
-from .state import force_eager, preserve_state
+from .state import preserve_state
 from .trace import Trace, record
 
 # Passes at most where layers are skipped at random.

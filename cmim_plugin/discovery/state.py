@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .. import _compat
 from .functions import writes
 from .inputs import tensors_in
 
@@ -27,11 +26,6 @@ _PLAIN = (str, int, float, bool, bytes, type(None))
 def same(a: Tensor, b: Tensor) -> bool:
     """Equal element by element, NaN equal to NaN."""
     return torch.equal(a, b) or (a.is_floating_point() and torch.equal(a.nan_to_num(), b.nan_to_num()))
-
-
-def force_eager() -> contextlib.AbstractContextManager[Any]:
-    """What is compiled runs as plain Python, where every function call can be seen."""
-    return _compat.eager_stance()
 
 
 @contextlib.contextmanager
