@@ -3,6 +3,7 @@
     python benchmarks/accuracy.py overfit --root DIR
     python benchmarks/accuracy.py overfit --split val --optimizer sgd --arms none default default+weight=0.3
     python benchmarks/accuracy.py cifar10 --root DIR --fast --methods irnet bireal --arms none default shuffled
+    python benchmarks/accuracy.py cifar10 --root DIR --fast graph --jobs 12    # on a GPU
 
 All arms of a seed start from the same weights and see the same batches and augmentation. Runs that are in the file
 already are skipped, so that an interrupted benchmark is resumed by the same command. See README.md.
@@ -16,11 +17,10 @@ import json
 import math
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -42,6 +42,7 @@ from auxiliaries import OBJECTIVES, Balance, Contrast, distillation, smoothed  #
 from data import DATASETS, Data, device, load_data  # noqa: E402
 from inside import look  # noqa: E402
 from nets import BODIES, METHODS, binarize_weights, full_precision  # noqa: E402
+from records import commit  # noqa: E402
 
 # What differs from plain training. Keys that are neither in TRAINING nor in OWN are arguments of CMIM; `default` has
 # none, so that it follows the plug-in's defaults (each record has the resolved settings).
@@ -228,13 +229,25 @@ def make_auxiliary(
 
 @cache  # a worker process trains many runs on the same data
 def load(config: Config, root: str | None) -> Data:
-    return load_data(config.data, root, config.train_size, config.held_out if config.split == "val" else 0)
+    data = load_data(config.data, root, config.train_size, config.held_out if config.split == "val" else 0)
+    if device().type == "cuda":
+        torch.cuda.synchronize()  # runs on other streams use it
+    return data
 
 
-def execute(run: Run, config: Config, root: str | None, weights: Path | None, about: dict[str, Any]) -> dict[str, Any]:
+def execute(*args: Any) -> dict[str, Any]:
+    """`steps_of` a run, one after another."""
+    return loop.to_the_end(steps_of(*args))
+
+
+def steps_of(
+    run: Run, config: Config, root: str | None, weights: Path | None, about: dict[str, Any]
+) -> Generator[None, None, dict[str, Any]]:
     """Train, and return the record of the run. `weights`: where the teacher's are, or go to."""
     start, cpu_start = time.perf_counter(), time.process_time()
     options = arm_options(run.arm)
+    if config.fast == loop.GRAPH and "weight_schedule" in options:
+        raise SystemExit(f"Arm {run.arm} changes its weight, which a CUDA graph takes for a constant.")
     data = load(config, root)
     method = METHODS[run.method]
     is_teacher = options.get("full_precision", False)
@@ -266,17 +279,20 @@ def execute(run: Run, config: Config, root: str | None, weights: Path | None, ab
         contrasted = options.get("steps", step) == step
 
         def attach(contrasted: bool = contrasted) -> loop.Auxiliary | None:
+            torch.manual_seed(run.seed)  # a run beside this one may have set another
             return make_auxiliary(options, model, data, example, teacher, run.seed) if contrasted else None
 
         histories.append(
-            loop.train(
-                model,
-                data,
-                schedule(options, config, run.method),
-                seed=run.seed + (1_000_000 if step == "second" else 0),
-                attach=attach,
-                criterion=criterion,
-                on_epoch=method.on_epoch,
+            (
+                yield from loop.training(
+                    model,
+                    data,
+                    schedule(options, config, run.method),
+                    seed=run.seed + (1_000_000 if step == "second" else 0),
+                    attach=attach,
+                    criterion=criterion,
+                    on_epoch=method.on_epoch,
+                )
             )
         )
     if is_teacher and weights:
@@ -309,7 +325,8 @@ def execute(run: Run, config: Config, root: str | None, weights: Path | None, ab
             for part, found in look(model, data).items()
         },
         "seconds": round(time.perf_counter() - start, 1),
-        "cpu_seconds": round(time.process_time() - cpu_start, 1),  # what a shared machine cannot distort
+        # What a shared machine cannot distort; of all runs that train side by side.
+        "cpu_seconds": round(time.process_time() - cpu_start, 1),
         "epoch_seconds": round(sorted(seconds)[len(seconds) // 2], 3),  # median: the first epoch compiles
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(),
@@ -338,18 +355,7 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if device().type == "cuda" else f"{device().type}, {platform.machine()}"
 
 
-@cache
-def commit(*scripts: str) -> str:
-    """What is checked out, `-dirty` where the library or one of these scripts differs from it."""
-
-    def git(*command: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "cmim_plugin", "benchmarks/nets.py", *scripts)
-    return (git("rev-parse", "--short=10", "HEAD") or "unknown") + ("-dirty" if changed else "")
-
-
-SCRIPTS = tuple(f"benchmarks/{name}.py" for name in ("accuracy", "auxiliaries", "data", "inside", "loop"))
+SCRIPTS = tuple(f"benchmarks/{name}.py" for name in ("accuracy", "auxiliaries", "data", "inside", "loop", "nets"))
 
 
 # --- results and queue -----------------------------------------------------------------------------------------------
@@ -420,8 +426,13 @@ def work(queue: list[Run], done: dict[Run, dict[str, Any]], path: Path, args: ar
 
     running: dict[Future, Run] = {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    if args.jobs == 1:
-        pool: Executor = Here()
+    start: Callable[..., Any] = execute
+    torch.backends.cudnn.benchmark = bool(args.config.fast)
+    if args.config.fast == loop.GRAPH:
+        pool: Executor = loop.SideBySide()
+        start = steps_of
+    elif args.jobs == 1:
+        pool = Here()
         torch.set_num_threads(args.threads)
     else:  # spawned: CUDA cannot be used in a forked process
         pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (args.threads,))
@@ -434,7 +445,7 @@ def work(queue: list[Run], done: dict[Run, dict[str, Any]], path: Path, args: ar
                     break
                 fits.remove(run)
                 queue = [other for other in queue if other != run]
-                running[pool.submit(execute, run, args.config, args.root, weights(run), about)] = run
+                running[pool.submit(start, run, args.config, args.root, weights(run), about)] = run
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -495,7 +506,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs="?",
         const="default",
         metavar="MODE",
-        help="torch.compile in that mode (default: its usual one), bf16 autocast",
+        help="bf16 autocast, and torch.compile in that mode (default: its usual one); or graph: CUDA graphs, --jobs "
+        "runs side by side in one process",
     )
     parser.add_argument("--eval-every", type=int, help="epochs from test to test; all: one test, at the end")
     args = parser.parse_args(arguments)

@@ -60,6 +60,9 @@ class Contrast:
         weights = self.cmim.heads.weights
         return [weights] if isinstance(weights, Tensor) else list(weights)
 
+    def generators(self) -> Iterable[torch.Generator]:
+        return []
+
     def remove(self) -> None:
         self.cmim.remove()
 
@@ -123,6 +126,9 @@ class Balance:
 
     def parameters(self) -> Iterable[Tensor]:
         return []
+
+    def generators(self) -> Iterable[torch.Generator]:
+        return [self.generator]
 
     def remove(self) -> None:
         for handle in self.handles:

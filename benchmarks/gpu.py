@@ -27,7 +27,7 @@ sys.path.append(str(ROOT / "tests"))
 import gpu_checks  # noqa: E402
 from overhead import BARE, RESULTS, Config, Trainee, about, append, described, measure  # noqa: E402
 
-EAGER = ["position", "all_taps", "image", "naive_position", "naive_image"]
+EAGER = ["position", "all_taps", "image", "naive_position"]
 COMPILED = ["all_taps", "image"]  # compiled, the default contrasts all taps
 
 # (network, batch, amp, compile, steps of an arm in a round, seconds that it takes)

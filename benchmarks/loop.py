@@ -1,13 +1,18 @@
-"""The training loop of the benchmarks: eager float32, or fast (compiled, bf16 autocast). Nothing in an epoch waits for
-the device: data, augmentation and sums stay there, and numbers are read after the epoch's last step."""
+"""The training loop of the benchmarks: eager float32, or fast (compiled or recorded in a CUDA graph, bf16 autocast).
+Nothing in an epoch waits for the device: data, augmentation and sums stay there, and numbers are read after the epoch's
+last step. The loop is a generator that stops every few steps, so that one GPU can train several networks in turn."""
 
 from __future__ import annotations
 
+import contextlib
+import queue
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +23,18 @@ from data import Data
 # Learning rate and weight decay where none are given.
 OPTIMIZERS = {"sgd": {"lr": 0.1, "weight_decay": 1e-4}, "adam": {"lr": 3e-3, "weight_decay": 0.0}}
 BOUNDS_PER_EPOCH = 8  # steps whose bounds are recorded
+STEPS_A_TURN = 50  # of one network, where several train in turn
+GRAPH = "graph"  # the name of that fast mode
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Schedule:
     """How a network is trained. Each optimizer follows a cosine to zero, step by step.
 
-    fast: torch.compile's mode ("default" is its usual one), with bf16 autocast; None for eager float32
+    fast: with bf16 autocast: torch.compile's mode ("default" is its usual one), or "graph" for steps that are recorded
+        in a CUDA graph and replayed, operation by operation as in eager mode; None for eager float32
     eval_every: epochs from test to test; the last epoch is always tested
     """
 
@@ -50,6 +60,9 @@ class Auxiliary(Protocol):
     def parameters(self) -> Iterable[Tensor]:
         """What the network's optimizer is to train as well."""
 
+    def generators(self) -> Iterable[torch.Generator]:
+        """What the loss draws from, on the device."""
+
     def remove(self) -> None: ...
 
 
@@ -64,18 +77,52 @@ class History:
     seconds: list[float] = field(default_factory=list)  # of training, without tests; the first epoch compiles
 
 
-def make_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
-    common = {"lr": schedule.lr, "weight_decay": schedule.weight_decay, "fused": True if schedule.fast else None}
+def make_optimizer(model: nn.Module, schedule: Schedule, more: list[Tensor]) -> torch.optim.Optimizer:
+    """For the parameters of the network, and for `more`."""
+    # A number would be a constant of the graph.
+    lr = torch.tensor(schedule.lr, device=next(model.parameters()).device) if schedule.fast == GRAPH else schedule.lr
+    common: dict[str, Any] = {"weight_decay": schedule.weight_decay, "fused": True if schedule.fast else None}
+    groups = [{"params": list(params), "lr": lr + 0} for params in (model.parameters(), more) if params]
     if schedule.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), momentum=0.9, **common)
-    return torch.optim.Adam(model.parameters(), **common)
+        return torch.optim.SGD(groups, lr, momentum=0.9, **common)
+    return torch.optim.Adam(groups, lr, capturable=schedule.fast == GRAPH, **common)
+
+
+class Recorded:
+    """A training step on a static batch: run as it is at first, then recorded in a CUDA graph, then replayed.
+
+    Without a GPU it always runs as it is.
+
+    Args:
+        step: takes the indices of the batch's images.
+        generators: what it draws from, on the device.
+    """
+
+    WARMUP = 3
+
+    def __init__(self, step: Callable[[Tensor], None], index: Tensor, generators: list[torch.Generator]) -> None:
+        self.step, self.index, self.calls = step, torch.empty_like(index), 0
+        self.graph = torch.cuda.CUDAGraph() if index.is_cuda else None
+        for generator in generators if self.graph else ():
+            self.graph.register_generator_state(generator)
+
+    def __call__(self, index: Tensor) -> None:
+        self.index.copy_(index)
+        self.calls += 1
+        if self.graph is None or self.calls <= self.WARMUP:
+            self.step(self.index)
+            return
+        if self.calls == self.WARMUP + 1:
+            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+                self.step(self.index)
+        self.graph.replay()
 
 
 def cross_entropy(x: Tensor, y: Tensor, logits: Tensor) -> Tensor:
     return F.cross_entropy(logits, y)
 
 
-def train(
+def training(
     model: nn.Module,
     data: Data,
     schedule: Schedule,
@@ -84,8 +131,8 @@ def train(
     attach: Callable[[], Auxiliary | None] = lambda: None,
     criterion: Callable[[Tensor, Tensor, Tensor], Tensor] = cross_entropy,
     on_epoch: Callable[[nn.Module, int, int], None] | None = None,
-) -> History:
-    """Train in place.
+) -> Generator[None, None, History]:
+    """Train in place, some steps between two values of the generator.
 
     seed: of batches and augmentation, which all arms of a seed share whatever else they draw
     attach: makes the auxiliary loss, before the network is compiled
@@ -95,18 +142,33 @@ def train(
     where = data.x_train.device
     generator = torch.Generator(where).manual_seed(seed)
     auxiliary = attach()
-    optimizer = make_optimizer(model, schedule)
-    if auxiliary and (more := list(auxiliary.parameters())):
-        optimizer.add_param_group({"params": more})
+    optimizer = make_optimizer(model, schedule, list(auxiliary.parameters()) if auxiliary else [])
     size = min(schedule.batch_size, len(data.x_train))
     steps = len(data.x_train) // size  # only full batches: another shape would be compiled as well
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.epochs * steps)
     forward: Callable[[Tensor], Tensor] = model
-    if schedule.fast:
+    if schedule.fast and schedule.fast != GRAPH:
         torch.compiler.reset()  # graphs of the process's earlier runs count towards a limit
         mode = None if schedule.fast == "default" else schedule.fast
         forward, criterion = torch.compile(model, mode=mode), torch.compile(criterion, mode=mode)
 
+    sums = torch.zeros(2, device=where)
+
+    def step_on(index: Tensor) -> None:
+        x, y = data.normalise(data.augmented(index, generator)), data.y_train[index]
+        with torch.autocast(where.type, torch.bfloat16, enabled=bool(schedule.fast)):
+            logits = forward(x)
+            loss = criterion(x, y, logits)
+            sums.add_(torch.stack((loss.detach(), (logits.argmax(1) == y).float().mean())))
+            if auxiliary:
+                loss = loss + auxiliary.loss(model, y, index)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    if schedule.fast == GRAPH:
+        generators = [generator, *(auxiliary.generators() if auxiliary else ())]
+        step_on = Recorded(step_on, torch.zeros(size, dtype=torch.int64, device=where), generators)
     history = History()
     for epoch in range(schedule.epochs):
         if on_epoch:
@@ -115,25 +177,17 @@ def train(
             auxiliary.start_epoch(epoch / schedule.epochs)
         model.train()
         start = time.perf_counter()
-        sums = torch.zeros(2, device=where)
+        sums.zero_()
         bounds: dict[str, list[Tensor]] = defaultdict(list)
         order = torch.randperm(len(data.x_train), generator=generator, device=where)
         for step in range(steps):
-            index = order[step * size : (step + 1) * size]
-            x, y = data.normalise(data.augmented(index, generator)), data.y_train[index]
-            with torch.autocast(where.type, torch.bfloat16, enabled=bool(schedule.fast)):
-                logits = forward(x)
-                loss = criterion(x, y, logits)
-                sums += torch.stack((loss.detach(), (logits.argmax(1) == y).float().mean()))
-                if auxiliary:
-                    loss = loss + auxiliary.loss(model, y, index)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            step_on(order[step * size : (step + 1) * size])
             cosine.step()
             if auxiliary and step % max(1, steps // BOUNDS_PER_EPOCH) == 0:
                 for name, bound in auxiliary.bounds().items():
                     bounds[name].append(bound.detach().clone())
+            if (epoch * steps + step) % STEPS_A_TURN == STEPS_A_TURN - 1:
+                yield
         mean_loss, mean_accuracy = (sums / steps).tolist()  # waits for the device
         history.seconds.append(time.perf_counter() - start)
         history.train_loss.append(mean_loss)
@@ -145,6 +199,71 @@ def train(
     if auxiliary:
         auxiliary.remove()
     return history
+
+
+def train(*args: Any, **options: Any) -> History:
+    """`training` to its end."""
+    return to_the_end(training(*args, **options))
+
+
+# --- one network after another, or in turn ---------------------------------------------------------------------------
+
+
+def stream() -> contextlib.AbstractContextManager[Any]:
+    """A CUDA stream, for nothing can be recorded on the default one."""
+    return torch.cuda.stream(torch.cuda.Stream()) if torch.cuda.is_available() else contextlib.nullcontext()
+
+
+def to_the_end(work: Generator[None, None, T]) -> T:
+    """What a generator returns."""
+    with stream():
+        while True:
+            try:
+                next(work)
+            except StopIteration as stop:
+                return stop.value
+
+
+class SideBySide(Executor):
+    """Runs generators in one thread, a turn of each after another, each on a CUDA stream of its own.
+
+    A GPU works on all of them at once: a small network alone leaves it idle. One more starts each round, so that those
+    that run already keep the GPU busy meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.submitted: queue.SimpleQueue[tuple[Future, Generator] | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def submit(self, fn: Callable[..., Generator], /, *args: Any, **options: Any) -> Future:
+        future: Future = Future()
+        self.submitted.put((future, fn(*args, **options)))
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self.submitted.put(None)
+        if wait:
+            self.thread.join()
+
+    def run(self) -> None:
+        running: list[tuple[Future, Generator, contextlib.AbstractContextManager[Any]]] = []
+        while True:
+            if not running or not self.submitted.empty():
+                job = self.submitted.get()
+                if job is None:
+                    return
+                running.append((*job, stream()))
+            for future, work, of_its_own in list(running):
+                try:
+                    with of_its_own:
+                        next(work)
+                except StopIteration as stop:
+                    future.set_result(stop.value)
+                except BaseException as error:
+                    future.set_exception(error)
+                if future.done():
+                    running.remove((future, work, of_its_own))
 
 
 @torch.no_grad()

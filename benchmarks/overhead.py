@@ -37,6 +37,7 @@ from cmim_plugin import CMIM, __version__
 from large import binary_vit, reactnet_a
 from naive import Naive
 from nets import BODIES, METHODS
+from records import commit
 
 T = TypeVar("T")
 
@@ -145,6 +146,8 @@ class Trainee:
 
     def step(self) -> Tensor:
         """One training step. Returns its loss, without waiting for it."""
+        if self.config.compile:
+            torch.compiler.cudagraph_mark_step_begin()
         dtype = getattr(torch, self.config.amp or "bfloat16")
         with torch.autocast(self.config.device, dtype, enabled=bool(self.config.amp)):
             loss = self.loss_of()
@@ -152,7 +155,7 @@ class Trainee:
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.loss = loss.detach()
+        self.loss = loss.detach().clone()  # what a CUDA graph returns is overwritten in its next replay
         return self.loss
 
     def mark(self) -> Any:
@@ -325,23 +328,9 @@ def about(config: Config) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if config.device == "cuda" else cpu,
         "versions": {"cmim_plugin": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "commit": commit(),
+        "commit": commit("benchmarks/*.py"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def commit() -> str:
-    """What is checked out, `-dirty` where it was changed; "unknown" where there is no git."""
-    import subprocess
-
-    def git(*command: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--", "cmim_plugin", "benchmarks/*.py")
-        return (git("rev-parse", "--short=10", "HEAD") or "unknown") + ("-dirty" if changed else "")
-    except OSError:
-        return "unknown"
 
 
 def append(path: Path, record: dict[str, Any]) -> None:

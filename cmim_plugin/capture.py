@@ -89,7 +89,7 @@ class Capture:
     @property
     def attached(self) -> bool:
         """Whether the hooks are on the model."""
-        return bool(self._handles)
+        return len(self._handles) > 0
 
     def attach(self) -> None:
         """Put the hooks on the model."""
