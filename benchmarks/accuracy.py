@@ -41,7 +41,7 @@ import loop  # noqa: E402
 from auxiliaries import OBJECTIVES, Balance, Contrast, distillation, smoothed  # noqa: E402
 from data import DATASETS, Data, device, load_data  # noqa: E402
 from inside import look  # noqa: E402
-from nets import BODIES, METHODS, binarize_weights, full_precision  # noqa: E402
+from nets import BODIES, METHODS, binarize_weights, full_precision, fuse  # noqa: E402
 from records import commit  # noqa: E402
 
 # What differs from plain training. Keys that are neither in TRAINING nor in OWN are arguments of CMIM; `default` has
@@ -429,6 +429,7 @@ def work(queue: list[Run], done: dict[Run, dict[str, Any]], path: Path, args: ar
     start: Callable[..., Any] = execute
     torch.backends.cudnn.benchmark = bool(args.config.fast)
     if args.config.fast == loop.GRAPH:
+        fuse()
         pool: Executor = loop.SideBySide()
         start = steps_of
     elif args.jobs == 1:

@@ -5,6 +5,7 @@ last step. The loop is a generator that stops every few steps, so that one GPU c
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -17,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from data import Data
 
@@ -88,6 +90,22 @@ def make_optimizer(model: nn.Module, schedule: Schedule, more: list[Tensor]) -> 
     return torch.optim.Adam(groups, lr, capturable=schedule.fast == GRAPH, **common)
 
 
+class DeviceCosine:
+    """CosineAnnealingLR whose place and rates are tensors, so that a CUDA graph can hold it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, total: int) -> None:
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.first = [rate.clone() for rate in self.rates]
+        self.done = torch.zeros_like(self.rates[0])
+        self.total = total
+
+    def step(self) -> None:
+        self.done += 1
+        factor = (torch.cos(self.done * (math.pi / self.total)) + 1) / 2
+        for rate, first in zip(self.rates, self.first, strict=True):
+            torch.mul(first, factor, out=rate)
+
+
 class Recorded:
     """A training step on a static batch: run as it is at first, then recorded in a CUDA graph, then replayed.
 
@@ -145,7 +163,7 @@ def training(
     optimizer = make_optimizer(model, schedule, list(auxiliary.parameters()) if auxiliary else [])
     size = min(schedule.batch_size, len(data.x_train))
     steps = len(data.x_train) // size  # only full batches: another shape would be compiled as well
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.epochs * steps)
+    cosine = (DeviceCosine if schedule.fast == GRAPH else CosineAnnealingLR)(optimizer, schedule.epochs * steps)
     forward: Callable[[Tensor], Tensor] = model
     if schedule.fast and schedule.fast != GRAPH:
         torch.compiler.reset()  # graphs of the process's earlier runs count towards a limit
@@ -165,6 +183,7 @@ def training(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        cosine.step()
 
     if schedule.fast == GRAPH:
         generators = [generator, *(auxiliary.generators() if auxiliary else ())]
@@ -182,7 +201,6 @@ def training(
         order = torch.randperm(len(data.x_train), generator=generator, device=where)
         for step in range(steps):
             step_on(order[step * size : (step + 1) * size])
-            cosine.step()
             if auxiliary and step % max(1, steps // BOUNDS_PER_EPOCH) == 0:
                 for name, bound in auxiliary.bounds().items():
                     bounds[name].append(bound.detach().clone())

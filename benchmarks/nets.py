@@ -23,6 +23,30 @@ def sign(x: Tensor) -> Tensor:
     return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
 
 
+def polynomial(x: Tensor, grad: Tensor) -> Tensor:
+    return grad * (2 - 2 * x.abs()).clamp(min=0)
+
+
+def clipped(x: Tensor, grad: Tensor) -> Tensor:
+    return grad * (x.abs() < 1).to(x.dtype)
+
+
+def decaying(x: Tensor, grad: Tensor, t: Tensor, k: Tensor) -> Tensor:
+    return grad * (k * t * (1 - torch.tanh(t * x) ** 2)).to(grad.dtype)
+
+
+def fuse() -> None:
+    """Make one kernel of each of these functions: in a CUDA graph they are most of what moves through memory."""
+    torch._dynamo.config.recompile_limit = 64  # dtypes and memory formats
+
+    def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        one_kernel = torch.compile(function, dynamic=True)
+        return lambda *tensors: one_kernel(*(tensor.detach() for tensor in tensors))
+
+    for function in (sign, polynomial, clipped, decaying):
+        globals()[function.__name__] = compiled(function)
+
+
 class PolynomialSign(torch.autograd.Function):
     """Bi-Real Net: the slope of 2x - x|x| on [-1, 1], 0 outside."""
 
@@ -34,7 +58,7 @@ class PolynomialSign(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return grad * (2 - 2 * x.abs()).clamp(min=0)
+        return polynomial(x, grad)
 
 
 class ClippedSign(torch.autograd.Function):
@@ -48,7 +72,7 @@ class ClippedSign(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return grad * (x.abs() < 1).to(x.dtype)
+        return clipped(x, grad)
 
 
 class DecayingSign(torch.autograd.Function):
@@ -62,7 +86,7 @@ class DecayingSign(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         x, t, k = ctx.saved_tensors
-        return grad * (k * t * (1 - torch.tanh(t * x) ** 2)).to(grad.dtype), None, None
+        return decaying(x, grad, t, k), None, None
 
 
 class BinarySign(nn.Module):

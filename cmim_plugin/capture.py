@@ -49,6 +49,7 @@ class Capture:
 
     Attributes:
         unasked: passes that were captured since a loss was asked for.
+        attached: the hooks are on the model.
         removed: the hooks are off for good.
         model_was_loaded: whether the model loaded a state_dict since the hooks were put on it.
     """
@@ -68,6 +69,7 @@ class Capture:
         self.observer = observer
         self.run_first = run_first
         self.unasked = 0
+        self.attached = False
         self.removed = False
         self.model_was_loaded = False
         self.model = weakref.ref(model)
@@ -86,11 +88,6 @@ class Capture:
 
     # -- on and off ----------------------------------------------------------------------------------------------
 
-    @property
-    def attached(self) -> bool:
-        """Whether the hooks are on the model."""
-        return len(self._handles) > 0
-
     def attach(self) -> None:
         """Put the hooks on the model."""
         model = self.model()
@@ -100,6 +97,7 @@ class Capture:
         gone = [name for name in self._plan if name not in modules]
         if gone:
             raise CMIMError(f"The model has no module {', '.join(gone)} any more: build a new CMIM.")
+        self.attached = True
         root = _RootHook(self, model)
         # Registered first and last: all other hooks of the model run inside the pass.
         self._handles.append(model.register_forward_pre_hook(root.enter, prepend=True, with_kwargs=True))
@@ -114,6 +112,7 @@ class Capture:
 
     def detach(self) -> None:
         """Take the hooks off, forget what was captured, and leave no mode on torch's stack, also after an interrupt."""
+        self.attached = False
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

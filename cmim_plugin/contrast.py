@@ -161,7 +161,8 @@ class Contrast(nn.Module):
         device = self.heads.weights.device
         for k, pair in pairs.items():
             check_rows(self.taps[k], *pair.sides, device)
-        first = next(iter(pairs.values()), None)
+        complete = list(pairs.values())
+        first = complete[0] if complete else None
         if labels is not None:
             labels = labels if first is None else _checked_labels(labels, first).to(device)
             of_rows = [labels_of(pair, labels, self.taps[k].name) for k, pair in pairs.items()]

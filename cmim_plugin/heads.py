@@ -14,7 +14,7 @@ from torch.optim.adam import adam
 
 from .errors import CMIMError
 
-# Where the projection is (almost) zero, dividing by its length would blow its gradient up.
+# Projections much shorter than this are not stretched to unit length: that would blow their gradient up.
 _SHORTEST = 1e-6
 # Adam's (Kingma and Ba 2015, arXiv 1412.6980). Epsilon is smaller: a small weight of the loss must not slow them down.
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-12
@@ -108,7 +108,10 @@ class Heads(nn.Module):
             for ((_, width), group), of_group in zip(groups.items(), per_group, strict=True):
                 x = torch.stack([sides[p][0] for p in group]).to(weights.dtype)
                 projected.append((x @ of_group.view(len(group), width, -1)).flatten(0, 1))
-            z = nn.functional.normalize(torch.cat(projected), dim=1, eps=_SHORTEST)
+            # Unit length by the root mean square: on a GPU one kernel each way, where F.normalize launches sixteen.
+            dim = self.embed_dim
+            unit = weights.new_full((dim,), dim**-0.5)
+            z = nn.functional.rms_norm(torch.cat(projected), (dim,), unit, eps=_SHORTEST**2 / dim)
         found = dict(zip(order, z.split([len(sides[p][0]) for p in order]), strict=True))
         return torch.cat([found[p] for p in range(len(sides))]).view(2, -1, self.embed_dim)
 
@@ -141,8 +144,9 @@ class Heads(nn.Module):
         """Make the weights a leaf, with a gradient that is always there: backward passes add to it in place."""
         for name in ("weights", "exp_avg", "exp_avg_sq", "steps"):
             buffer = getattr(self, name)
-            # In half precision small steps of Adam would round to nothing.
-            setattr(self, name, buffer.detach().to(torch.promote_types(buffer.dtype, torch.float32)))
+            # In half precision small steps of Adam would round to nothing; its kernel on a GPU reads float32 steps.
+            dtype = torch.float32 if name == "steps" else torch.promote_types(buffer.dtype, torch.float32)
+            setattr(self, name, buffer.detach().to(dtype))
         self.weights.requires_grad_()
         self.weights.grad = torch.zeros_like(self.weights)
 

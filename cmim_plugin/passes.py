@@ -204,7 +204,7 @@ class Pass:
             CMIMError: something went wrong, or nothing is left to train.
         """
         failures = {k: why for k, why in self.failures.items() if k is not None}
-        fatal = failures.keys() - self.without_gradient
+        fatal = [k for k in failures if k not in self.without_gradient]
         lines = [f"Tap {self.taps[k].name}: {why}." for k, why in failures.items()]
         reached = [k for k, pair in self.pairs.items() if pair.complete]
         if None in self.failures or fatal or (failures and not reached):

@@ -152,9 +152,8 @@ def embedding(row: Tensor, weight: Tensor) -> list[Tensor]:
     square = 0.0
     for value in z:
         square = square + value * value
-    if square < 1e-12:  # no direction: divided by a constant
-        return [value / 1e-6 for value in z]
-    return [value / square.sqrt() for value in z]
+    length = (square + 1e-12).sqrt()  # no direction where it is short: not stretched
+    return [value / length for value in z]
 
 
 def one_direction(anchors, candidates, queue, labels, queue_labels) -> Tensor:

@@ -43,9 +43,7 @@ def oracle(heads: Heads, taps: list[int], rows: list[tuple[Tensor, Tensor]]) -> 
                     for c in range(len(row)):
                         total = total + weight[c, d] * row[c].double()
                     z.append(total)
-                length = sum(value * value for value in z).sqrt()
-                # Below that it divides, and has no part in the gradient.
-                length = length if length >= 1e-6 else 1e-6
+                length = (sum(value * value for value in z) + 1e-12).sqrt()
                 embeddings.append(torch.stack([value / length for value in z]))
         sides.append(torch.stack(embeddings))
     return torch.stack(sides)
@@ -97,7 +95,7 @@ def test_gradients_and_their_gradients_agree_with_differences():
     assert torch.autograd.gradgradcheck(embedded, tensors)
 
 
-def test_an_embedding_too_short_to_have_a_direction_is_divided_by_a_constant():
+def test_an_embedding_too_short_to_have_a_direction_is_not_stretched_to_unit_length():
     heads, rows = start()
     heads.weights.detach().mul_(1e-9)
     z, expected = heads([0, 1, 2], rows), oracle(heads, [0, 1, 2], rows)
@@ -354,7 +352,8 @@ def test_moved_to_another_dtype_the_heads_take_the_step_that_is_due_and_stay_in_
     before = cmim.heads.weights.detach().clone()
     cmim.to(dtype)
     heads, expected = cmim.heads, torch.promote_types(dtype, torch.float32)
-    assert {t.dtype for t in (heads.weights, heads.exp_avg, heads.exp_avg_sq, heads.steps)} == {expected}
+    assert {t.dtype for t in (heads.weights, heads.exp_avg, heads.exp_avg_sq)} == {expected}
+    assert heads.steps.dtype == torch.float32  # the optimizer's kernel on a GPU would read other numbers
     assert heads.steps == 1
     difference = (heads.weights.detach() - before).abs()
     assert 2e-3 < difference.median() < 4e-3

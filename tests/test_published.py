@@ -24,7 +24,7 @@ def start(**settings):
 
 
 def unit(row: list[float]) -> list[float]:
-    length = max(math.sqrt(sum(v * v for v in row)), 1e-6)
+    length = math.sqrt(sum(v * v for v in row) + 1e-12)
     return [v / length for v in row]
 
 
