@@ -75,6 +75,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "two_step_second": {"two_step": True, **DEFAULT, "steps": "second"},
     "two_step_both": {"two_step": True, **DEFAULT},
 }
+# The weight that the README advises, by the network's optimizer: of arms with `weight=advised`.
+ADVISED = {"sgd": 1.0, "adam": 0.1}
 TRAINING = {"optimizer", "lr", "weight_decay"}  # an arm's own, in place of the regime's
 OWN = {
     "cmim",
@@ -176,19 +178,21 @@ def schedule(options: dict[str, Any], config: Config, method: str) -> loop.Sched
     return loop.Schedule(epochs, config.batch_size, fast=config.fast, eval_every=config.eval_every, **chosen)
 
 
-def cmim_options(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key not in TRAINING | OWN}
+def cmim_options(options: dict[str, Any], optimizer: str) -> dict[str, Any]:
+    found = {key: value for key, value in options.items() if key not in TRAINING | OWN}
+    return found | {"weight": ADVISED[optimizer]} if found.get("weight") == "advised" else found
 
 
 def resolved(run: Run, config: Config) -> dict[str, Any]:
     """All settings of a run, those that the plug-in's defaults decide included."""
     options = arm_options(run.arm)
-    settings: dict[str, Any] = {"schedule": asdict(schedule(options, config, run.method))}
+    chosen = schedule(options, config, run.method)
+    settings: dict[str, Any] = {"schedule": asdict(chosen)}
     if options.get("cmim") or options.get("published"):
         kind = cmim_plugin.PublishedCMIM if options.get("published") else cmim_plugin.CMIM
         parameters = inspect.signature(kind).parameters.values()
         usual = {p.name: p.default for p in parameters if p.default is not p.empty}
-        known = usual | cmim_options(options) | ({"heads_lr": 0} if options.get("user_heads") else {})
+        known = usual | cmim_options(options, chosen.optimizer) | ({"heads_lr": 0} if options.get("user_heads") else {})
         settings["cmim"] = {key: v if plain(v) else type(v).__name__ for key, v in known.items()}
     return settings
 
@@ -201,14 +205,20 @@ def plain(value: Any) -> bool:
 
 
 def make_auxiliary(
-    options: dict[str, Any], model: nn.Module, data: Data, example: Tensor, teacher: nn.Module | None, seed: int
+    options: dict[str, Any],
+    model: nn.Module,
+    data: Data,
+    example: Tensor,
+    teacher: nn.Module | None,
+    seed: int,
+    optimizer: str,
 ) -> loop.Auxiliary | None:
     """The loss that an arm adds to the task's."""
     if options.get("balance"):
         return Balance(model, options["balance"], seed=seed)
     if not options.get("cmim") and not options.get("published"):
         return None
-    cmim = cmim_options(options)
+    cmim = cmim_options(options, optimizer)
     if cmim.pop("teacher", False):
         cmim["teacher"] = teacher
     objective = cmim.pop("objective", None)
@@ -273,21 +283,23 @@ def steps_of(
     elif options.get("smoothing"):
         criterion = smoothed(options["smoothing"])
 
-    histories = []
+    chosen, histories = schedule(options, config, run.method), []
     for step in ("first", "second") if options.get("two_step") else ("only",):
         binarize_weights(model, binary=step != "first")
         contrasted = options.get("steps", step) == step
 
         def attach(contrasted: bool = contrasted) -> loop.Auxiliary | None:
             torch.manual_seed(run.seed)  # a run beside this one may have set another
-            return make_auxiliary(options, model, data, example, teacher, run.seed) if contrasted else None
+            if not contrasted:
+                return None
+            return make_auxiliary(options, model, data, example, teacher, run.seed, chosen.optimizer)
 
         histories.append(
             (
                 yield from loop.training(
                     model,
                     data,
-                    schedule(options, config, run.method),
+                    chosen,
                     seed=run.seed + (1_000_000 if step == "second" else 0),
                     attach=attach,
                     criterion=criterion,
