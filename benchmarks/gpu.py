@@ -25,13 +25,19 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests"))
 
 import gpu_checks  # noqa: E402
-from overhead import BARE, RESULTS, Config, Trainee, about, append, described, measure  # noqa: E402
+from overhead import BARE, RECORDED, RESULTS, Config, Trainee, about, append, described, measure  # noqa: E402
 
 EAGER = ["position", "all_taps", "image", "naive_position"]
-COMPILED = ["all_taps"]  # compiled, the default contrasts all taps; to compile an arm takes most of a minute
+# Compiled and recorded, the default contrasts all taps. To compile an arm takes most of a minute.
+COMPILED = ["all_taps"]
+RECORD = ["all_taps", "image"]
 
 # (network, batch, amp, compile, steps of an arm in a round, seconds that it takes)
 SETTINGS = [
+    ("bireal-resnet18", 256, "bfloat16", RECORDED, 10, 10),
+    ("reactnet-a", 128, "bfloat16", RECORDED, 5, 12),
+    ("vit", 128, "bfloat16", RECORDED, 5, 12),
+    ("bireal-resnet20", 128, "", RECORDED, 10, 10),
     ("bireal-resnet18", 256, "bfloat16", "", 5, 15),
     ("bireal-resnet20", 128, "", "", 5, 15),
     ("reactnet-a", 128, "bfloat16", "", 2, 18),
@@ -46,7 +52,12 @@ SETTINGS = [
     ("bireal-resnet18", 256, "bfloat16", "default", 5, 70),
     ("bireal-resnet20", 512, "bfloat16", "reduce-overhead", 10, 70),
 ]
-QUICK = [("tiny", 4, "", "", 1, 1), ("tiny", 4, "bfloat16", "", 1, 1), ("tiny", 4, "bfloat16", "aot_eager", 1, 1)]
+QUICK = [
+    ("tiny", 4, "", "", 1, 1),
+    ("tiny", 4, "", RECORDED, 1, 1),
+    ("tiny", 4, "bfloat16", "", 1, 1),
+    ("tiny", 4, "bfloat16", "aot_eager", 1, 1),
+]
 
 
 class Clock:
@@ -117,7 +128,8 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         rounds: dict[str, Any] = {"rounds": 2, "warmup": 1} if args.quick else {"rounds": 30, "limit": 7}
         try:
-            for record in measure(config, COMPILED if compiler else EAGER, steps=steps, **rounds):
+            arms = RECORD if compiler == RECORDED else COMPILED if compiler else EAGER
+            for record in measure(config, arms, steps=steps, **rounds):
                 append(args.results, record)
                 print(described(record), flush=True)
         except Exception:  # the next setting may still be measured

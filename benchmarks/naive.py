@@ -57,11 +57,15 @@ class Naive(nn.Module):
                 total = sides[0].shape[0] * sides[0].shape[1]
                 chosen = torch.randperm(total, device=latent.device)[: self.num_positions]
                 rows = [a.reshape(total, -1)[chosen] for a in sides]
-            z_b = F.normalize(heads["binary"](rows[0]), dim=1)
-            z_f = F.normalize(heads["latent"](rows[1]), dim=1)
+            z_b, z_f = unit(heads["binary"](rows[0])), unit(heads["latent"](rows[1]))
             losses.append(naive_info_nce(z_b, z_f, self.temperature))
         self.kept.clear()
         return self.weight * sum(losses) / len(losses)
+
+
+def unit(z: Tensor) -> Tensor:
+    """Rows of unit length; shorter where they have (almost) no direction."""
+    return z / (z.square().sum(1, keepdim=True) + 1e-12).sqrt()
 
 
 def naive_info_nce(

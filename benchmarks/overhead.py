@@ -35,6 +35,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from cmim_plugin import CMIM, __version__
 from large import binary_vit, reactnet_a
+from loop import Recorded, stream
 from naive import Naive
 from nets import BODIES, METHODS
 from records import commit
@@ -59,6 +60,7 @@ COMPILERS: dict[str, dict[str, Any]] = {
     "reduce-overhead": {"mode": "reduce-overhead"},
     "aot_eager": {"backend": "aot_eager"},  # traced, not compiled: to try it out
 }
+RECORDED = "cuda-graph"  # the eager step, recorded in a CUDA graph: what it takes where the host is no limit
 
 
 # --- networks --------------------------------------------------------------------------------------------------------
@@ -97,7 +99,7 @@ NETWORKS = {
 class Config:
     """What the arms that are compared have in common.
 
-    compile: "" for eager, or one of `COMPILERS`; amp: "", "bfloat16" or "float16"
+    compile: "" for eager, one of `COMPILERS`, or `RECORDED`; amp: "", "bfloat16" or "float16"
     """
 
     network: str
@@ -110,7 +112,8 @@ class Config:
 
     @property
     def label(self) -> str:
-        words = [f"{self.network}, batch {self.batch}", self.compile and f"compiled ({self.compile})", self.amp]
+        how = f"compiled ({self.compile})" if self.compile in COMPILERS else self.compile
+        words = [f"{self.network}, batch {self.batch}", how, self.amp]
         return ", ".join(filter(None, words))
 
 
@@ -130,11 +133,21 @@ class Trainee:
         self.model = network.build().to(**where)
         self.extra = ARMS[arm](self.model, self.x)
         parameters = [*self.model.parameters(), *(self.extra.parameters() if self.extra is not None else ())]
-        self.optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, fused=True)
+        lr = torch.tensor(1e-3, device=config.device) if config.compile == RECORDED else 1e-3
+        self.optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9, fused=True)
         self.scaler = torch.amp.GradScaler(config.device, enabled=config.amp == "float16")
         # One graph of forward, loss and plug-in; a naive loop is compiled as far as it can be.
-        self.loss_of = torch.compile(self.forward, **COMPILERS[config.compile]) if config.compile else self.forward
-        self.loss = self.step()
+        compiler = COMPILERS.get(config.compile)
+        self.loss_of = self.forward if compiler is None else torch.compile(self.forward, **compiler)
+        self.loss = torch.zeros((), device=config.device)
+        self.recorded = None
+        if config.compile == RECORDED:
+            nothing = torch.empty(0, device=config.device)
+            self.recorded = Recorded(lambda _: self.own_step(), nothing, [])
+            with stream():
+                for _ in range(Recorded.WARMUP + 1):
+                    self.recorded(nothing)
+        self.step()
 
     @property
     def taps(self) -> int:
@@ -144,9 +157,15 @@ class Trainee:
         loss = F.cross_entropy(self.model(self.x), self.y)
         return loss if self.extra is None else loss + self.extra(self.model)
 
-    def step(self) -> Tensor:
-        """One training step. Returns its loss, without waiting for it."""
-        if self.config.compile:
+    def step(self) -> None:
+        """One training step; nothing waits for it."""
+        if self.recorded is None or self.recorded.graph is None:
+            self.own_step()
+        else:
+            self.recorded.graph.replay()
+
+    def own_step(self) -> None:
+        if self.config.compile in COMPILERS:
             torch.compiler.cudagraph_mark_step_begin()
         dtype = getattr(torch, self.config.amp or "bfloat16")
         with torch.autocast(self.config.device, dtype, enabled=bool(self.config.amp)):
@@ -156,7 +175,6 @@ class Trainee:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.loss = loss.detach().clone()  # what a CUDA graph returns is overwritten in its next replay
-        return self.loss
 
     def mark(self) -> Any:
         """A point in time: on the host's clock, or on the GPU's, which is read later."""
@@ -204,7 +222,7 @@ def measure(
     arms = [BARE, *(arm for arm in arms if arm != BARE)]
     trainees: dict[str, list[Trainee]] = {arm: [] for arm in arms}
     peaks: dict[str, int] = {}
-    with compiled_apart(bool(config.compile)):
+    with compiled_apart(config.compile in COMPILERS):
         for arm in arms:
             build = partial(Trainee, arm, config, network)
             first, peaks[arm] = peak_memory(config.device, build, Trainee.step)
@@ -344,7 +362,8 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     newest: dict[str, dict[str, Any]] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         record = json.loads(line)
-        newest[json.dumps([record["config"], record["arm"]], sort_keys=True)] = record
+        if "arm" in record:  # gpu.py notes more than measurements
+            newest[json.dumps([record["config"], record["arm"]], sort_keys=True)] = record
     return list(newest.values())
 
 
@@ -354,6 +373,8 @@ def table(records: list[dict[str, Any]], value: str, device: str, arms: Sequence
     value: "step", the time of a step as a multiple of the bare network's, or "memory", the same for its peak memory
     """
     records = [r for r in records if r["config"]["device"] == device and (not arms or r["arm"] in (BARE, *arms))]
+    if value == "memory":  # a replay allocates nothing
+        records = [r for r in records if r["config"]["compile"] != RECORDED]
     if not records:
         return "No results yet."
     columns = [arm for arm in ARMS if arm != BARE and any(r["arm"] == arm for r in records)]
@@ -403,7 +424,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=180, help="a configuration, once it has five rounds")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--compile", choices=("", *COMPILERS), default="")
+    parser.add_argument("--compile", choices=("", *COMPILERS, RECORDED), default="")
     parser.add_argument("--amp", choices=("", "bfloat16", "float16"), default="")
     parser.add_argument("--contiguous", action="store_true", help="not in channels_last")
     parser.add_argument("--results", type=Path, default=RESULTS / "overhead.jsonl")

@@ -10,8 +10,8 @@ A section `<!-- KIND: NAMES -->` ... `<!-- end -->` is rewritten. NAMES may end 
     pooled: NAME minus:ARM   a row an arm, its differences to ARM (`none` if not given) over the pairs of all methods
     dense: NAME              dense prediction
     inside: NAME             what an arm changes inside the network, over the pairs of all methods (why.py)
-    overhead: KIND DEVICE    what a training step takes: KIND is `step` (time) or `memory`, from results/overhead.jsonl,
-                             or from overhead-joint.jsonl for a device that is not in there yet
+    overhead: KIND DEVICE    what a training step takes: KIND is `step` (time) or `memory`, from results/overhead.jsonl
+                             for a CPU and results/gpu.jsonl for a GPU (`cuda`)
 
 A number within a sentence stands between `<!-- number: KIND ... -->` and `<!-- end -->`:
 
@@ -19,6 +19,9 @@ A number within a sentence stands between `<!-- number: KIND ... -->` and `<!-- 
     mean NAME ARM                mean test accuracy of an arm, by method
     cost DEVICE ARM              the lowest and the highest ratio of a training step to the bare step
     cases DEVICE                 how many settings that is of
+    card                         the GPU of results/gpu.jsonl and its torch
+    checks                       how many of tests/gpu_checks.py passed there
+    launches NETWORK             kernels that a step launched there, bare and with CMIM
     best NAME                    of each method, the best arm with CMIM and the best bare network: arms and accuracies
     sweep FILE                   how many of timm's families passed `make test-timm`, and with which version of timm
 
@@ -400,17 +403,21 @@ def summary(names: list[str], arms: list[str], results: Path) -> str:
 
 
 def overhead_of(results: Path, device: str) -> Records:
-    """The newest records of a device: those of today's plug-in, else those from before it trained its heads."""
-    for name in ("overhead.jsonl", "overhead-joint.jsonl"):
-        records = [r for r in overhead.read_results(results / name) if r["config"]["device"] == device]
-        if records:
-            return records
-    return []
+    """The newest records of a device."""
+    return overhead.read_results(results / ("gpu.jsonl" if device == "cuda" else "overhead.jsonl"))
+
+
+def on_the_gpu(results: Path, key: str) -> dict[str, dict[str, Any]]:
+    """The records of gpu.jsonl that have this key: of each check, or network, the newest."""
+    path = results / "gpu.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {r.get("network") or r[key]: r for r in records if key in r}
 
 
 def number(wanted: list[str], results: Path) -> str:
     """One number within a sentence."""
-    kind, name, *rest = wanted
+    kind, *rest = wanted
+    name = rest.pop(0) if rest else ""
     if kind == "gain":
         accuracy = by_seed(list(read_results(results / f"{name}.jsonl").values()))
         pairs = differences(accuracy, rest[0], rest[1] if len(rest) > 1 else "none")
@@ -425,6 +432,15 @@ def number(wanted: list[str], results: Path) -> str:
             return f"{len({json.dumps(r['config']) for r in shown})}"
         ratios = [r["ratio"] for r in shown if r["arm"] == rest[0]]
         return f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "not measured yet"
+    if kind == "checks":
+        checks = on_the_gpu(results, "check").values()
+        return f"{sum(r['error'] is None for r in checks)} of {len(checks)}"
+    if kind == "launches":
+        found = on_the_gpu(results, "launches")
+        return "{none} bare, {position} with CMIM".format(**found[name]["launches"]) if found else "not measured yet"
+    if kind == "card":
+        records = overhead_of(results, "cuda")
+        return f"{records[-1]['device']}, torch {records[-1]['versions']['torch']}" if records else "not measured yet"
     if kind == "mean":
         accuracy = by_seed(list(read_results(results / f"{name}.jsonl").values()))
         means = {m: np.mean(list(accuracy[m, rest[0]].values())) for m in METHOD_NAMES if (m, rest[0]) in accuracy}

@@ -121,10 +121,14 @@ def stratified_indices(draws: Tensor, total: int) -> Tensor:
         ``(..., min(n, total))`` int64 below ``total``, in rising order.
     """
     count = min(draws.shape[-1], total)
+    # The upper half of the bits: the lower ones of such a generator have short periods.
+    random = draws[..., :count] >> 32
+    if not torch.compiler.is_compiling() and count and total % count == 0:  # half as many kernels
+        length = total // count
+        return torch.arange(0, total, length, device=draws.device) + random.remainder(length)
     edges = torch.arange(0, (count + 1) * total, max(total, 1), device=draws.device) // max(count, 1)
     start = edges[:-1]
-    # The upper half of the bits: the lower ones of such a generator have short periods.
-    return start + (draws[..., :count] >> 32).remainder(edges[1:] - start)
+    return start + random.remainder(edges[1:] - start)
 
 
 class BackwardRule:

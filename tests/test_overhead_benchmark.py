@@ -113,7 +113,7 @@ def test_kernels_are_counted_by_stage_without_views_and_allocations():
 
 def test_a_step_with_cmim_launches_few_more_kernels():
     _, added = kernel_count.added_kernels("bireal", "resnet20")
-    assert added.total() <= 135, "\n".join(map(str, sorted(added.items())))
+    assert added.total() <= 130, "\n".join(map(str, sorted(added.items())))
 
 
 @pytest.mark.slow
@@ -156,4 +156,4 @@ def test_the_gpu_benchmark_runs_as_a_whole_on_the_cpu(tmp_path):
     assert gpu.main(["--device", "cpu", "--quick", "--seconds", "1000", "--results", str(path)]) == 0
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert sum("check" in record for record in records) == len(gpu.gpu_checks.EVERYWHERE)
-    assert {r["config"]["compile"] for r in records if "config" in r} == {"", "aot_eager"}
+    assert {r["config"]["compile"] for r in records if "config" in r} == {"", overhead.RECORDED, "aot_eager"}
