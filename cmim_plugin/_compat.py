@@ -54,6 +54,14 @@ def gradient_hooks(tensor: Tensor) -> list[Any] | None:
     return list(hooks.values()) if hooks else []
 
 
+def base_of(tensor: Tensor) -> Tensor | None:
+    """The tensor that this one is a view of. Without it: None, and what is written into a view is not seen in the rest.
+
+    In every release as ``Tensor._base``.
+    """
+    return getattr(tensor, "_base", None)
+
+
 def forward_pre_hooks(module: nn.Module) -> list[Any]:
     """The hooks that run before a module's forward. Without it: none, and a second plug-in on it is not refused."""
     return list(getattr(module, "_forward_pre_hooks", {}).values())

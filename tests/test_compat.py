@@ -86,6 +86,9 @@ ABSENT = {
     "Module._forward_pre_hooks": lambda patch: patch.setattr(
         _compat, "forward_pre_hooks", lambda module, of=_compat.forward_pre_hooks: of(SimpleNamespace())
     ),
+    "Tensor._base": lambda patch: patch.setattr(
+        _compat, "base_of", lambda tensor, of=_compat.base_of: of(SimpleNamespace())
+    ),
     "set_stance": lambda patch: patch.delattr(torch.compiler, "set_stance"),
     "DisableTorchFunction": lambda patch: patch.setattr(
         _compat, "torch", SimpleNamespace(_C=SimpleNamespace(), compiler=torch.compiler)

@@ -115,6 +115,16 @@ def detector():
     return Of(forward, net=net())
 
 
+def detector_with_a_batch_of_its_own():
+    def forward(m, images):
+        batch = images[0].new_zeros(len(images), 3, 8, 8)
+        for image, place in zip(images, batch, strict=True):
+            place[:, : image.shape[1], : image.shape[2]].copy_(image)
+        return m.net(batch)
+
+    return Of(forward, net=net())
+
+
 def segments():
     def forward(m, x, cumulative):
         assert cumulative[-1] == x.shape[1] and (cumulative.diff() > 0).all()
@@ -154,6 +164,9 @@ INPUTS = {
         ([torch.rand(3, 8, 8), torch.rand(3, 6, 8)], [{"boxes": torch.tensor([[1.0, 1, 5, 5]])} for _ in range(2)]),
         2,
     ),
+    "images_copied_into_a_batch": (
+        detector_with_a_batch_of_its_own, ([torch.rand(3, 8, 8), torch.rand(3, 6, 8)],), 2
+    ),
     "cumulative_lengths": (segments, (torch.randn(3, 8, 5), torch.tensor([0, 3, 8])), 3),
     "complex": (spectra, torch.randn(4, 6, 3, dtype=torch.complex64), 4),
     "nested": (nested, torch.nested.nested_tensor([torch.randn(3, 5), torch.randn(6, 5)]), 2),
@@ -183,6 +196,19 @@ def test_the_first_pass_gets_the_example_itself():
     seen = []
     discover(Of(lambda m, x: seen.append(x) or m.net(x), net=net()), X)
     assert seen[0] is X
+
+
+def test_a_large_batch_is_traced_with_four_samples_where_the_model_takes_them():
+    for most in (4, 20):
+        seen = []
+
+        def forward(m, x, seen=seen, most=most):
+            assert len(x) == 20 or most == 4, "another number of samples"
+            seen.append(len(x))
+            return m.net(x)
+
+        assert tapped(Of(forward, net=net()), torch.randn(20, 3, 8, 8)) == ["net.2", "net.4"]
+        assert seen == [20, most, 5 if most == 4 else 20]
 
 
 def test_what_was_made_up_is_not_blamed_on_the_example():

@@ -6,6 +6,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from .trace import Trace, record
 
 # Passes at most where layers are skipped at random.
 _PASSES = 10
+# Samples at most of a pass that is traced, to attach in less time than two training steps take.
+_SAMPLES = 4
 
 
 def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:
@@ -125,22 +128,26 @@ def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_A
     attempts: list[_Attempt] = [lambda n: (varied(inputs, n), batch, False), lambda n: (inputs, batch, False)]
     if source is None or is_offsets(inputs, source):
         return attempts
-    # One sample is two for the sake of batch normalization; two are three, that two of them can be equal.
-    filled = inputs if batch > 1 else resampled(inputs, source, [0, 0])
-    size = max(batch, 2)
-    twins = [*range(max(size - 1, 2)), max(size - 2, 1)]
 
-    def with_twins(n: int) -> tuple[Inputs, int, bool]:
+    def with_twins(size: int, n: int) -> tuple[Inputs, int, bool]:
+        # One sample is two for the sake of batch normalization; two are three, that two of them can be equal.
+        filled = inputs if batch == size else resampled(inputs, source, [0, 0] if batch == 1 else range(size))
+        # One sample more where the model may take it: what is as long as the batch by accident then is not.
+        different = size if size < batch else max(size - 1, 2)
+        twins = [*range(different), different - 1]
         other = varied(filled, n)
         return (resampled(other, source, twins), len(twins), True) if n else (other, size, False)
 
-    return [with_twins, *attempts]
+    every = max(batch, 2)  # a model may take no other number
+    return [partial(with_twins, size) for size in sorted({min(every, _SAMPLES), every})] + attempts
 
 
 def _traces(model: nn.Module, attempt: _Attempt) -> list[Trace]:
     traces = [record(model, *attempt(0))]
     while len(traces) < 2 or (_may_show_more(model, traces) and len(traces) < _PASSES):
         traces.append(record(model, *attempt(len(traces))))
+    for trace in traces:
+        trace.time_major = any(t.time_major for t in traces)
     return traces
 
 

@@ -231,6 +231,9 @@ class _Recorder(TorchFunctionMode):
             self._drawn(result)
         if from_input and writes(func, kwargs):
             memories[0].from_input = True
+            written = next(t for t in tensors if id(t) not in self._parameters)
+            if (base := _compat.base_of(written)) is not None and base in self._memory:
+                self._memory[base].from_input = True
         event.results = self._see(result, "result", func, nth, from_input)
         for sighting in event.results:
             sighting.event = event
@@ -259,6 +262,8 @@ class _Recorder(TorchFunctionMode):
                 new = _Memory(tensor.grad_fn is not None if from_input is None else from_input)
                 memory = self._memory.setdefault(tensor, new)
                 memory.from_input |= bool(from_input)
+                if (base := _compat.base_of(tensor)) is not None and base in self._memory:
+                    memory.from_input |= self._memory[base].from_input
                 odd = tensor.layout != torch.strided or tensor.is_complex() or tensor.is_nested or tensor.is_meta
                 if odd or tensor.numel() == 0:
                     continue
