@@ -246,7 +246,7 @@ class CMIM(nn.Module):
         """Numbers for a logger or a progress bar, each tap as of its last step. Reading them waits for the device.
 
         Returns:
-            Nats: ``"cmim/loss"``, weighted; ``"cmim/bound"``, the mean over the taps; ``"cmim/worst_bound"``; and with
+            In nats, ``"cmim/loss"``, weighted; ``"cmim/bound"``, the mean over the taps; ``"cmim/worst_bound"``; and with
             ``all_taps`` ``"cmim/bound/<tap name>"``. No bounds where the objective gives none; empty before a loss.
         """
         return self.contrast.scalars(self.weight, all_taps)
