@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 def sign(x: Tensor) -> Tensor:
     """sign(x) with sign(0) = 1."""
-    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+    return (x >= 0).to(x.dtype) * 2 - 1
 
 
 def polynomial(x: Tensor, grad: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class Sign(torch.autograd.Function):
     def forward(ctx, x: Tensor, t: float, k: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.t, ctx.k = t, k
-        return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+        return (x >= 0).to(x.dtype) * 2 - 1
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:

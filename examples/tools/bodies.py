@@ -25,7 +25,7 @@ class Sign(torch.autograd.Function):
     def forward(ctx, x: Tensor, slope: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.slope = slope
-        return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+        return (x >= 0).to(x.dtype) * 2 - 1
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
