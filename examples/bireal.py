@@ -2,7 +2,7 @@
 Representational Capability and Advanced Training Algorithm", ECCV 2018, https://arxiv.org/abs/1808.00278
 
     python examples/bireal.py                              CIFAR-10, which torchvision downloads into data/
-    python examples/bireal.py --root DIR                   CIFAR-10 from DIR/cifar10.npz, without a network
+    python examples/bireal.py --root DIR                   CIFAR-10 from DIR/cifar10.npz, offline
     python examples/bireal.py --data digits --epochs 20    8 x 8 pixels, from scikit-learn: half a minute on a CPU
     python examples/bireal.py --cmim-weight 0              the baseline, to the last bit
 

@@ -2,7 +2,7 @@
 Networks", CVPR 2020, https://arxiv.org/abs/1909.10788
 
     python examples/irnet.py                              CIFAR-10, which torchvision downloads into data/
-    python examples/irnet.py --root DIR                   CIFAR-10 from DIR/cifar10.npz, without a network
+    python examples/irnet.py --root DIR                   CIFAR-10 from DIR/cifar10.npz, offline
     python examples/irnet.py --data digits --epochs 20    8 x 8 pixels, from scikit-learn: half a minute on a CPU
     python examples/irnet.py --cmim-weight 0              the baseline, to the last bit
 
