@@ -266,11 +266,13 @@ class SideBySide(Executor):
 
     def run(self) -> None:
         running: list[tuple[Future, Generator, contextlib.AbstractContextManager[Any]]] = []
-        while True:
-            if not running or not self.submitted.empty():
+        more = True
+        while running or more:
+            if more and (not running or not self.submitted.empty()):
                 job = self.submitted.get()
                 if job is None:
-                    return
+                    more = False
+                    continue
                 running.append((*job, stream()))
             for future, work, of_its_own in list(running):
                 try:

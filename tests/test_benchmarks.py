@@ -19,9 +19,6 @@ import tables
 import why
 from accuracy import Run
 
-needs_new_heads = pytest.mark.skipif(not hasattr(accuracy.cmim_plugin, "InfoNCE"), reason="needs InfoNCE()")
-
-
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
@@ -145,7 +142,6 @@ def test_balance_leaves_the_forward_pass_alone_and_reaches_the_weights_before_a_
     assert not balance.found
 
 
-@needs_new_heads
 def test_shuffled_pairs_cost_more_than_right_ones() -> None:
     z = F.normalize(torch.randn(1, 8, 16), dim=2)
     right = accuracy.cmim_plugin.InfoNCE()(z, z, temperature=0.1)
@@ -229,7 +225,6 @@ def smoke(tmp_path_factory: pytest.TempPathFactory):
     return arguments, folder / "digits.jsonl"
 
 
-@needs_new_heads
 def test_every_run_leaves_a_record(smoke) -> None:
     done = accuracy.read_results(smoke[1])
     assert [run.arm for run in done] == ["full_precision", *ARMS]
@@ -243,7 +238,6 @@ def test_every_run_leaves_a_record(smoke) -> None:
     assert len(done[Run("bireal", "two_step_second", 0)]["curves"]["train_loss"]) == 2
 
 
-@needs_new_heads
 def test_arms_are_paired(smoke) -> None:
     """CMIM of no weight changes nothing: initial weights, batches and augmentation are those of `none`."""
     done = accuracy.read_results(smoke[1])
@@ -252,7 +246,6 @@ def test_arms_are_paired(smoke) -> None:
     assert weightless["accuracy"] == none["accuracy"] and weightless["inside"] == none["inside"]
 
 
-@needs_new_heads
 def test_what_an_arm_changes_inside_is_told_beside_the_bare_network(smoke) -> None:
     records = list(accuracy.read_results(smoke[1]).values())
     lines = why.table(records, ["none", "default+weight=1e-30"]).splitlines()[2:]
@@ -260,7 +253,6 @@ def test_what_an_arm_changes_inside_is_told_beside_the_bare_network(smoke) -> No
     assert len(why.layers(records, ["default"]).splitlines()) == 2 + 6
 
 
-@needs_new_heads
 def test_resuming_does_only_what_is_missing_and_repeats_exactly(smoke) -> None:
     arguments, path = smoke
     before = path.read_text()
@@ -273,7 +265,6 @@ def test_resuming_does_only_what_is_missing_and_repeats_exactly(smoke) -> None:
     assert new["arm"] == old["arm"] == "default" and new["curves"] == old["curves"] and new["inside"] == old["inside"]
 
 
-@needs_new_heads
 def test_another_configuration_or_another_default_is_refused(smoke, monkeypatch) -> None:
     arguments, _ = smoke
     with pytest.raises(SystemExit, match="Choose another --name"):
@@ -291,6 +282,58 @@ def test_the_loop_fits_its_training_images(optimizer, images) -> None:
     history = loop.train(model, images, schedule, seed=0)
     assert history.train_loss[-1] < 0.5 * history.train_loss[0]
     assert len(history.test_accuracy) == 30 and not math.isnan(history.test_accuracy[-1])
+
+
+def test_runs_side_by_side_are_those_one_after_another(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(accuracy, "fuse", lambda: None)  # inductor would compile for seconds
+    monkeypatch.setattr(loop, "STEPS_A_TURN", 1)
+    arguments = [
+        "digits",
+        "--train-size",
+        "64",
+        "--batch-size",
+        "16",
+        "--width",
+        "4",
+        "--epochs",
+        "2",
+        "--fast",
+        "graph",
+    ]
+    arguments += ["--methods", "bireal", "--arms", "none", "default", "balance", "--seeds", "0", "1"]
+    found = []
+    for jobs in ("1", "4"):
+        accuracy.main([*arguments, "--jobs", jobs, "--results", str(tmp_path / jobs)])
+        done = accuracy.read_results(tmp_path / jobs / "digits.jsonl")
+        found.append({run: (record["curves"], record["accuracy"]) for run, record in done.items()})
+    assert len(found[0]) == 6 and found[0] == found[1]
+
+
+def test_a_run_that_fails_beside_others_is_told(tmp_path) -> None:
+    def steps(fails: bool):
+        yield
+        if fails:
+            raise RuntimeError("no such luck")
+        return "done"
+
+    with loop.SideBySide() as pool:
+        futures = [pool.submit(steps, fails) for fails in (False, True, False)]
+    assert futures[0].result() == futures[2].result() == "done"
+    with pytest.raises(RuntimeError, match="no such luck"):
+        futures[1].result()
+
+
+def test_the_learning_rate_within_a_graph_is_the_cosine_of_torch() -> None:
+    rates = []
+    for kind, lr in ((loop.DeviceCosine, torch.tensor(0.1)), (torch.optim.lr_scheduler.CosineAnnealingLR, 0.1)):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr)
+        scheduler = kind(optimizer, 20)
+        rates.append([])
+        for _ in range(20):
+            optimizer.step()
+            scheduler.step()
+            rates[-1].append(float(optimizer.param_groups[0]["lr"]))
+    assert rates[0] == pytest.approx(rates[1], abs=1e-7)
 
 
 # --- tables and picture ----------------------------------------------------------------------------------------------
