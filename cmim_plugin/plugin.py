@@ -247,7 +247,7 @@ class CMIM(nn.Module):
 
         Returns:
             In nats, ``"cmim/loss"``, weighted; ``"cmim/bound"``, the mean over the taps; ``"cmim/worst_bound"``; with
-            ``all_taps`` also ``"cmim/bound/<tap name>"``. No bounds where the objective gives none; empty before a loss.
+            ``all_taps`` also ``"cmim/bound/<tap name>"``. No bounds where the objective gives none; empty at first.
         """
         return self.contrast.scalars(self.weight, all_taps)
 
