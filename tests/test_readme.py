@@ -8,6 +8,8 @@ in one of the Python blocks, in that order.
 import contextlib
 import io
 import re
+import sys
+import types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +53,9 @@ def test_readme_has_snippets() -> None:
 @each_document
 def test_python_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {"__name__": "__main__"}
+    module = types.ModuleType("__main__")  # torch.compile looks names up there
+    monkeypatch.setitem(sys.modules, "__main__", module)
+    namespace: dict[str, object] = module.__dict__
     last: Block | None = None
     printed = io.StringIO()
     for block in blocks(path):
