@@ -16,6 +16,7 @@ A section `<!-- KIND: NAMES -->` ... `<!-- end -->` is rewritten. NAMES may end 
 A number within a sentence stands between `<!-- number: KIND ... -->` and `<!-- end -->`:
 
     gain NAME ARM [REFERENCE]    the mean of ARM minus REFERENCE (`none`), its interval and the number of pairs
+    between NAME OTHER ARM       the mean of ARM in file NAME minus ARM in file OTHER, over the runs that both have
     mean NAME ARM                mean test accuracy of an arm, by method
     cost DEVICE ARM              the lowest and the highest ratio of a training step to the bare step
     cases DEVICE                 how many settings that is of
@@ -422,10 +423,11 @@ def number(wanted: list[str], results: Path) -> str:
         accuracy = by_seed(list(read_results(results / f"{name}.jsonl").values()))
         pairs = differences(accuracy, rest[0], rest[1] if len(rest) > 1 else "none")
         together = [d for of_method in pairs.values() for d in of_method]
-        if len(together) < 2:
-            return "not measured yet"
-        mean, half = paired_difference(np.zeros(len(together)), together)
-        return f"{mean:+.2f} points (95 % CI {mean - half:+.2f} to {mean + half:+.2f}, {len(together)} pairs)"
+        return in_words(together)
+    if kind == "between":
+        here, there = (by_seed(list(read_results(results / f"{n}.jsonl").values())) for n in (name, rest[0]))
+        keys = [(m, rest[1]) for m in METHOD_NAMES]
+        return in_words([here[k][s] - there[k][s] for k in keys for s in here[k].keys() & there[k].keys()])
     if kind in ("cost", "cases"):
         shown = overhead_of(results, name)
         if kind == "cases":
@@ -453,6 +455,13 @@ def number(wanted: list[str], results: Path) -> str:
         counts = " and ".join(f"{len(families)} of {every} ({method})" for method, families in passed.items())
         return f"{counts}, timm {record['versions']['timm']}"
     raise SystemExit(f"No such number: {' '.join(wanted)}")
+
+
+def in_words(differences: Sequence[float]) -> str:
+    if len(differences) < 2:
+        return "not measured yet"
+    mean, half = paired_difference(np.zeros(len(differences)), differences)
+    return f"{mean:+.2f} points (95 % CI {mean - half:+.2f} to {mean + half:+.2f}, {len(differences)} pairs)"
 
 
 def best_of(accuracy: dict[tuple[str, str], dict[int, float]]) -> str:
