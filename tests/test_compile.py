@@ -123,7 +123,9 @@ def test_a_compiled_loss_is_that_of_the_eager_one_and_is_not_compiled_again(taps
         torch.testing.assert_close(found[step][1], expected[step][1], rtol=1e-3, atol=1e-4)
 
 
-@SOME
+@pytest.mark.parametrize(
+    "taps_per_step", [pytest.param(None, marks=pytest.mark.slow), 1], ids=["all taps", "some taps"]
+)
 def test_a_whole_step_compiled_is_the_eager_one_and_is_not_compiled_again(taps_per_step):
     def step(model, cmim):
         return F.cross_entropy(model(X), Y) + cmim(model)

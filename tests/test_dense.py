@@ -279,6 +279,7 @@ def test_segmentation_of_nyu_end_to_end(nyu_root, tmp_path) -> None:
     assert 0 <= record["metrics"]["miou"] <= 1
 
 
+@pytest.mark.slow
 def test_training_learns_what_can_be_learned(camvid_root) -> None:
     chosen = config(size=[64, 96], epochs=30, batch_size=3, lr=1e-2)
     data = dense.load(chosen, camvid_root, [])

@@ -15,8 +15,13 @@ def test_on_a_gpu(check):
     check("cuda")
 
 
-# Inductor compiles for half a minute; test_compile.py shows the same with a faster backend.
-LONG = {gpu_checks.compiled_steps_train_as_eager_ones_do}
+# That these run; other tests show the same on the CPU, where compiling takes long.
+LONG = {
+    gpu_checks.compiled_steps_train_as_eager_ones_do,
+    gpu_checks.fp16_trains_through_an_overflow,
+    gpu_checks.gradients_are_those_of_the_cpu,
+    gpu_checks.teacher_queue_and_labels_agree_with_the_cpu,
+}
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def labels_for(how: str, shape: tuple[int, ...], instances: str) -> Tensor | Non
     return torch.randint(CLASSES, shape[:1])
 
 
-@fuzzed(max_examples=60)
+@fuzzed(max_examples=40)
 @given(networks, shapes, options, dtypes, formats, labellings)
 def test_the_loss_is_finite_and_the_network_does_not_notice(net, shape, how, dtype, memory_format, labelling) -> None:
     torch.manual_seed(0)
@@ -152,7 +152,7 @@ DEEDS = {
 }
 
 
-@fuzzed(max_examples=30)
+@fuzzed(max_examples=20)
 @given(st.booleans(), st.lists(st.lists(st.sampled_from([*DEEDS]), max_size=4), min_size=1, max_size=3))
 def test_a_loss_is_that_of_the_last_training_pass_whatever_came_between(inside, steps) -> None:
     torch.manual_seed(0)
