@@ -45,7 +45,11 @@ def assert_close(found, expected):
 
 @pytest.mark.parametrize(
     "method, instances, taps_per_step",
-    [("IR-Net", "position", 1), ("Bi-Real", "position", None), ("Bi-Real", "image", 1)],
+    [
+        ("IR-Net", "position", 1),
+        pytest.param("Bi-Real", "position", None, marks=pytest.mark.slow),
+        ("Bi-Real", "image", 1),
+    ],
 )
 def test_a_compiled_model_gives_the_losses_and_gradients_of_the_eager_one_with_all_taps(
     method, instances, taps_per_step

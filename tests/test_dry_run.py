@@ -293,7 +293,7 @@ def skipping(draw, rate):
     return Of(forward, stem=nn.Conv2d(3, 8, 3, padding=1), blocks=nn.ModuleList(blocks))
 
 
-@pytest.mark.parametrize("rate", [0.1, 0.3, 0.5])
+@pytest.mark.parametrize("rate", [0.1, 0.5])
 @pytest.mark.parametrize("draw", [lambda: torch.rand(()), random.random, np.random.rand], ids=["torch", "python", "np"])
 def test_layers_skipped_at_random_are_all_found_in_order(draw, rate):
     for seed in range(3):

@@ -18,10 +18,7 @@ from timm_families import FAMILIES, METHODS, UNFIT, binarize, create
 
 # In the default run: convolutions plain, depthwise and dense; attention global and windowed.
 QUICK = {
-    ("convnext", "irnet"),
     ("densenet", "bireal"),
-    ("efficientnet", "irnet"),
-    ("swin_transformer", "bireal"),
     ("vision_transformer", "irnet"),
 }
 EVERY = sorted({*timm.list_modules(), *FAMILIES, *UNFIT})
