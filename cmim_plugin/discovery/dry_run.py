@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 from collections import Counter
@@ -11,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from .._compat import force_eager
 from ..errors import CMIMError
-from .inputs import BatchSource, Inputs, as_inputs, batch_sources, is_offsets, resampled, varied
+from .inputs import BatchSource, Inputs, as_inputs, batch_sources, is_offsets, resampled, says_only_shapes, varied
 from .state import preserve_state
 from .trace import Trace, record
 
@@ -25,16 +27,25 @@ _SAMPLES = 4
 
 
 def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:
-    """Traces of the model in training mode, after one pass of the example as it is.
+    """Traces of the model in training mode.
 
-    Two traces are made on inputs that are varied; where the model does not take these, on the example. In the second
-    trace the last two samples are equal. Where the passes differ in the modules that they call, more passes follow
-    until nothing new appears.
+    The first pass runs the example as it is. It is the first trace, unless the example has many samples or says nothing
+    but its shape. All other traces are made on inputs that are varied; where the model does not take these, on the
+    example. In the second trace the last two samples are equal. Where the passes differ in the modules that they call,
+    more passes follow until nothing new appears.
 
     Raises:
         CMIMError: the model is frozen or not initialised, its forward fails on the example, or the number of samples
             is not clear.
     """
+    # Nothing runs backward, so the graph need not keep the activations, which are most of the memory.
+    with contextlib.suppress(CMIMError), saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
+        return _dry_run(model, example, batch_size)
+    # It failed: perhaps because the forward itself takes a gradient.
+    return _dry_run(model, example, batch_size)
+
+
+def _dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:
     inputs = as_inputs(example)
     _check(model)
     with preserve_state(model), torch.enable_grad(), force_eager():
@@ -43,9 +54,12 @@ def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[lis
         _awaken(model)
         sources = batch_sources(model, inputs, batch_size)
         rows: Counter[int] = Counter()
+        traces: list[Trace] = []
         try:
             if batch_size is None and len(sources) > 1:
                 rows = _rows_of_products(record(model, inputs, 1))
+            elif 1 < (only := batch_size or min(sources, default=0)) <= _SAMPLES and not says_only_shapes(inputs):
+                traces = [record(model, inputs, only)]
             else:
                 model(*inputs[0], **inputs[1])
         except Exception as error:
@@ -59,7 +73,7 @@ def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[lis
         failure: Exception | None = None
         for attempt in _attempts(inputs, batch, sources.get(batch)):
             try:
-                return _traces(model, attempt), sources.get(batch)
+                return _traces(model, attempt, traces), sources.get(batch)
             except Exception as error:
                 failure = error
         raise CMIMError(
@@ -142,8 +156,8 @@ def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_A
     return [partial(with_twins, size) for size in sorted({min(every, _SAMPLES), every})] + attempts
 
 
-def _traces(model: nn.Module, attempt: _Attempt) -> list[Trace]:
-    traces = [record(model, *attempt(0))]
+def _traces(model: nn.Module, attempt: _Attempt, made: list[Trace]) -> list[Trace]:
+    traces = list(made) or [record(model, *attempt(0))]
     while len(traces) < 2 or (_may_show_more(model, traces) and len(traces) < _PASSES):
         traces.append(record(model, *attempt(len(traces))))
     for trace in traces:

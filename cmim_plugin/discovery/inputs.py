@@ -131,6 +131,11 @@ def resampled(inputs: Inputs, source: BatchSource, samples: Sequence[int]) -> In
     return result
 
 
+def says_only_shapes(inputs: Inputs) -> bool:
+    """Whether a dense input holds a single value, as zeros that stand in for images do."""
+    return any(_is_dense(t) and (_is_stand_in(t) or _is_uniform(t)) for _, t in tensors_in(inputs))
+
+
 def varied(inputs: Inputs, seed: int) -> Inputs:
     """The inputs with other values in the dense floating-point ones, everything else as it is.
 
@@ -149,7 +154,7 @@ def varied(inputs: Inputs, seed: int) -> Inputs:
     def vary(path: Path, value: Any) -> Any:
         if id(value) not in ids:
             return value
-        if _is_stand_in(value) or bool((value == value.flatten()[0]).all()):
+        if _is_stand_in(value) or _is_uniform(value):
             return torch.randn(value.shape, generator=generator, device="cpu").to(value)
         order = torch.randperm(value.numel(), generator=generator, device="cpu").to(value.device)
         return value.detach().flatten()[order].view(value.shape)
@@ -188,6 +193,10 @@ def _is_dense(tensor: Tensor) -> bool:
 def _is_stand_in(tensor: Tensor) -> bool:
     """Zeros, or nowhere finite: an example that says nothing but its shape."""
     return not bool(tensor.any()) or not bool(tensor.isfinite().any())
+
+
+def _is_uniform(tensor: Tensor) -> bool:
+    return bool((tensor == tensor.flatten()[0]).all())
 
 
 def _has_many_values(tensor: Tensor) -> bool:
