@@ -38,7 +38,7 @@ from torch import Tensor, nn  # noqa: E402
 
 import cmim_plugin  # noqa: E402
 import loop  # noqa: E402
-from auxiliaries import OBJECTIVES, Balance, Contrast, distillation, smoothed  # noqa: E402
+from auxiliaries import OBJECTIVES, Balance, Contrast, Together, distillation, smoothed  # noqa: E402
 from data import DATASETS, Data, device, load_data  # noqa: E402
 from inside import look  # noqa: E402
 from nets import BODIES, METHODS, binarize_weights, full_precision, fuse  # noqa: E402
@@ -157,6 +157,10 @@ def arm_options(arm: str) -> dict[str, Any]:
     return options
 
 
+def with_advised_weight(options: dict[str, Any], optimizer: str) -> dict[str, Any]:
+    return options | {"weight": ADVISED[optimizer]} if options.get("weight") == "advised" else options
+
+
 def beside(arm: str, name: str) -> str:
     """The arm `name` trained by the same optimizer: the one that `arm` is compared with."""
     kept = [f"{key}={json.dumps(value).strip(chr(34))}" for key, value in changes(arm).items() if key in TRAINING]
@@ -178,21 +182,21 @@ def schedule(options: dict[str, Any], config: Config, method: str) -> loop.Sched
     return loop.Schedule(epochs, config.batch_size, fast=config.fast, eval_every=config.eval_every, **chosen)
 
 
-def cmim_options(options: dict[str, Any], optimizer: str) -> dict[str, Any]:
-    found = {key: value for key, value in options.items() if key not in TRAINING | OWN}
-    return found | {"weight": ADVISED[optimizer]} if found.get("weight") == "advised" else found
+def cmim_options(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in TRAINING | OWN}
 
 
 def resolved(run: Run, config: Config) -> dict[str, Any]:
     """All settings of a run, those that the plug-in's defaults decide included."""
     options = arm_options(run.arm)
     chosen = schedule(options, config, run.method)
+    options = with_advised_weight(options, chosen.optimizer)
     settings: dict[str, Any] = {"schedule": asdict(chosen)}
     if options.get("cmim") or options.get("published"):
         kind = cmim_plugin.PublishedCMIM if options.get("published") else cmim_plugin.CMIM
         parameters = inspect.signature(kind).parameters.values()
         usual = {p.name: p.default for p in parameters if p.default is not p.empty}
-        known = usual | cmim_options(options, chosen.optimizer) | ({"heads_lr": 0} if options.get("user_heads") else {})
+        known = usual | cmim_options(options) | ({"heads_lr": 0} if options.get("user_heads") else {})
         settings["cmim"] = {key: v if plain(v) else type(v).__name__ for key, v in known.items()}
     return settings
 
@@ -211,14 +215,11 @@ def make_auxiliary(
     example: Tensor,
     teacher: nn.Module | None,
     seed: int,
-    optimizer: str,
 ) -> loop.Auxiliary | None:
     """The loss that an arm adds to the task's."""
-    if options.get("balance"):
-        return Balance(model, options["balance"], seed=seed)
     if not options.get("cmim") and not options.get("published"):
-        return None
-    cmim = cmim_options(options, optimizer)
+        return Balance(model, options["balance"], seed=seed) if options.get("balance") else None
+    cmim = cmim_options(options)
     if cmim.pop("teacher", False):
         cmim["teacher"] = teacher
     objective = cmim.pop("objective", None)
@@ -226,7 +227,7 @@ def make_auxiliary(
         cmim["objective"] = cmim_plugin.NCE(num_samples=len(data.x_train))
     elif objective:
         cmim["objective"] = OBJECTIVES[objective]
-    return Contrast(
+    contrast = Contrast(
         model,
         example,
         labels=options.get("labels", False),
@@ -235,6 +236,10 @@ def make_auxiliary(
         published_targets=data.y_train if options.get("published") else None,
         **cmim,
     )
+    if not options.get("balance"):
+        return contrast
+    # Its hooks would collect the codes of CMIM's dry run.
+    return Together([contrast, Balance(model, options["balance"], seed=seed)])
 
 
 @cache  # a worker process trains many runs on the same data
@@ -284,6 +289,7 @@ def steps_of(
         criterion = smoothed(options["smoothing"])
 
     chosen, histories = schedule(options, config, run.method), []
+    options = with_advised_weight(options, chosen.optimizer)
     for step in ("first", "second") if options.get("two_step") else ("only",):
         binarize_weights(model, binary=step != "first")
         contrasted = options.get("steps", step) == step
@@ -292,7 +298,7 @@ def steps_of(
             torch.manual_seed(run.seed)  # a run beside this one may have set another
             if not contrasted:
                 return None
-            return make_auxiliary(options, model, data, example, teacher, run.seed, chosen.optimizer)
+            return make_auxiliary(options, model, data, example, teacher, run.seed)
 
         histories.append(
             (
@@ -319,7 +325,7 @@ def steps_of(
         **asdict(run),
         "accuracy": round(curve("test_accuracy")[-1], 3),  # after the last epoch
         "train_accuracy": round(curve("train_accuracy")[-1], 3),
-        "options": options,
+        "options": arm_options(run.arm),
         "resolved": resolved(run, config),
         "config": asdict(config),
         "curves": {

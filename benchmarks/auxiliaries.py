@@ -135,6 +135,33 @@ class Balance:
             handle.remove()
 
 
+class Together:
+    """Several of these losses, added up."""
+
+    def __init__(self, parts: list[Contrast | Balance]) -> None:
+        self.parts = parts
+
+    def start_epoch(self, progress: float) -> None:
+        for part in self.parts:
+            part.start_epoch(progress)
+
+    def loss(self, model: nn.Module, y: Tensor, index: Tensor) -> Tensor:
+        return torch.stack([part.loss(model, y, index) for part in self.parts]).sum()
+
+    def bounds(self) -> dict[str, Tensor]:
+        return {tap: bound for part in self.parts for tap, bound in part.bounds().items()}
+
+    def parameters(self) -> Iterable[Tensor]:
+        return [tensor for part in self.parts for tensor in part.parameters()]
+
+    def generators(self) -> Iterable[torch.Generator]:
+        return [generator for part in self.parts for generator in part.generators()]
+
+    def remove(self) -> None:
+        for part in self.parts:
+            part.remove()
+
+
 def code_redundancy(rows: Tensor) -> Tensor:
     """Mean square of the channels' means plus mean square of the covariances of two channels; rows (n, C) of +-1."""
     mean = rows.mean(0)

@@ -385,6 +385,15 @@ def test_no_activation_outlives_its_use():
     assert alive and not any(alive)
 
 
+def test_a_gradient_for_what_a_hook_collected_in_the_dry_run_is_refused():
+    model = nn.Sequential(nn.Linear(4, 8), Binary(), nn.Linear(8, 3))
+    collected = []
+    model[1].register_forward_hook(lambda module, args, output: collected.append(output))
+    assert tapped(model, torch.randn(8, 4)) == ["1"]
+    with pytest.raises(CMIMError, match="clear what they collected"):
+        collected[-1].sum().backward()
+
+
 # -- frozen parts ------------------------------------------------------------------------------------------------
 
 

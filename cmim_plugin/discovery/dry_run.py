@@ -39,10 +39,17 @@ def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[lis
             is not clear.
     """
     # Nothing runs backward, so the graph need not keep the activations, which are most of the memory.
-    with contextlib.suppress(CMIMError), saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
+    with contextlib.suppress(CMIMError), saved_tensors_hooks(lambda tensor: None, _not_kept):
         return _dry_run(model, example, batch_size)
     # It failed: perhaps because the forward itself takes a gradient.
     return _dry_run(model, example, batch_size)
+
+
+def _not_kept(nothing: None) -> Tensor:
+    raise CMIMError(
+        "A gradient was asked for an activation that the model computed while CMIM was attached to it. Hooks of yours "
+        "have collected it: clear what they collected then, or register them after CMIM."
+    )
 
 
 def _dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:
