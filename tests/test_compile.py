@@ -8,8 +8,6 @@ from torch._dynamo.utils import counters
 from cmim_plugin import CMIM, NCE, CMIMError, InfoNCE
 from networks import IRNET, METHODS, X, Y, gradients, network, teacher
 
-SOME = pytest.mark.parametrize("taps_per_step", [None, 1], ids=["all taps", "some taps"])
-
 
 @pytest.fixture(autouse=True)
 def nothing_compiled():
@@ -111,7 +109,7 @@ def test_the_objectives_compile_into_one_graph(objective, labels):
     torch.testing.assert_close(torch.autograd.grad(found, z), torch.autograd.grad(expected, z))
 
 
-@SOME
+@pytest.mark.parametrize("taps_per_step", [None, 1], ids=["all taps", "some taps"])
 def test_a_compiled_loss_is_that_of_the_eager_one_and_is_not_compiled_again(taps_per_step):
     # The first pass runs before anything is compiled, with the taps whose turn it is: heads that it trained differ.
     settings = {} if taps_per_step is None else {"heads_lr": 0}

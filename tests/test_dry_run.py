@@ -1,6 +1,9 @@
 """The dry run believes the example, puts everything back, and finds what is there, whatever the structure."""
 
+import copy
+import functools
 import random
+import types
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 
@@ -724,3 +727,168 @@ def test_names_are_unique():
 
     parts = {"norm": nn.BatchNorm2d(3), "act": Binary(), "conv": nn.Conv2d(3, 3, 1)}
     assert tapped(nn.Sequential(nn.Conv2d(3, 3, 1), Of(forward, **parts)), X) == ["1.act", "1.act#2", "1.act#3"]
+
+
+# -- what others ran into ----------------------------------------------------------------------------------------
+
+
+def encoder(first=8):
+    return nn.Sequential(nn.Linear(first, 16), nn.LayerNorm(16), Binary(), nn.Linear(16, 8))
+
+
+class Dropped(nn.Module):
+    """Layers that are skipped at random, with a sign in the forward around them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16)) for _ in range(4))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for layer in self.layers:
+            if random.random() > 0.3:
+                x = x + layer(Sign.apply(x))
+        return self.head(x)
+
+
+def test_a_latent_that_is_another_layers_in_some_passes_is_not_tapped():
+    random.seed(0)
+    model = Dropped()
+    found = {f.name: f.reason for f in find_binary_activations(model, torch.randn(8, 8))}
+    # The first layer's latent is the stem's output, always; those of the others are sums, counted in the forward.
+    assert [reason and "from pass to pass" in reason for reason in found.values()] == [None, True, True, True]
+
+
+def test_a_shared_module_that_is_called_a_random_number_of_times_is_not_tapped():
+    widths = [8, 8, 8, 16, 16]
+
+    def forward(m, x):
+        for layer in m.layers:
+            if layer[0].in_features != layer[0].out_features:
+                x = layer(m.act(x))
+            elif random.random() > 0.5:
+                x = x + layer(m.act(x))
+        return x
+
+    layers = [nn.Sequential(nn.Linear(a, b), nn.LayerNorm(b)) for a, b in zip([8, *widths], widths, strict=False)]
+    model = nn.Sequential(nn.Linear(8, 8), Of(forward, act=Binary(), layers=nn.ModuleList(layers)))
+    assert any("from pass to pass" in reason for reason in reasons(model, torch.randn(8, 8)).values())
+
+
+@pytest.mark.parametrize("samples", [2, 3, 4, 5])
+def test_one_example_for_both_inputs_of_a_siamese_network_hides_neither(samples):
+    x = torch.randn(samples, 8)
+    model = Of(lambda m, a, b: m.encoder(a) - m.encoder(b), encoder=encoder())
+    assert tapped(model, (x, x)) == ["encoder.2", "encoder.2#2"]
+
+
+@pytest.mark.parametrize("samples", [4, 8])
+def test_a_forward_may_copy_a_module(samples):
+    def forward(m, x):
+        if m.target is None:
+            m.target = copy.deepcopy(m.online).requires_grad_(False)
+        with torch.no_grad():
+            target = m.target(x)
+        return (m.online(x) - target).square().mean()
+
+    model = Of(forward, online=encoder(), target=None)
+    assert tapped(model, torch.randn(samples, 8)) == ["online.2"]
+    assert model.target is None
+
+
+@pytest.mark.parametrize(
+    "first",
+    [nn.LSTM(8, 8, batch_first=True), nn.GRU(8, 8, batch_first=True), nn.RNN(8, 8, batch_first=True)],
+    ids=["lstm", "gru", "rnn"],
+)
+def test_the_first_layer_may_be_recurrent(first):
+    rest = nn.Sequential(nn.LayerNorm(8), Binary(), nn.Linear(8, 4))
+    model = Of(lambda m, x: m.rest(m.first(x)[0]), first=first, rest=rest)
+    assert tapped(model, torch.randn(4, 5, 8)) == ["rest.1"]
+
+
+def test_the_first_layer_may_be_a_table():
+    def forward(m, ids):
+        return m.last(m.act(m.norm(m.table[ids])))
+
+    table = nn.Parameter(torch.randn(20, 8))
+    model = Of(forward, table=table, norm=nn.LayerNorm(8), act=Binary(), last=nn.Linear(8, 4))
+    assert tapped(model, torch.randint(20, (4, 5))) == ["act"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: torch.func.vmap(lambda w: x * w)(m.scales).sum(0) + m.encoder(x),
+        lambda m, x: m.encoder(x.to(torch.float8_e4m3fn).float()),
+        lambda m, x: m.encoder(m.scripted(x)),
+    ],
+    ids=["vmap", "float8", "TorchScript"],
+)
+def test_what_cannot_be_read_is_passed_over(function):
+    scales = nn.Parameter(torch.randn(3, 8))
+    model = Of(function, encoder=encoder(), scales=scales, scripted=torch.jit.script(nn.Linear(8, 8)))
+    assert tapped(model, torch.randn(8, 8)) == ["encoder.2"]
+
+
+def test_inputs_without_a_tensor_are_refused():
+    batch = types.SimpleNamespace(x=torch.randn(4, 8))
+    with pytest.raises(CMIMError, match="tuples, lists, dicts"):
+        find_binary_activations(Of(lambda m, b: m.encoder(b.x), encoder=encoder()), (batch,), batch_size=4)
+
+
+def test_callable_objects_and_those_of_bound_methods_are_put_back():
+    class Average:
+        def __init__(self):
+            self.mean, self.calls = torch.zeros(()), 0
+
+        def __call__(self, x):
+            self.mean, self.calls = 0.9 * self.mean + 0.1 * x.detach().mean(), self.calls + 1
+            return x - self.mean
+
+    averages = [Average() for _ in range(3)]
+    called = (averages[0], averages[1].__call__, functools.partial(averages[2]))
+    model = Of(lambda m, x: m.encoder(called[0](called[1](called[2](x)))), encoder=encoder(), averages=called)
+    assert tapped(model, torch.randn(8, 8)) == ["encoder.2"]
+    assert [average.calls for average in averages] == [0, 0, 0]
+    assert not any(average.mean for average in averages)
+
+
+@pytest.mark.parametrize("product", [torch.linalg.matmul, lambda a, b: torch.chain_matmul(a, b)])
+def test_products_of_other_names_are_products(product):
+    model = Of(
+        lambda m, x: product(m.encoder(x), m.weight), encoder=encoder()[:3], weight=nn.Parameter(torch.randn(16, 4))
+    )
+    assert tapped(model, torch.randn(4, 8)) == ["encoder.2"]
+
+
+def test_a_forward_may_catch_that_a_gradient_cannot_be_taken():
+    def forward(m, x):
+        x = x.detach().requires_grad_()
+        try:
+            (grad,) = torch.autograd.grad(m.first(x).tanh().sum(), x)
+        except Exception:
+            return x.sum()
+        return m.encoder(x + grad)
+
+    assert tapped(Of(forward, first=nn.Linear(8, 1), encoder=encoder()), torch.randn(8, 8)) == ["encoder.2"]
+
+
+def test_a_module_that_raises_within_the_forward_ends_there():
+    class Stop(Exception):
+        pass
+
+    def stop(m, x):
+        raise Stop
+
+    def forward(m, x):
+        x = m.first(x)
+        try:
+            m.stop(x)
+        except Stop:
+            x = x + 1
+        return F.linear(Sign.apply(m.norm(x)), m.weight)
+
+    parts = {"first": nn.Linear(8, 8), "norm": nn.LayerNorm(8), "weight": nn.Parameter(torch.randn(4, 8))}
+    assert tapped(Of(forward, stop=Of(stop), **parts), torch.randn(8, 8)) == ["(model)"]

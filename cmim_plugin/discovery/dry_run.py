@@ -16,7 +16,17 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from .._compat import force_eager
 from ..errors import CMIMError
-from .inputs import BatchSource, Inputs, as_inputs, batch_sources, is_offsets, resampled, says_only_shapes, varied
+from .inputs import (
+    BatchSource,
+    Inputs,
+    as_inputs,
+    batch_sources,
+    is_offsets,
+    resampled,
+    says_only_shapes,
+    tensors_in,
+    varied,
+)
 from .state import preserve_state
 from .trace import Trace, record
 
@@ -24,6 +34,10 @@ from .trace import Trace, record
 _PASSES = 10
 # Samples at most of a pass that is traced, to attach in less time than two training steps take.
 _SAMPLES = 4
+_NOT_KEPT = (
+    "A gradient was asked for an activation that the model computed while CMIM was attached to it. Hooks of yours "
+    "have collected it: clear what they collected then, or register them after CMIM."
+)
 
 
 def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:
@@ -38,18 +52,19 @@ def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[lis
         CMIMError: the model is frozen or not initialised, its forward fails on the example, or the number of samples
             is not clear.
     """
+    asked: list[None] = []
+
+    def not_kept(nothing: None) -> Tensor:
+        asked.append(nothing)
+        raise CMIMError(_NOT_KEPT)
+
     # Nothing runs backward, so the graph need not keep the activations, which are most of the memory.
-    with contextlib.suppress(CMIMError), saved_tensors_hooks(lambda tensor: None, _not_kept):
-        return _dry_run(model, example, batch_size)
-    # It failed: perhaps because the forward itself takes a gradient.
+    with contextlib.suppress(CMIMError), saved_tensors_hooks(lambda tensor: None, not_kept):
+        found = _dry_run(model, example, batch_size)
+        if not asked:
+            return found
+    # There is an error to tell, or the forward itself takes a gradient.
     return _dry_run(model, example, batch_size)
-
-
-def _not_kept(nothing: None) -> Tensor:
-    raise CMIMError(
-        "A gradient was asked for an activation that the model computed while CMIM was attached to it. Hooks of yours "
-        "have collected it: clear what they collected then, or register them after CMIM."
-    )
 
 
 def _dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:
@@ -76,6 +91,10 @@ def _dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[li
                     f"The dry run failed: the model's forward raised {type(error).__name__}: {error}. Pass an "
                     "example_input that model(*example_input) accepts in training mode, on the model's device."
                 ) from error
+        if not any(True for _ in tensors_in(inputs)):
+            raise CMIMError(
+                "example_input holds no tensor that can be seen: they are read out of tuples, lists, dicts."
+            )
         batch = _clear_size(sources, rows) if batch_size is None else batch_size
         failure: Exception | None = None
         for attempt in _attempts(inputs, batch, sources.get(batch)):

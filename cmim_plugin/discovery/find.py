@@ -125,7 +125,14 @@ def _found_in(trace: Trace, others: list[Trace]) -> list[_Found]:
                 continue  # a weight, a mask or a learned token
             described = _described(history, b)
             if described.activation.tapped and value.code is not None:
-                pair = value.code, b.latents[0].value.fingerprint
+                pair = tuple(
+                    (codes.value.code, latent.value.fingerprint)
+                    for codes, latent in zip(
+                        [b.source, *history.again(b.source.site)],
+                        [b.latents[0], *history.again(b.latents[0].site)],
+                        strict=False,
+                    )
+                )
                 if pair in pairs:
                     continue  # query, key and value binarize one latent to the same codes
                 pairs.add(pair)
@@ -142,7 +149,7 @@ def _described(history: History, b: Binarization) -> _Found:
     module, call = scope(history, b)
     place, reason = (module, b.source.site), reason_against(history, b)
     if reason is None:
-        binary, latent = cheapest(history.of_value(b.source), module), cheapest(b.latents, module)
+        binary, latent = cheapest(history.of_value(b.source), b.latents, module)
         shape, latent_shape = binary.value.shape, latent.value.shape
         spatial = spatial_dims(shape, b.consumer, b.operand)
         reason = reason_against_shapes(history, b, binary, latent, spatial)

@@ -16,7 +16,20 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .codes import is_split_by_threshold
-from .functions import CONVOLUTIONS, DETACHES, JOINS, LOOKUPS, MOVES, NORMS, PRODUCTS, RANDOM, SCALINGS, STEPS, SUMS
+from .functions import (
+    CONVOLUTIONS,
+    DETACHES,
+    JOINS,
+    LOOKUPS,
+    MOVES,
+    NORMS,
+    PRODUCTS,
+    RANDOM,
+    RECURRENT,
+    SCALINGS,
+    STEPS,
+    SUMS,
+)
 from .trace import Event, Sighting, Site, Trace, kept_positions
 
 # How far equal samples are apart at most, in distances between different ones: a rounding error flips some signs.
@@ -48,13 +61,13 @@ class History:
 
     def __init__(self, trace: Trace, others: list[Trace]) -> None:
         self.trace = trace
-        self._again: dict[Site, list[Sighting]] = defaultdict(list)
+        self._others = others
+        #: Whether single random numbers are drawn in the forward.
+        self.decides = any(t.decides for t in (trace, *others))
+        self._again: list[dict[Site, Sighting]] = [{s.site: s for s in other.sightings} for other in others]
         self._of_value: dict[int, list[Sighting]] = defaultdict(list)
         #: Code -> calls that made it out of something that is not two-valued.
         self._binarizing: dict[tuple[int, bytes] | None, list[Event]] = defaultdict(list)
-        for other in others:
-            for s in other.sightings:
-                self._again[s.site].append(s)
         for s in trace.sightings:
             self._of_value[id(s.value)].append(s)
         for event in trace.events:
@@ -63,11 +76,14 @@ class History:
                 given = [a for a in event.arguments if a.value.numel == size and a.value is not result.value]
                 if given and not any(_is_two_valued(a) for a in given):
                     self._binarizing[result.value.code].append(event)
-        weighted = {*CONVOLUTIONS, *PRODUCTS, *LOOKUPS, "linear"}
         #: When the first trained product or lookup happened.
-        self.first_product = next((e.seq for e in trace.events if e.weighted and e.name in weighted), math.inf)
+        self.first_product = next((e.seq for e in trace.events if e.weighted and _is_product_or_lookup(e)), math.inf)
 
     # -- one step back -----------------------------------------------------------------------------------------------
+
+    def again(self, site: Site) -> list[Sighting]:
+        """What the other traces show at a site."""
+        return [seen[site] for seen in self._again if site in seen]
 
     def of_value(self, sighting: Sighting) -> list[Sighting]:
         """All sightings of this tensor that hold the same."""
@@ -124,7 +140,7 @@ class History:
 
     def _is_code(self, sighting: Sighting) -> bool:
         """Two-valued in all passes: not a coincidence. A sign may be constant in some of them."""
-        again = self._again.get(sighting.site, ())
+        again = self.again(sighting.site)
         return _is_two_valued(sighting) and all(_is_two_valued(s) or s.value.constant for s in again)
 
     def _sources(self, current: Sighting, like: Callable[[Sighting], bool], depth: int = 0) -> list[Sighting]:
@@ -188,9 +204,27 @@ class History:
 
     def by_sample(self, sighting: Sighting) -> bool | None:
         """Whether equal samples have nearly equal values at this site; None where that could not be seen."""
-        seen = [s.value.apart for s in (sighting, *self._again.get(sighting.site, ()))]
+        seen = [s.value.apart for s in (sighting, *self.again(sighting.site))]
         known = [apart for apart in seen if apart is not None]
         return min(known) < _ALIKE if known else None
+
+    def pair_differs(self, codes: Sighting, latent: Sighting) -> bool:
+        """Whether, at the sites of a_B and a_F, another trace has other channels, or codes of another latent."""
+        is_sign = is_sign_of(self.trace, codes, latent)
+        for trace, seen in zip(self._others, self._again, strict=True):
+            if codes.site in seen and latent.site in seen:
+                other, of_other = seen[codes.site], seen[latent.site]
+                if other.value.shape[1:] != codes.value.shape[1:]:
+                    return True
+                if is_sign and _is_two_valued(other) and not is_sign_of(trace, other, of_other):
+                    return True
+        return False
+
+
+def _is_product_or_lookup(event: Event) -> bool:
+    if event.name in ("getitem", "index_select"):  # a table that is looked up by the input
+        return any(a.from_input and not a.value.values.is_floating_point() for a in event.arguments)
+    return event.name in CONVOLUTIONS or event.name in PRODUCTS | RECURRENT | LOOKUPS | {"linear"}
 
 
 def operands(trace: Trace) -> Iterator[tuple[Event, Sighting]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from .functions import CONVOLUTIONS, PRODUCTS
 from .history import Binarization, History, is_sign_of
-from .trace import Event, Sighting
+from .trace import Event, Sighting, Site
 
 FROZEN = "everything before it is frozen: no gradient reaches it"
 NO_GRADIENT = "it is made without a gradient (under no_grad or detached)"
@@ -61,6 +62,8 @@ def reason_against_shapes(
         return "the convolution receives a single sample, without a batch dimension"
     if spatial is not None and spatial >= len(latent.value.shape):
         return f"its latent has another rank: {tuple(latent.value.shape)} for {tuple(binary.value.shape)}"
+    if history.pair_differs(binary, latent) or (history.decides and not is_tied(binary.site, latent.site)):
+        return "which latent is its own may differ from pass to pass: the forward draws what it calls"
     return None
 
 
@@ -98,12 +101,24 @@ def child(history: History, latent: Sighting, module: str, call: int) -> str:
     return ""
 
 
-def cheapest(sightings: Sequence[Sighting], module: str) -> Sighting:
-    """Where to pick a tensor up: by a plain hook if there is one, in the module that binarizes before others."""
-    return min(
-        (s for s in sightings if s.in_graph),
-        key=lambda s: (s.site.kind in ("argument", "result"), s.site.module != module, s.seq),
-    )
+def is_tied(binary: Site, latent: Site) -> bool:
+    """Whether the two sites are of one call, or of whole modules.
+
+    Else one of them is the n-th call of a function in some forward, and a layer that is skipped would shift it alone.
+    """
+    whole = binary.function is None and latent.function is None
+    return whole or (binary.module, binary.call) == (latent.module, latent.call)
+
+
+def cheapest(binaries: Sequence[Sighting], latents: Sequence[Sighting], module: str) -> tuple[Sighting, Sighting]:
+    """Where to pick a_B and a_F up: at sites that are tied, by plain hooks, in the module that binarizes."""
+
+    def cost(pair: tuple[Sighting, Sighting]) -> tuple[Any, ...]:
+        sites = [s.site for s in pair]
+        functions = sum(site.function is not None for site in sites)
+        return not is_tied(*sites), functions, sum(site.module != module for site in sites), [s.seq for s in pair]
+
+    return min(((b, f) for b in binaries for f in latents if b.in_graph and f.in_graph), key=cost)
 
 
 def spatial_dims(shape: torch.Size, consumer: Event, operand: Sighting) -> int | None:

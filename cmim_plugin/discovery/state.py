@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import sys
 import types
@@ -39,8 +40,9 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     Buffers and tensors in attributes are copied. A parameter is copied only when a torch function is about to write
     into it.
 
-    Not put back: global variables, class attributes, variables of closures, files, containers of more than 4,096
-    elements inside others, state of C++ extensions, and parameters that such an extension overwrites.
+    Not put back: global variables, class attributes, variables of closures, ``__slots__``, iterators, files,
+    containers of more than 4,096 elements inside others, state of C++ extensions, and parameters that such an extension
+    overwrites.
     """
     parameters = list(model.parameters())
     with contextlib.ExitStack() as undo:
@@ -146,7 +148,11 @@ class _Held:
             return
         self._seen[id(value)] = value
         inner: list[Any] = []
-        if depth == 0 or (hasattr(value, "__dict__") and not isinstance(value, _NOT_FOLLOWED) and not callable(value)):
+        if isinstance(value, types.MethodType):
+            inner.append(value.__self__)
+        elif isinstance(value, functools.partial):
+            inner += [value.func, *value.args, *value.keywords.values()]
+        elif depth == 0 or (hasattr(value, "__dict__") and not isinstance(value, _NOT_FOLLOWED) and _is_state(value)):
             inner += self._keep_content(vars(value))
         if isinstance(value, (dict, list, set, deque, bytearray)):
             inner += self._keep_content(value)
@@ -176,6 +182,11 @@ class _Held:
             self._undo.callback(setattr, bits, "state", bits.state)
         elif numpy and isinstance(value, numpy.ndarray) and value.flags.writeable:
             self._undo.callback(value.__setitem__, ..., value.copy())
+
+
+def _is_state(value: Any) -> bool:
+    """Not one of torch's own functions, which keep what they have looked up."""
+    return not callable(value) or not type(value).__module__.startswith("torch")
 
 
 def _content(container: Any) -> list[Any]:

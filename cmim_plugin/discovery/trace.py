@@ -157,8 +157,10 @@ def record(model: nn.Module, inputs: Inputs, batch: int, twins: bool = False) ->
     before = _positions()
     with contextlib.ExitStack() as stack:
         for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # takes no hooks
             stack.callback(module.register_forward_pre_hook(recorder.enter, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(recorder.leave).remove)
+            stack.callback(module.register_forward_hook(recorder.leave, always_call=True).remove)
         stack.enter_context(recorder)
         model(*inputs[0], **inputs[1])
     recorder.trace.decides |= before != _positions()
@@ -194,8 +196,13 @@ class _Recorder(TorchFunctionMode):
         self._memory: MutableMapping[Tensor, _Memory] = WeakTensorKeyDictionary()
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
 
+    def __deepcopy__(self, memo: Any) -> _Recorder:
+        return self  # a forward may copy modules, with their hooks
+
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        name = self._names[module]
+        name = self._names.get(module)
+        if name is None:
+            return
         self._scopes.append((name, self.trace.calls[name], self._functions.copy()))
         self.trace.calls[name] += 1
         if not getattr(module, "batch_first", True):
@@ -205,12 +212,13 @@ class _Recorder(TorchFunctionMode):
         self._see((args, kwargs), "input", from_input=True if len(self._scopes) == 1 else None)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._see(output, "output")
-        self._scopes.pop()
+        if module in self._names:
+            self._see(output, "output")
+            self._scopes.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if not self._scopes:
+        if not self._scopes or func is Tensor.__deepcopy__:  # its memo holds all that was copied so far
             return func(*args, **kwargs)
         nth = self._functions[func] - self._scopes[-1][2][func]
         self._functions[func] += 1
@@ -220,8 +228,8 @@ class _Recorder(TorchFunctionMode):
         weighted = any(t.requires_grad or id(t) in self._parameters for t in tensors)
         event = Event(len(self.trace.sightings), name, shapes, weighted)
         event.arguments = self._see((args, kwargs), "argument", func, nth)
-        memories = [self._memory[t] for t in tensors if id(t) not in self._parameters]
-        from_input = name not in SHAPE_ONLY and any(memory.from_input for memory in memories)
+        activations = [t for t in tensors if id(t) not in self._parameters]
+        from_input = name not in SHAPE_ONLY and any(self._memory[t].from_input for t in activations)
         if self._twins and "drop" in name and "training" in kwargs:
             kwargs["training"] = False
         if self._twins and "dropout_p" in kwargs:
@@ -230,9 +238,8 @@ class _Recorder(TorchFunctionMode):
         if name in RANDOM:
             self._drawn(result)
         if from_input and writes(func, kwargs):
-            memories[0].from_input = True
-            written = next(t for t in tensors if id(t) not in self._parameters)
-            if (base := _compat.base_of(written)) is not None and base in self._memory:
+            self._memory[activations[0]].from_input = True
+            if (base := _compat.base_of(activations[0])) is not None and base in self._memory:
                 self._memory[base].from_input = True
         event.results = self._see(result, "result", func, nth, from_input)
         for sighting in event.results:
@@ -267,10 +274,14 @@ class _Recorder(TorchFunctionMode):
                 odd = tensor.layout != torch.strided or tensor.is_complex() or tensor.is_nested or tensor.is_meta
                 if odd or tensor.numel() == 0:
                     continue
+                try:
+                    snapshot = self._snapshot(memory, tensor.detach())
+                except (RuntimeError, NotImplementedError):
+                    continue  # of a dtype or subclass that cannot be read: float8, quantized, within torch.func.vmap
                 sighting = Sighting(
                     len(self.trace.sightings),
                     Site(name, call, kind, path, function, nth),
-                    self._snapshot(memory, tensor.detach()),
+                    snapshot,
                     tensor.requires_grad,
                     tensor.requires_grad and torch.is_grad_enabled(),
                     memory.from_input,
