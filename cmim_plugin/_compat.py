@@ -17,29 +17,47 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-# torch 2.6 to 2.14 have all of these but the last, which 2.14 introduced.
+# torch 2.6 to 2.14 have all of these but the last two, which 2.14 and 2.7 introduced.
 _current_graph_task_id = getattr(torch._C, "_current_graph_task_id", None)
 _functorch_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", None)
 _jit_tracing_state = getattr(torch._C, "_get_tracing_state", None)
 _mode_stack_length = getattr(torch._C, "_len_torch_function_stack", None)
 _pop_mode = getattr(torch._C, "_pop_torch_function_stack", None)
 _push_mode = getattr(torch._C, "_push_on_torch_function_stack", None)
+_will_execute = getattr(torch._C, "_will_engine_execute_node", None)
 _all_gather_single = getattr(dist, "all_gather_single", None)
+_is_exporting = getattr(torch.compiler, "is_exporting", None)
 
 
-def in_backward_or_transform() -> bool:
-    """Whether a forward pass now is no training step: this thread runs a backward pass (a checkpoint is recomputed),
-    a torch.func transform, forward-mode differentiation or torch.jit.trace.
+def is_no_training_step() -> bool:
+    """Whether a forward pass now is none: this thread runs a backward pass (a checkpoint is recomputed), a torch.func
+    transform, forward-mode differentiation, torch.jit.trace or torch.export.
 
     Without one of them: False. Recomputation is then captured as a pass that nobody asks for; in a transform capturing
-    fails with a message of torch's; a trace holds our operations.
+    fails with a message of torch's; what is traced or exported holds our operations.
     """
+    if torch.compiler.is_compiling():
+        return _is_exporting is not None and _is_exporting()
     return (
         (_current_graph_task_id is not None and _current_graph_task_id() != -1)
         or (_functorch_transforms_active is not None and _functorch_transforms_active())
         or getattr(forward_ad, "_current_level", -1) >= 0
         or (_jit_tracing_state is not None and _jit_tracing_state() is not None)
     )
+
+
+def accumulates(node: Any) -> bool:
+    """Whether the backward pass that runs adds to the ``grad`` of a leaf, unlike one of ``torch.autograd.grad``.
+
+    ``node``: the leaf's in the graph. Without it: True, and ``autograd.grad`` of one of two losses counts as a backward
+    pass of its own.
+    """
+    if _will_execute is None:
+        return True
+    try:
+        return bool(_will_execute(node))
+    except RuntimeError:  # "a leaf node was passed, but we are currently running autograd.grad()"
+        return False
 
 
 def gradient_hooks(tensor: Tensor) -> list[Any] | None:

@@ -129,11 +129,10 @@ class Capture:
         scheduled = tuple(range(len(self.taps))) if every else self.schedule.taps
         draws = self.schedule.draws_of(len(scheduled))
         batch_size = None if self.batch_source is None else self.batch_source.of(args, kwargs)
-        mask = kwargs.get("attention_mask")
-        if self._mask_at < len(args):
-            mask = args[self._mask_at]
+        mask: Any = args[self._mask_at] if self._mask_at < len(args) else kwargs.get("attention_mask")
         # As transformers has it: (samples, tokens), zero for padding. Others by that name are not ours to read.
-        if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != batch_size:
+        dense = isinstance(mask, Tensor) and not mask.is_nested and mask.layout == torch.strided
+        if not dense or mask.ndim != 2 or len(mask) != batch_size:
             mask = None
         started = Pass(self.taps, scheduled, draws, model.training, batch_size, mask, self.observer)
         started.open.append(Call(hook, ()))
@@ -171,6 +170,11 @@ class Capture:
             running.abandon()
             if running.training:
                 self.forget()
+
+    @property
+    def hooked(self) -> bool:
+        """Whether all hooks are still on the model: other code may have cleared some."""
+        return all(handle.id in (handle.hooks_dict_ref() or ()) for handle in self._handles)
 
     def forget(self) -> None:
         """The pass of this thread that waits gives no loss."""
@@ -278,7 +282,7 @@ class _RootHook(_Hook):
                 capture.drop()
         if not self.will_close():
             capture.forget()  # else cmim(model) would give the loss of an older pass
-        elif capture.observer is not None or (torch.is_grad_enabled() and not _is_no_training_step()):
+        elif capture.observer is not None or (torch.is_grad_enabled() and not _compat.is_no_training_step()):
             capture.begin(module, args, kwargs or {}, self)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any = None, output: Any = None) -> None:
@@ -365,10 +369,6 @@ def _thread() -> int:
 def _recording_a_graph() -> bool:
     """Whether a CUDA graph is being recorded, in which a choice of taps would be frozen."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def _is_no_training_step() -> bool:
-    return not torch.compiler.is_compiling() and _compat.in_backward_or_transform()
 
 
 def attached_to(model: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -21,6 +22,8 @@ from .errors import CMIMError, warn_once
 from .sampling import BackwardRule, sampled, stratified_indices
 
 BINARY, LATENT = 0, 1
+# Below this, a latent was masked: float16 has -65504, and many write -10000.
+_MASKED = -5000.0
 
 
 @dataclass(frozen=True)
@@ -197,8 +200,12 @@ class Pass:
         while self.open:
             self.close(self.open[-1].hook)
 
-    def check(self, plugin: object) -> None:
+    def check(self, plugin: object, may_reach_none: bool) -> None:
         """Tell what could not be captured. Warn once about each tap that adds nothing to the loss.
+
+        Args:
+            plugin: what the warnings are remembered for.
+            may_reach_none: whether a pass that reached no tap is one by chance: layers are skipped at random.
 
         Raises:
             CMIMError: something went wrong, or nothing is left to train.
@@ -210,7 +217,7 @@ class Pass:
         if None in self.failures or fatal or (failures and not reached):
             whole = [self.failures[None]] if None in self.failures else []
             raise CMIMError("\n".join(["The forward pass could not be captured.", *whole, *lines]))
-        if not self.calls:
+        if not self.calls and not may_reach_none:
             raise CMIMError(
                 "The forward pass reached none of the taps. A model that was compiled and run before CMIM was attached "
                 "does that (attach first, or call torch._dynamo.reset()), inputs that take another way through it, "
@@ -219,6 +226,12 @@ class Pass:
         missing = [k for k in self.pairs if k not in reached and k not in failures]
         lines += [f"The forward pass did not reach tap {self.taps[k].name}." for k in missing]
         warn_once(plugin, *(f"{line} It adds nothing to the loss." for line in lines))
+
+    def ask_for_one_pass(self) -> None:
+        """The gradients of the contrast and of the network's loss are to come in one backward pass."""
+        rows = [rows for pair in self.pairs.values() for rows in pair.rows if rows is not None]
+        if rows:
+            self.backward.ask_for_one_pass(rows[0])
 
     def take(self, k: int, side: int, x: Tensor) -> None:
         """Take the rows of one side of a tap out of its activation."""
@@ -248,7 +261,7 @@ class Pass:
                 )
             pair.batch_size = self.batch_size or 0
         if self.draws is None:
-            pair.rows[side] = layout.pooled(x, pair.batch_size)
+            pair.rows[side] = layout.pooled(_unmasked(x, side, layout), pair.batch_size)
             return
         if x.device != self.draws.device:
             raise CMIMError(
@@ -264,7 +277,7 @@ class Pass:
         index, elements = self._positions(k, layout, x)
         pair.total, pair.index, pair.spatial = total, index, layout.spatial_shape(x.shape)
         pair.tokens = pair.spatial[-1] if pair.spatial and layout.spatial in (None, 1) and not layout.windowed else 0
-        pair.rows[side] = sampled(x, elements, self._zero(x), self.backward)
+        pair.rows[side] = _unmasked(sampled(x, elements, self._zero(x), self.backward), side, layout)
 
     def _positions(self, k: int, layout: Layout, x: Tensor) -> tuple[Tensor, Tensor]:
         """The positions of a tap, ``(n,)``, and where their channels stand in the activation, ``(n, C)``."""
@@ -286,6 +299,11 @@ class Pass:
         if key not in self._zeros:
             self._zeros[key] = x.new_zeros(())
         return self._zeros[key]
+
+
+def _unmasked(values: Tensor, side: int, layout: Layout) -> Tensor:
+    """Zero where attention scores were masked, by minus infinity or by a number far below all others."""
+    return F.threshold(values, _MASKED, 0.0) if side == LATENT and layout.spatial is None else values
 
 
 def current_error() -> int:

@@ -159,7 +159,7 @@ class CMIM(nn.Module):
     def forward(self, model: nn.Module, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """The weighted loss of the model's last forward pass with gradients, which is used up by it.
 
-        A pass in eval mode does not take the place of one in training mode whose loss was not asked for yet.
+        A pass in eval mode does not take the place of one in training mode that waits (in eager models).
 
         Args:
             model: the model that was attached to, as it is or wrapped (DDP, FSDP, torch.compile, Fabric, ...).
@@ -189,8 +189,9 @@ class CMIM(nn.Module):
         """The pass to take the loss of."""
         path = path_to(self._capture.model(), model)
         captured = self._capture.pop()
-        captured.check(self)
-        captured.backward.one_pass = averages_one_backward(path)
+        captured.check(self, may_reach_none=self.schedule.step > 0 and self._capture.hooked)
+        if averages_one_backward(path):
+            captured.ask_for_one_pass()
         return captured
 
     def _weighted(self, contrast: Tensor, captured: Pass) -> Tensor:
@@ -277,8 +278,8 @@ class CMIM(nn.Module):
         Raises:
             CMIMError: another model, a batch without an input, no batch, no tap reached, or ``since`` saw other inputs.
         """
-        own = path_to(self._capture.model(), model)[-1]
-        source, positions = self._capture.batch_source, self.schedule.positions
+        own, source = path_to(self._capture.model(), model)[-1], self._capture.batch_source
+        positions = self.schedule.positions
         return measure(own, self.contrast, source, self._teacher, positions, loader, inputs, max_batches, since)
 
     # -- attach and remove ---------------------------------------------------------------------------------------
@@ -291,12 +292,11 @@ class CMIM(nn.Module):
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Within it the model has no hook of this plug-in: to export it, to trace it, to measure it."""
-        attached = self._capture.attached
+        attached, model = self._capture.attached, self._capture.model()
         self._capture.detach()
         try:
             yield
         finally:
-            model = self._capture.model()
             if attached and not self._capture.removed and model is not None:
                 if attached_to(model):
                     warn_once(self, "Another CMIM was attached within paused(): this one stays off the model.")
@@ -381,8 +381,8 @@ def _chosen(
         if not chosen:
             raise CMIMError(f"taps= chose none of the binary activations found:\n{listing}")
         return chosen
-    if isinstance(taps, str):
-        raise CMIMError(f"taps must be a collection of names, not one string: taps=[{taps!r}].")
+    if isinstance(taps, str) or not isinstance(taps, Collection) or not all(isinstance(name, str) for name in taps):
+        raise CMIMError(f"taps must be a list of names, or a function of (name, module); found {taps!r}.")
     wrong = [name for name in taps if name not in {f.name for f in tappable}]
     if wrong or not taps:
         raise CMIMError(f"taps= names {wrong or 'nothing'}, which cannot be tapped. Found:\n{listing}")
@@ -414,10 +414,12 @@ def _check_settings(settings: dict[str, Any]) -> None:
         "queue_size": (integer, lambda v: v >= 0, "an integer, 0 or more"),
         "layer_decay": (number, lambda v: 0 < v <= 1, "in (0, 1]"),
         "batch_size": ((int, type(None)), lambda v: v is None or v >= 1, "an integer, 1 or more, or None"),
+        "teacher": ((nn.Module, type(None)), lambda v: True, "a torch.nn.Module or None"),
+        "teacher_modules": ((Mapping, type(None)), lambda v: True, "a dict of tap name to module name, or None"),
     }
     for name, (kinds, fits, wanted) in rules.items():
         value = settings[name]
-        if not isinstance(value, kinds) or not fits(value):
+        if not isinstance(value, kinds) or isinstance(value, bool) or not fits(value):
             raise CMIMError(f"{name} must be {wanted}; found {value!r}.")
     teacher = settings["teacher"]
     if teacher is not None and unwrapped(teacher) is unwrapped(settings["model"]):

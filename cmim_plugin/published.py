@@ -64,11 +64,13 @@ class PublishedCMIM(CMIM):
         embed_dim: int = 128,
         train_heads: bool = False,
     ) -> None:
-        if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point():
+        if not isinstance(teacher, nn.Module):
+            raise CMIMError(f"teacher must be a torch.nn.Module; found {teacher!r}.")
+        if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point() or targets.is_complex():
             raise CMIMError("targets must be the (M,) integer classes of the training set, in its order.")
         if len(targets.unique()) < 2:
             raise CMIMError("targets has one class only: negatives are drawn from other classes.")
-        if not 0 <= momentum < 1:
+        if not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
             raise CMIMError(f"momentum must be in [0, 1); found {momentum!r}.")
         if not isinstance(num_negatives, int) or num_negatives < 1:
             raise CMIMError(f"num_negatives must be an integer, 1 or more; found {num_negatives!r}.")

@@ -331,6 +331,8 @@ class _Tally:
 
     def count_codes(self, activation: Tensor, layout: Layout, draws: Tensor, batch: int) -> None:
         """Count the codes of a_B, all of them, and keep some."""
+        if not activation.numel():
+            return
         if not self.positions and not is_two_valued(activation, layout):
             self.astray = True
         codes = layout.channel_vectors(_is_higher(activation)).flatten(0, 1)

@@ -135,10 +135,18 @@ class BackwardRule:
     """What is asked of the backward passes of one forward pass.
 
     Attributes:
-        one_pass: raise if the gradient of the contrast and that of the network's loss arrive in passes of their own.
+        one_pass_to: raise if the gradient of the contrast and that of the network's loss come to this leaf, a node of
+            the graph, in passes of their own; None for no such rule.
     """
 
-    one_pass = False
+    one_pass_to: Any = None
+
+    def ask_for_one_pass(self, x: Tensor) -> None:
+        """From now on, to the first leaf that ``x`` was computed from."""
+        node: Any = x.grad_fn
+        while node is not None and not hasattr(node, "variable"):
+            node = next((before for before, _ in node.next_functions if before is not None), None)
+        self.one_pass_to = node
 
 
 def sampled(x: Tensor, index: Tensor, zero: Tensor, rule: BackwardRule) -> Tensor:
@@ -214,8 +222,9 @@ class AddSampledGradient:
         sampled, self.sampled = self.sampled, None
         # Nothing but our expanded zero: the gradient of the network's loss did not come in this pass.
         alone = sampled is not None and not any(grad.stride()) and bool(self.shape)
-        self._arrived.add("network" if sampled is None else "contrast" if alone else "both")
-        if self.rule.one_pass and {"network", "contrast"} <= self._arrived:
+        if self.rule.one_pass_to is not None and _compat.accumulates(self.rule.one_pass_to):
+            self._arrived.add("network" if sampled is None else "contrast" if alone else "both")
+        if {"network", "contrast"} <= self._arrived:
             raise CMIMError(
                 "Two backward passes ran, one for the network's loss and one for cmim's. DistributedDataParallel "
                 "averages the gradients of the first only. Add the losses: (loss + cmim(model)).backward()."

@@ -50,7 +50,15 @@ class Teacher:
         self._modules = [known[name] for name in self._names]
         # Which call of the teacher's module: the same as of the module that binarizes.
         self._calls = [tap.binary.call for tap in taps]
-        activations = self._run(*as_inputs(example_input))
+        try:
+            activations = self._run(*as_inputs(example_input))
+        except Exception as error:
+            if isinstance(error, CMIMError):
+                raise
+            raise CMIMError(
+                f"The teacher's forward raised {type(error).__name__} on example_input: {error}. It runs on the inputs "
+                "of the binary network."
+            ) from error
         #: The taps, with the teacher's activation in the latent's place.
         self.taps = tuple(_taught(tap, x.shape) for tap, x in zip(taps, activations, strict=True))
 

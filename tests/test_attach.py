@@ -221,10 +221,12 @@ def test_taps_are_chosen_by_a_callable_that_gets_name_and_module():
     [
         (["layer9.binary"], r"taps= names \['layer9.binary'\](.|\n)*layer1.0.binary: can be tapped"),
         ([], r"taps= names nothing(.|\n)*layer1.0.binary: can be tapped"),
-        ("layer1.0.binary", r"not one string: taps=\['layer1.0.binary'\]"),
+        ("layer1.0.binary", r"a list of names, or a function of .*; found 'layer1.0.binary'"),
+        (iter(["layer1.0.binary"]), r"a list of names, or a function of .*; found <list_iterator"),
+        (5, r"a list of names, or a function of .*; found 5"),
         (lambda name, module: False, r"chose none(.|\n)*layer1.0.binary: can be tapped"),
     ],
-    ids=["unknown", "empty", "string", "callable"],
+    ids=["unknown", "empty", "string", "iterator", "number", "callable"],
 )
 def test_unknown_taps_are_refused_with_those_that_exist(taps, said):
     with pytest.raises(CMIMError, match=said):
@@ -541,3 +543,18 @@ def test_another_plug_in_attached_within_a_pause_stays_and_the_first_says_so():
         other = CMIM(model, X)
     model(X)
     assert other(model).isfinite()
+
+
+def test_models_that_a_dry_run_would_break_are_refused():
+    class FSDPModule(nn.Module):  # what fully_shard() makes of each module's class, by that name
+        pass
+
+    class Sharded(FSDPModule, nn.Sequential):
+        pass
+
+    with pytest.raises(CMIMError, match="attach CMIM first, then call fully_shard"):
+        CMIM(Sharded(network()), X)
+    with pytest.raises(CMIMError, match="on the meta device"):
+        CMIM(network().to("meta"), X)
+    with torch.inference_mode(), pytest.raises(CMIMError, match=r"outside of torch.inference_mode\(\)"):
+        CMIM(network(), X)

@@ -461,3 +461,122 @@ def test_the_loss_within_the_forward_of_the_model_itself_is_refused_with_the_rea
     model.cmim.append(CMIM(model, X))
     with pytest.raises(CMIMError, match="called within the forward of the model itself"):
         model(X)
+
+
+class SkippingAll(nn.Module):
+    """Skips its one binary layer in every other pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head, self.passes = nn.Linear(6, 8), nn.Linear(8, 3), 0
+        self.layer = nn.Sequential(nn.LayerNorm(8), Binary(), nn.Linear(8, 8))
+
+    def forward(self, x):
+        x = self.stem(x)
+        self.passes += 1
+        return self.head(x + self.layer(x) if self.passes % 2 else x)
+
+
+def test_a_pass_that_by_chance_reaches_no_tap_adds_nothing():
+    model = SkippingAll()
+    cmim = CMIM(model, torch.randn(8, 6))
+    losses = []
+    for _ in range(4):
+        logits = model(torch.randn(8, 6))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loss = cmim(model)
+        losses.append(loss.item())
+        (logits.sum() + loss).backward()
+    assert losses[0] > 0 and losses[2] > 0 and losses[1] == losses[3] == 0
+    assert caught == []  # told once
+
+
+def test_a_pass_that_reaches_no_tap_since_other_code_cleared_the_hooks_is_refused():
+    model = SkippingAll()
+    cmim = CMIM(model, torch.randn(8, 6))
+    model(torch.randn(8, 6))
+    cmim(model)
+    for module in model.layer.modules():
+        module._forward_pre_hooks.clear()
+    model(torch.randn(8, 6))
+    with pytest.raises(CMIMError, match="reached none of the taps"):
+        cmim(model)
+
+
+class Scores(nn.Module):
+    """Attention whose masked scores are binarized, as BiBERT's are."""
+
+    def __init__(self, masked):
+        super().__init__()
+        self.masked = masked
+        self.embed, self.query = nn.Embedding(20, 16), nn.Linear(16, 16)
+        self.value, self.head, self.act = nn.Linear(16, 16), nn.Linear(16, 5), Binary()
+
+    def forward(self, ids, attention_mask):
+        x = self.embed(ids)
+        mask = torch.zeros(len(ids), 1, ids.shape[1]).masked_fill(attention_mask[:, None] == 0, self.masked)
+        scores = self.act(self.query(x) @ x.mT + mask)
+        return self.head(((scores + 1) / 2 @ self.value(x)).mean(1))
+
+
+@pytest.mark.parametrize("instances", ["position", "image"])
+@pytest.mark.parametrize("masked", [-1e4, torch.finfo(torch.float32).min, -torch.inf])
+def test_masked_scores_leave_loss_and_gradients_finite(masked, instances):
+    ids, mask = torch.randint(20, (4, 12)), torch.ones(4, 12, dtype=torch.long)
+    mask[:, 8:] = 0
+    model = Scores(masked)
+    cmim = CMIM(model, {"ids": ids, "attention_mask": mask}, instances=instances)
+    model(ids=ids, attention_mask=mask)
+    loss = cmim(model)
+    loss.backward()
+    assert loss.isfinite() and loss > 0
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert model.query.weight.grad.any()
+
+
+def test_the_gradient_of_a_masked_score_is_zero_and_the_others_are_as_without_it():
+    x = torch.tensor([[0.3, -torch.inf, -2.0]], requires_grad=True)
+    from cmim_plugin.discovery import Layout
+    from cmim_plugin.passes import LATENT, _unmasked
+
+    rows = _unmasked(x, LATENT, Layout(None))
+    assert rows.tolist() == [[pytest.approx(0.3), 0.0, -2.0]]
+    rows.sum().backward()
+    assert x.grad.tolist() == [[1.0, 0.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [torch.nested.nested_tensor([torch.ones(3), torch.ones(5)]), torch.ones(2, 5).to_sparse()],
+    ids=["nested", "sparse"],
+)
+def test_an_attention_mask_that_cannot_be_read_is_left_alone(mask):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(8, 8), Binary(), nn.Linear(8, 4))
+
+        def forward(self, x, attention_mask=None):
+            return self.body(x)
+
+    model, x = Model(), torch.randn(2, 5, 8)
+    cmim = CMIM(model, x)
+    model(x, attention_mask=mask)
+    assert cmim(model).isfinite()
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="this torch does not tell that it exports")
+def test_an_exported_model_is_the_bare_one_and_the_pass_that_waits_stays():
+    def nodes(model, **options):
+        return [node.target for node in torch.export.export(model, (X,), **options).graph.nodes]
+
+    bare = network().eval()
+    batch_of_any_size = {"dynamic_shapes": ({0: torch.export.Dim("batch", min=2)},)}
+    expected = nodes(bare), nodes(bare, **batch_of_any_size)
+    model = network().eval()
+    cmim = CMIM(model, X)
+    model(X)
+    assert (nodes(model), nodes(model, **batch_of_any_size)) == expected
+    loss = cmim(model)
+    assert type(loss) is torch.Tensor and loss > 0

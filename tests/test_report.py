@@ -969,3 +969,12 @@ def test_a_teacher_in_training_mode_is_named_when_nothing_could_be_reported():
     teacher.train()
     with pytest.raises(CMIMError, match="teacher is in training mode"):
         cmim.report(model, [networks.X])
+
+
+def test_a_batch_without_samples_is_passed_over():
+    model = networks.network()
+    cmim = CMIM(model, networks.X)
+    expected = cmim.report(model, [networks.X])
+    report = cmim.report(model, [networks.X, networks.X[:0]])
+    assert report.batches == 2 and report.samples == expected.samples
+    assert report.taps == expected.taps

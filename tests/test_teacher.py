@@ -178,3 +178,15 @@ def test_of_a_module_whose_weight_has_one_dimension_the_output_is_taken():
     a_loss(model, cmim)
     assert cmim.contrast.queues[0].embeddings_b.any()
     assert not cmim.contrast.queues[0].embeddings_f.any()
+
+
+def test_a_teacher_that_does_not_take_the_example_is_refused():
+    def fail(x):
+        raise ValueError("no such input")
+
+    failing = teacher()
+    failing.forward = fail
+    with pytest.raises(CMIMError, match="teacher's forward raised ValueError on example_input: no such input"):
+        CMIM(network(), X, teacher=failing)
+    with pytest.raises(CMIMError, match=r"teacher must be a torch.nn.Module or None; found 'resnet'"):
+        CMIM(network(), X, teacher="resnet")

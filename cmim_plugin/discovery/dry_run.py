@@ -110,6 +110,13 @@ def _dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[li
 
 def _check(model: nn.Module) -> None:
     parameters = list(model.parameters())
+    if torch.is_inference_mode_enabled():
+        raise CMIMError("Attach outside of torch.inference_mode(), within which nothing has a gradient.")
+    if any(tensor.is_meta for tensor in parameters):
+        raise CMIMError("The model is on the meta device, without values: attach after model.to_empty() and loading.")
+    # Its state is in objects of its own, which a dry run would disturb.
+    if any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__):
+        raise CMIMError("The model is sharded already: attach CMIM first, then call fully_shard().")
     if any(nn.parameter.is_lazy(p) for p in parameters):
         raise CMIMError("The model has lazy parameters without a shape yet. Run it once: model(example_input).")
     if parameters and not any(p.requires_grad for p in parameters):
