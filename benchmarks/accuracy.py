@@ -525,8 +525,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs="?",
         const="default",
         metavar="MODE",
-        help="bf16 autocast, and torch.compile in that mode (default: its usual one); or graph: CUDA graphs, --jobs "
-        "runs side by side in one process",
+        help="bf16 autocast (compiled on a CPU: float32), and torch.compile in that mode (default: its usual one); or "
+        "graph: CUDA graphs, --jobs runs side by side in one process",
     )
     parser.add_argument("--eval-every", type=int, help="epochs from test to test; all: one test, at the end")
     args = parser.parse_args(arguments)

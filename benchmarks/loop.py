@@ -1,4 +1,4 @@
-"""The training loop of the benchmarks: eager float32, or fast (compiled or recorded in a CUDA graph, bf16 autocast).
+"""The training loop of the benchmarks: eager float32, or fast (compiled, or recorded in a CUDA graph; bf16 autocast).
 Nothing in an epoch waits for the device: data, augmentation and sums stay there, and numbers are read after the epoch's
 last step. The loop is a generator that stops every few steps, so that one GPU can train several networks in turn."""
 
@@ -35,8 +35,9 @@ T = TypeVar("T")
 class Schedule:
     """How a network is trained. Each optimizer follows a cosine to zero, step by step.
 
-    fast: with bf16 autocast: torch.compile's mode ("default" is its usual one), or "graph" for steps that are recorded
-        in a CUDA graph and replayed, operation by operation as in eager mode; None for eager float32
+    fast: with bf16 autocast (not compiled on a CPU): torch.compile's mode ("default" is its usual one), or "graph" for
+        steps that are recorded in a CUDA graph and replayed, operation by operation as in eager mode; None for eager
+        float32
     eval_every: epochs from test to test; the last epoch is always tested
     """
 
@@ -170,11 +171,13 @@ def training(
         mode = None if schedule.fast == "default" else schedule.fast
         forward, criterion = torch.compile(model, mode=mode), torch.compile(criterion, mode=mode)
 
+    # Inductor makes NaN of bfloat16 tensors of two memory formats on a CPU (docs/your_code.md).
+    half = schedule.fast is not None and (where.type != "cpu" or schedule.fast == GRAPH)
     sums = torch.zeros(2, device=where)
 
     def step_on(index: Tensor) -> None:
         x, y = data.normalise(data.augmented(index, generator)), data.y_train[index]
-        with torch.autocast(where.type, torch.bfloat16, enabled=bool(schedule.fast)):
+        with torch.autocast(where.type, torch.bfloat16, enabled=half):
             logits = forward(x)
             loss = criterion(x, y, logits)
             sums.add_(torch.stack((loss.detach(), (logits.argmax(1) == y).float().mean())))
