@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-# torch 2.6 to 2.14 have all of these but the last two, which 2.14 and 2.7 introduced.
+# torch 2.6 to 2.14 have all of these but the last, which 2.14 introduced.
 _current_graph_task_id = getattr(torch._C, "_current_graph_task_id", None)
 _functorch_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", None)
 _jit_tracing_state = getattr(torch._C, "_get_tracing_state", None)
@@ -26,7 +26,6 @@ _pop_mode = getattr(torch._C, "_pop_torch_function_stack", None)
 _push_mode = getattr(torch._C, "_push_on_torch_function_stack", None)
 _will_execute = getattr(torch._C, "_will_engine_execute_node", None)
 _all_gather_single = getattr(dist, "all_gather_single", None)
-_is_exporting = getattr(torch.compiler, "is_exporting", None)
 
 
 def is_no_training_step() -> bool:
@@ -37,7 +36,8 @@ def is_no_training_step() -> bool:
     fails with a message of torch's; what is traced or exported holds our operations.
     """
     if torch.compiler.is_compiling():
-        return _is_exporting is not None and _is_exporting()
+        # Not is_exporting(), which torch 2.11 takes for True in all that it compiles.
+        return bool(getattr(torch.compiler, "_is_exporting_flag", False))
     return (
         (_current_graph_task_id is not None and _current_graph_task_id() != -1)
         or (_functorch_transforms_active is not None and _functorch_transforms_active())

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cmim_plugin
 from cmim_plugin import CMIM, CMIMError, _compat
+from cmim_plugin.sampling import BackwardRule, sampled
 from hazards.nets import batch, equal, gradients, network
 
 X, _ = batch()
@@ -151,3 +152,24 @@ def test_both_names_of_gathering_are_tried(monkeypatch):
     monkeypatch.setattr(dist, "all_gather_into_tensor", lambda output, input: called.append("old"))
     _compat.all_gather(torch.zeros(1), torch.zeros(1))
     assert called == ["new", "old"]
+
+
+def test_without_word_of_export_compiled_code_trains_the_same(monkeypatch):
+    torch.manual_seed(0)
+    model = network(True)
+    cmim = CMIM(model, X)
+    monkeypatch.delattr(torch.compiler, "_is_exporting_flag", raising=False)
+    torch.compile(model, backend="eager")(X)
+    assert cmim(model) > 0
+
+
+def test_without_word_of_the_leaf_autograd_grad_counts_as_a_backward_pass(monkeypatch):
+    monkeypatch.setattr(_compat, "_will_execute", None)
+    rule = BackwardRule()
+    a = torch.randn(4, 6, requires_grad=True)
+    x = a * 2
+    rows = sampled(x, torch.tensor([[1, 2]]), x.new_zeros(()), rule)
+    rule.ask_for_one_pass(rows)
+    torch.autograd.grad(x.sum(), a, retain_graph=True)
+    with pytest.raises(CMIMError, match="Two backward passes"):
+        rows.sum().backward()

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from cmim_plugin import CMIM, CMIMError, CMIMWarning
+from cmim_plugin.discovery import Layout
+from cmim_plugin.passes import LATENT, _unmasked
 from networks import BIREAL, METHODS, Binary, BinaryConv, X, Y, a_loss, assert_same, batch, gradients, network, told
 
 each_method = pytest.mark.parametrize("recipe", METHODS.values(), ids=METHODS)
@@ -537,9 +539,6 @@ def test_masked_scores_leave_loss_and_gradients_finite(masked, instances):
 
 def test_the_gradient_of_a_masked_score_is_zero_and_the_others_are_as_without_it():
     x = torch.tensor([[0.3, -torch.inf, -2.0]], requires_grad=True)
-    from cmim_plugin.discovery import Layout
-    from cmim_plugin.passes import LATENT, _unmasked
-
     rows = _unmasked(x, LATENT, Layout(None))
     assert rows.tolist() == [[pytest.approx(0.3), 0.0, -2.0]]
     rows.sum().backward()
@@ -566,7 +565,9 @@ def test_an_attention_mask_that_cannot_be_read_is_left_alone(mask):
     assert cmim(model).isfinite()
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="this torch does not tell that it exports")
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, "_is_exporting_flag"), reason="this torch does not tell that it exports"
+)
 def test_an_exported_model_is_the_bare_one_and_the_pass_that_waits_stays():
     def nodes(model, **options):
         return [node.target for node in torch.export.export(model, (X,), **options).graph.nodes]
