@@ -154,15 +154,6 @@ def test_both_names_of_gathering_are_tried(monkeypatch):
     assert called == ["new", "old"]
 
 
-def test_without_word_of_export_compiled_code_trains_the_same(monkeypatch):
-    torch.manual_seed(0)
-    model = network(True)
-    cmim = CMIM(model, X)
-    monkeypatch.delattr(torch.compiler, "_is_exporting_flag", raising=False)
-    torch.compile(model, backend="eager")(X)
-    assert cmim(model) > 0
-
-
 def test_without_word_of_the_leaf_autograd_grad_counts_as_a_backward_pass(monkeypatch):
     monkeypatch.setattr(_compat, "_will_execute", None)
     rule = BackwardRule()
