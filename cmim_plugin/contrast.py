@@ -239,7 +239,7 @@ class Contrast(nn.Module):
                 if bound is not None and not nothing_counts:
                     found[tap.name]["bound"] = losses.bound(i, bound)
             elif not self._loaded[k].isnan().all():
-                values = zip(("loss", "bound"), self._loaded[k], strict=True)
+                values = zip(("loss", "bound"), self._loaded[k].clone(), strict=True)
                 found[tap.name] = {name: value for name, value in values if not value.isnan()}
         return found
 

@@ -892,3 +892,12 @@ def test_a_module_that_raises_within_the_forward_ends_there():
 
     parts = {"first": nn.Linear(8, 8), "norm": nn.LayerNorm(8), "weight": nn.Parameter(torch.randn(4, 8))}
     assert tapped(Of(forward, stop=Of(stop), **parts), torch.randn(8, 8)) == ["(model)"]
+
+
+@pytest.mark.parametrize("samples", [4, 8])
+def test_an_example_that_the_forward_overwrites_is_put_back(samples):
+    model = Of(lambda m, x: m.encoder(x.sub_(1).div_(2)), encoder=encoder())
+    example = torch.randn(samples, 8)
+    expected = example.clone()
+    assert tapped(model, example) == ["encoder.2"]
+    assert torch.equal(example, expected)

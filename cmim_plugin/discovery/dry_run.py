@@ -70,7 +70,7 @@ def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[lis
 def _dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:
     inputs = as_inputs(example)
     _check(model)
-    with preserve_state(model), torch.enable_grad(), force_eager():
+    with preserve_state(model, [t for _, t in tensors_in(inputs)]), torch.enable_grad(), force_eager():
         _seed(0)  # the result is to depend on the model alone
         model.train()
         _awaken(model)

@@ -30,15 +30,15 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def preserve_state(model: nn.Module) -> Iterator[None]:
-    """Put back, afterwards, everything that forward passes change in a model and around it.
+def preserve_state(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Put back, afterwards, everything that forward passes change in a model, in its inputs and around it.
 
     That is: parameters, buffers and other tensors, their gradients and attributes; modes, hooks and other attributes
     of the modules; lists, dicts, sets, deques, numpy arrays and plain objects in these attributes, four levels deep;
     the global random generators and those that the model holds (torch, numpy, Python).
 
-    Buffers and tensors in attributes are copied. A parameter is copied only when a torch function is about to write
-    into it.
+    Buffers and tensors in attributes are copied. A parameter or an input is copied only when a torch function is about
+    to write into it.
 
     Not put back: global variables, class attributes, variables of closures, ``__slots__``, iterators, files,
     containers of more than 4,096 elements inside others, state of C++ extensions, and parameters that such an extension
@@ -56,7 +56,8 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
         copied = held.tensors.keys() - {id(p) for p in parameters}
         # An embedding with max_norm overwrites its weight where no function mode sees it.
         copied |= {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None}
-        guard = _CopyBeforeWrite(undo, [p for p in parameters if id(p) not in copied])
+        dense = [t for t in inputs if t.layout == torch.strided and not t.is_nested]
+        guard = _CopyBeforeWrite(undo, [t for t in (*parameters, *dense) if id(t) not in copied])
         for tensor in (*(everything[key] for key in copied), *(p.grad for p in parameters if p.grad is not None)):
             guard.copy(tensor)
         for p in parameters:
@@ -99,14 +100,14 @@ def _put_back_values(tensor: Tensor, data: Tensor, values: Tensor) -> None:
 
 
 class _CopyBeforeWrite(TorchFunctionMode):
-    """Copies a parameter before the first torch function that writes into its memory."""
+    """Copies a tensor before the first torch function that writes into its memory."""
 
-    def __init__(self, undo: contextlib.ExitStack, parameters: list[nn.Parameter]) -> None:
+    def __init__(self, undo: contextlib.ExitStack, tensors: list[Tensor]) -> None:
         super().__init__()
         self._undo = undo
         self._pending: dict[int, list[Tensor]] = {}
-        for p in parameters:
-            self._pending.setdefault(_storage(p), []).append(p)
+        for tensor in tensors:
+            self._pending.setdefault(_storage(tensor), []).append(tensor)
 
     def copy(self, tensor: Tensor) -> None:
         """Copy a tensor now."""
@@ -116,8 +117,8 @@ class _CopyBeforeWrite(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._pending and writes(func, kwargs):
             for _, tensor in tensors_in((args, kwargs)):
-                for p in self._pending.pop(_storage(tensor), ()):
-                    self.copy(p)
+                for pending in self._pending.pop(_storage(tensor), ()):
+                    self.copy(pending)
         return func(*args, **kwargs)
 
 
