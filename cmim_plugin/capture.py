@@ -336,6 +336,7 @@ class _ModuleHook(_Hook):
         call = None if running is None else running.close(self)
         if running is not None and call is not None and current_error() == call.error:
             running.pick_up(call.pickups, "output", output)
+            running.count(call)
 
 
 class _Listener(TorchFunctionMode):
@@ -347,6 +348,10 @@ class _Listener(TorchFunctionMode):
         self._pickups = [p for p in pickups if p.site.function is not None]
         self._functions = [p.site.function for p in self._pickups]
         self._calls: dict[Any, int] = {}
+
+    def times(self, function: Any) -> int:
+        """How often the function was called so far."""
+        return self._calls.get(function, 0)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

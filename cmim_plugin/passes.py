@@ -14,10 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from . import _compat
-from .discovery import BinaryActivation, Layout, Site
+from .discovery import BinaryActivation, Layout, Site, is_one_call
 from .errors import CMIMError, warn_once
 from .sampling import BackwardRule, sampled, stratified_indices
 
@@ -46,6 +45,11 @@ class Tap:
     binary: Site
     latent: Site | None
     layouts: tuple[Layout, Layout]
+
+    @property
+    def in_one_call(self) -> bool:
+        """Whether both sides are picked up in one call of a module: then they belong together in every pass."""
+        return self.latent is None or is_one_call(self.binary, self.latent)
 
     @classmethod
     def of(cls, found: BinaryActivation) -> Tap:
@@ -105,7 +109,7 @@ class Call:
     def __init__(self, hook: object, pickups: Sequence[Pickup]) -> None:
         self.hook = hook
         self.pickups = pickups
-        self.listener: TorchFunctionMode | None = None
+        self.listener: Any = None
         #: The exception that was being handled when the call started. A call that raised ends with another one.
         self.error = current_error()
 
@@ -146,6 +150,8 @@ class Pass:
         self.failures: dict[int | None, str] = {}
         #: Whether a part of the model is compiled, and its root is not.
         self.partly_compiled = False
+        #: Taps of which a function was called another number of times than in the dry run.
+        self.miscounted: list[int] = []
         #: Taps whose binary activation came without a gradient.
         self.without_gradient: set[int] = set()
         #: Calls of modules that run, the innermost last, and how often each module was called so far.
@@ -195,6 +201,13 @@ class Pass:
             if call.hook is hook:
                 return call
 
+    def count(self, call: Call) -> None:
+        """A call has ended: note the taps of which it called a function more or less often than in the dry run."""
+        for p in call.pickups:
+            if call.listener is not None and p.site.function is not None:
+                times = call.listener.times(p.site.function)
+                self.miscounted += [p.tap] if times != p.site.times else []
+
     def abandon(self) -> None:
         """The pass did not come to its end."""
         while self.open:
@@ -210,6 +223,7 @@ class Pass:
         Raises:
             CMIMError: something went wrong, or nothing is left to train.
         """
+        left_out = self._leave_out_miscounted()
         failures = {k: why for k, why in self.failures.items() if k is not None}
         fatal = [k for k in failures if k not in self.without_gradient]
         lines = [f"Tap {self.taps[k].name}: {why}." for k, why in failures.items()]
@@ -217,15 +231,34 @@ class Pass:
         if None in self.failures or fatal or (failures and not reached):
             whole = [self.failures[None]] if None in self.failures else []
             raise CMIMError("\n".join(["The forward pass could not be captured.", *whole, *lines]))
-        if not self.calls and not may_reach_none:
+        if not reached and not may_reach_none:
             raise CMIMError(
                 "The forward pass reached none of the taps. A model that was compiled and run before CMIM was attached "
                 "does that (attach first, or call torch._dynamo.reset()), inputs that take another way through it, "
                 "modules that were replaced, and hooks that other code cleared (attach again)."
             )
         missing = [k for k in self.pairs if k not in reached and k not in failures]
-        lines += [f"The forward pass did not reach tap {self.taps[k].name}." for k in missing]
+        lines += [
+            f"Tap {self.taps[k].name}: a function or module was called more or less often than in the dry run: which "
+            "latent is its own is not known."
+            if k in left_out
+            else f"The forward pass did not reach tap {self.taps[k].name}."
+            for k in missing
+        ]
         warn_once(plugin, *(f"{line} It adds nothing to the loss." for line in lines))
+
+    def _leave_out_miscounted(self) -> list[int]:
+        """Where a module or function was called another number of times than in the dry run, and the sides of a tap are
+        not of one call, which of them belong together is not known. Those taps are left out, and returned."""
+        left_out = []
+        for k, pair in self.pairs.items():
+            tap = self.taps[k]
+            sites = [site for site in (tap.binary, tap.latent) if site is not None]
+            other_calls = any(self.calls.get(site.module, 0) != site.calls for site in sites)
+            if pair.complete and (k in self.miscounted or (other_calls and not tap.in_one_call)):
+                left_out.append(k)
+        self.pairs.update({k: Pair() for k in left_out})
+        return left_out
 
     def ask_for_one_pass(self) -> None:
         """The gradients of the contrast and of the network's loss are to come in one backward pass."""
@@ -303,7 +336,25 @@ class Pass:
 
 def _unmasked(values: Tensor, side: int, layout: Layout) -> Tensor:
     """Zero where attention scores were masked, by minus infinity or by a number far below all others."""
-    return F.threshold(values, _MASKED, 0.0) if side == LATENT and layout.spatial is None else values
+    if side != LATENT or layout.spatial is not None:
+        return values
+    if torch.compiler.is_compiling():
+        return F.threshold(values, _MASKED, 0.0)
+    found: Tensor = _Unmask.apply(values)
+    return found
+
+
+class _Unmask(torch.autograd.Function):
+    """``F.threshold``, which saves a tensor: checkpointing counts those, and we capture nothing when it recomputes."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        ctx.masked = values <= _MASKED
+        return values.masked_fill(ctx.masked, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.masked_fill(ctx.masked, 0)
 
 
 def current_error() -> int:

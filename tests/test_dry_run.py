@@ -2,8 +2,12 @@
 
 import copy
 import functools
+import queue
 import random
+import threading
+import time
 import types
+import warnings
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 
@@ -13,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cmim_plugin import CMIMError, find_binary_activations
+from cmim_plugin import CMIM, CMIMError, find_binary_activations
 from cmim_plugin.discovery import discover
+from cmim_plugin.passes import Pass
 
 
 class Sign(torch.autograd.Function):
@@ -752,12 +757,76 @@ class Dropped(nn.Module):
         return self.head(x)
 
 
-def test_a_latent_that_is_another_layers_in_some_passes_is_not_tapped():
+class Varied(nn.Module):
+    """Steps over time, then one sign in the forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.wx, self.wh, self.norm, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        h = x.new_zeros(len(x), 16)
+        for t in range(x.shape[1]):
+            h = self.norm(self.wx(x[:, t]) + self.wh(h))
+        return self.head(Sign.apply(h))
+
+
+class Summed(nn.Module):
+    """A sum over time, then the detach trick in the forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        h = sum(self.stem(step) for step in x.unbind(1))
+        return self.head(h + (torch.where(h >= 0, 1.0, -1.0) - h).detach())
+
+
+class DrawnAtOnce(Dropped):
+    def forward(self, x):
+        x = self.stem(x)
+        for keep, layer in zip(torch.rand(4) > 0.3, self.layers, strict=True):
+            if keep:
+                x = x + layer(Sign.apply(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    "build, example, inputs",
+    [
+        (Dropped, torch.randn(8, 8), [torch.randn(8, 8)] * 30),
+        (DrawnAtOnce, torch.randn(8, 8), [torch.randn(8, 8)] * 30),
+        (Varied, torch.randn(4, 5, 8), [torch.randn(4, steps, 8) for steps in (5, 9, 5, 3, 5)]),
+        (Summed, torch.randn(4, 5, 8), [torch.randn(4, steps, 8) for steps in (5, 9, 5, 3, 5)]),
+    ],
+    ids=["skipped", "skipped, drawn at once", "recurrent", "sum over time"],
+)
+def test_no_code_is_contrasted_with_the_latent_of_another_call(build, example, inputs, monkeypatch):
+    seen, take = {}, Pass.take
+
+    def see(self, k, side, x):
+        seen[k, side] = x.detach()
+        take(self, k, side, x)
+
+    monkeypatch.setattr(Pass, "take", see)
+    torch.manual_seed(0)
     random.seed(0)
-    model = Dropped()
-    found = {f.name: f.reason for f in find_binary_activations(model, torch.randn(8, 8))}
-    # The first layer's latent is the stem's output, always; those of the others are sums, counted in the forward.
-    assert [reason and "from pass to pass" in reason for reason in found.values()] == [None, True, True, True]
+    model = build()
+    cmim = CMIM(model, example, taps_per_step=None)
+    contrasted = 0
+    for x in inputs:
+        seen.clear()
+        model(x)
+        (captured,) = cmim._capture._waiting.values()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            cmim(model)
+        for k, pair in captured.pairs.items():
+            if pair.complete:
+                contrasted += 1
+                assert torch.equal(seen[k, 0] > 0, seen[k, 1] >= 0), cmim.taps[k].name
+    assert contrasted >= len(inputs) // 2
 
 
 def test_a_shared_module_that_is_called_a_random_number_of_times_is_not_tapped():
@@ -774,6 +843,97 @@ def test_a_shared_module_that_is_called_a_random_number_of_times_is_not_tapped()
     layers = [nn.Sequential(nn.Linear(a, b), nn.LayerNorm(b)) for a, b in zip([8, *widths], widths, strict=False)]
     model = nn.Sequential(nn.Linear(8, 8), Of(forward, act=Binary(), layers=nn.ModuleList(layers)))
     assert any("from pass to pass" in reason for reason in reasons(model, torch.randn(8, 8)).values())
+
+
+@pytest.mark.parametrize("drawn", [lambda: random.random(), lambda: float(torch.rand(1))], ids=["random", "torch"])
+def test_a_size_or_a_flip_drawn_in_the_forward_hides_no_tap(drawn):
+    class Conv(nn.Conv2d):
+        def __init__(self):
+            super().__init__(8, 8, 3, padding=1)
+            self.norm = nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return F.conv2d(Sign.apply(self.norm(x)), self.weight, self.bias, padding=1)
+
+    def forward(m, x):
+        x = F.interpolate(x, size=int(8 + 16 * drawn()))
+        return m.net(x.flip(-1) if drawn() < 0.5 else x)
+
+    model = Of(forward, net=nn.Sequential(nn.Conv2d(3, 8, 3), Conv(), nn.BatchNorm2d(8), Binary(), nn.Conv2d(8, 8, 3)))
+    assert tapped(model, torch.randn(4, 3, 8, 8)) == ["net.1", "net.3"]
+
+
+def test_branches_that_are_alike_as_they_are_initialised_are_taps_of_their_own():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.alpha = nn.Linear(16, 16), nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return x + self.alpha * self.layer(Sign.apply(x))
+
+    assert tapped(nn.Sequential(nn.Linear(8, 16), *[Block() for _ in range(3)]), torch.randn(8, 8)) == ["1", "2", "3"]
+
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift, self.layer = nn.Parameter(torch.zeros(16)), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.layer(Sign.apply(x + self.shift))
+
+    parts = {name: Shifted() for name in ("query", "key", "value")}
+    attention = Of(lambda m, x: (m.query(x) @ m.key(x).mT).softmax(-1) @ m.value(x), **parts)
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), attention)
+    assert tapped(model, torch.randn(4, 6, 8)) == ["2.query", "2.key", "2.value"]
+
+
+def test_siamese_text_of_equal_ids_is_two_taps():
+    text = nn.Sequential(nn.Embedding(20, 8), nn.LayerNorm(8), Binary(), nn.Linear(8, 8))
+    ids = torch.zeros(2, 6, dtype=torch.long)
+    model = Of(lambda m, a, b: (m.text(a) * m.text(b)).sum(), text=text)
+    assert tapped(model, (ids, ids.clone())) == ["text.2", "text.2#2"]
+
+
+def test_a_permutation_that_is_drawn_stays_one():
+    drawn = []
+
+    def forward(m, x):
+        drawn.append(torch.randperm(x.shape[1]))
+        return m.encoder(x[:, drawn[-1]])
+
+    assert tapped(Of(forward, encoder=encoder()), torch.randn(4, 8)) == ["encoder.2"]
+    assert all(sorted(p.tolist()) == list(range(8)) for p in drawn)
+
+
+def test_a_thread_that_waits_for_what_the_model_holds_waits_on():
+    model = Of(lambda m, x: (m.queue.put(1), m.encoder(x))[1], encoder=encoder(), queue=queue.Queue())
+    done = []
+
+    def drain():
+        while model.queue.get() is not None:
+            done.append(1)
+
+    thread = threading.Thread(target=drain, daemon=True)
+    thread.start()
+    time.sleep(0.05)  # until it waits
+    assert tapped(model, torch.randn(4, 8)) == ["encoder.2"]
+    model.queue.put(None)
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+
+
+def test_attributes_of_any_kind_are_in_nobodys_way():
+    class Gone:
+        pass
+
+    gone = Gone()
+    proxy = weakref.proxy(gone)
+    del gone
+    nested = torch.nested.nested_tensor([torch.zeros(2)])
+    model = Of(lambda m, x: m.encoder(x), encoder=encoder(), things=[proxy, random.SystemRandom(), nested])
+    model.meta = torch.empty(2, device="meta")
+    assert tapped(model, torch.randn(4, 8)) == ["encoder.2"]
 
 
 @pytest.mark.parametrize("samples", [2, 3, 4, 5])

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from cmim_plugin import CMIM, CMIMError, CMIMWarning
 from cmim_plugin.discovery import Layout
@@ -581,3 +582,43 @@ def test_an_exported_model_is_the_bare_one_and_the_pass_that_waits_stays():
     assert (nodes(model), nodes(model, **batch_of_any_size)) == expected
     loss = cmim(model)
     assert type(loss) is torch.Tensor and loss > 0
+
+
+def test_a_pass_of_another_length_says_why_a_tap_is_left_out():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.act, self.head = nn.LayerNorm(8), Binary(), nn.Linear(8, 3)
+            self.stem, self.last = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), Binary(), nn.Linear(8, 3))
+
+        def forward(self, x):
+            h = self.stem(x[:, 0])
+            for step in x.unbind(1):
+                h = self.norm(h + step)
+            return self.head(torch.where(h >= 0, 1.0, -1.0) - h.detach() + h) + self.last(h)
+
+    model = Model()
+    cmim = CMIM(model, torch.randn(4, 5, 8))
+    assert len(cmim.taps) == 2
+    model(torch.randn(4, 7, 8))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert cmim(model) > 0
+    assert "more or less often than in the dry run" in str(caught[0].message)
+
+
+@pytest.mark.parametrize("instances", ["position", "image"])
+def test_tokens_may_be_checkpointed(instances):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+            self.block = nn.Sequential(nn.LayerNorm(16), Binary(), nn.Linear(16, 16))
+
+        def forward(self, x):
+            return self.head(checkpoint(self.block, self.stem(x), use_reentrant=False))
+
+    model, x = Model(), torch.randn(4, 6, 8)
+    cmim = CMIM(model, x, instances=instances)
+    (model(x).square().mean() + cmim(model)).backward()
+    assert model.stem.weight.grad.any()

@@ -2,6 +2,7 @@
 
 from .codes import is_two_valued
 from .find import BinaryActivation, Discovery, discover, find_binary_activations
+from .history import is_one_call
 from .inputs import BatchSource
 from .layout import Layout
 from .trace import Site
@@ -14,5 +15,6 @@ __all__ = [
     "Site",
     "discover",
     "find_binary_activations",
+    "is_one_call",
     "is_two_valued",
 ]

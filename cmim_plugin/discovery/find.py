@@ -125,14 +125,8 @@ def _found_in(trace: Trace, others: list[Trace]) -> list[_Found]:
                 continue  # a weight, a mask or a learned token
             described = _described(history, b)
             if described.activation.tapped and value.code is not None:
-                pair = tuple(
-                    (codes.value.code, latent.value.fingerprint)
-                    for codes, latent in zip(
-                        [b.source, *history.again(b.source.site)],
-                        [b.latents[0], *history.again(b.latents[0].site)],
-                        strict=False,
-                    )
-                )
+                # One latent tensor, not equal ones: branches may be alike only as they are initialised.
+                pair = value.code, id(b.latents[0].value)
                 if pair in pairs:
                     continue  # query, key and value binarize one latent to the same codes
                 pairs.add(pair)
@@ -162,8 +156,8 @@ def _described(history: History, b: Binarization) -> _Found:
         channels=layout.channels(shape),
         reason=None,
         module=module,
-        binary=binary.site,
-        latent=latent.site,
+        binary=history.trace.counted(binary.site),
+        latent=history.trace.counted(latent.site),
         binary_layout=layout,
         latent_layout=latent_layout,
         latent_channels=latent_layout.channels(latent_shape),

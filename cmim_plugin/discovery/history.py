@@ -30,6 +30,7 @@ from .functions import (
     STEPS,
     SUMS,
 )
+from .layout import Layout
 from .trace import Event, Sighting, Site, Trace, kept_positions
 
 # How far equal samples are apart at most, in distances between different ones: a rounding error flips some signs.
@@ -62,8 +63,6 @@ class History:
     def __init__(self, trace: Trace, others: list[Trace]) -> None:
         self.trace = trace
         self._others = others
-        #: Whether single random numbers are drawn in the forward.
-        self.decides = any(t.decides for t in (trace, *others))
         self._again: list[dict[Site, Sighting]] = [{s.site: s for s in other.sightings} for other in others]
         self._of_value: dict[int, list[Sighting]] = defaultdict(list)
         #: Code -> calls that made it out of something that is not two-valued.
@@ -208,17 +207,28 @@ class History:
         known = [apart for apart in seen if apart is not None]
         return min(known) < _ALIKE if known else None
 
-    def pair_differs(self, codes: Sighting, latent: Sighting) -> bool:
-        """Whether, at the sites of a_B and a_F, another trace has other channels, or codes of another latent."""
+    def pair_differs(self, codes: Sighting, latent: Sighting, layout: Layout) -> bool:
+        """Whether, at the sites of a_B and a_F, another trace has other channels, or codes of another latent.
+
+        Traces that call the modules and functions of the sites another number of times say nothing: in training, such
+        a pass is left out.
+        """
         is_sign = is_sign_of(self.trace, codes, latent)
+        sites = codes.site, latent.site
         for trace, seen in zip(self._others, self._again, strict=True):
-            if codes.site in seen and latent.site in seen:
-                other, of_other = seen[codes.site], seen[latent.site]
-                if other.value.shape[1:] != codes.value.shape[1:]:
+            alike = is_one_call(*sites) or all(trace.counted(site) == self.trace.counted(site) for site in sites)
+            if alike and all(site in seen for site in sites):
+                other, of_other = (seen[site] for site in sites)
+                if layout.channels(other.value.shape) != layout.channels(codes.value.shape):
                     return True
                 if is_sign and _is_two_valued(other) and not is_sign_of(trace, other, of_other):
                     return True
         return False
+
+
+def is_one_call(binary: Site, latent: Site) -> bool:
+    """Whether both sides are picked up in one call of a module."""
+    return (binary.module, binary.call) == (latent.module, latent.call)
 
 
 def _is_product_or_lookup(event: Event) -> bool:

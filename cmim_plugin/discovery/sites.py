@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from .functions import CONVOLUTIONS, PRODUCTS
-from .history import Binarization, History, is_sign_of
-from .trace import Event, Sighting, Site
+from .history import Binarization, History, is_one_call, is_sign_of
+from .layout import Layout
+from .trace import Event, Sighting
 
 FROZEN = "everything before it is frozen: no gradient reaches it"
 NO_GRADIENT = "it is made without a gradient (under no_grad or detached)"
@@ -62,8 +63,8 @@ def reason_against_shapes(
         return "the convolution receives a single sample, without a batch dimension"
     if spatial is not None and spatial >= len(latent.value.shape):
         return f"its latent has another rank: {tuple(latent.value.shape)} for {tuple(binary.value.shape)}"
-    if history.pair_differs(binary, latent) or (history.decides and not is_tied(binary.site, latent.site)):
-        return "which latent is its own may differ from pass to pass: the forward draws what it calls"
+    if history.pair_differs(binary, latent, Layout(spatial)):
+        return "its latent, or its number of channels, is another one from pass to pass: layers are skipped at random"
     return None
 
 
@@ -101,22 +102,21 @@ def child(history: History, latent: Sighting, module: str, call: int) -> str:
     return ""
 
 
-def is_tied(binary: Site, latent: Site) -> bool:
-    """Whether the two sites are of one call, or of whole modules.
-
-    Else one of them is the n-th call of a function in some forward, and a layer that is skipped would shift it alone.
-    """
-    whole = binary.function is None and latent.function is None
-    return whole or (binary.module, binary.call) == (latent.module, latent.call)
-
-
 def cheapest(binaries: Sequence[Sighting], latents: Sequence[Sighting], module: str) -> tuple[Sighting, Sighting]:
-    """Where to pick a_B and a_F up: at sites that are tied, by plain hooks, in the module that binarizes."""
+    """Where to pick a_B and a_F up: in one call or by plain hooks, by few functions, in the module that binarizes.
+
+    Else one of them is the n-th call of a function in some forward, and a layer that is skipped shifts it alone.
+    """
 
     def cost(pair: tuple[Sighting, Sighting]) -> tuple[Any, ...]:
         sites = [s.site for s in pair]
         functions = sum(site.function is not None for site in sites)
-        return not is_tied(*sites), functions, sum(site.module != module for site in sites), [s.seq for s in pair]
+        return (
+            functions > 0 and not is_one_call(*sites),
+            functions,
+            sum(site.module != module for site in sites),
+            [s.seq for s in pair],
+        )
 
     return min(((b, f) for b in binaries for f in latents if b.in_graph and f.in_graph), key=cost)
 

@@ -7,6 +7,7 @@ import functools
 import random
 import sys
 import types
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -21,6 +22,7 @@ from .inputs import tensors_in
 # How far containers and objects are followed into each other, and up to which length.
 _DEPTH, _LENGTH = 4, 4096
 _NOT_FOLLOWED = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType, torch.Generator)
+_OF_THREADS = ("threading", "queue", "concurrent", "multiprocessing", "asyncio", "logging")
 _PLAIN = (str, int, float, bool, bytes, type(None))
 
 
@@ -142,7 +144,7 @@ class _Held:
     def follow(self, value: Any, depth: int = 0) -> None:
         """Note everything that can be reached from here."""
         if depth and isinstance(value, Tensor):
-            if not nn.parameter.is_lazy(value) and value.layout == torch.strided:
+            if not (nn.parameter.is_lazy(value) or value.is_nested or value.is_meta) and value.layout == torch.strided:
                 self.tensors[id(value)] = value
             return
         if id(value) in self._seen or depth > _DEPTH or (depth and isinstance(value, nn.Module)):
@@ -163,7 +165,7 @@ class _Held:
             self._keep_state(value)
         if depth < 2 or len(inner) <= _LENGTH:
             for item in inner:
-                if not isinstance(item, _PLAIN):
+                if type(item) not in weakref.ProxyTypes and not isinstance(item, _PLAIN):
                     self.follow(item, depth + 1)
 
     def _keep_content(self, container: Any) -> list[Any]:
@@ -174,7 +176,9 @@ class _Held:
     def _keep_state(self, value: Any) -> None:
         """Of random generators and arrays."""
         numpy: Any = sys.modules.get("numpy")
-        if isinstance(value, random.Random):
+        if isinstance(value, random.SystemRandom):
+            pass  # has no state
+        elif isinstance(value, random.Random):
             self._undo.callback(value.setstate, value.getstate())
         elif isinstance(value, torch.Generator) or (numpy and isinstance(value, numpy.random.RandomState)):
             self._undo.callback(value.set_state, value.get_state())
@@ -186,8 +190,9 @@ class _Held:
 
 
 def _is_state(value: Any) -> bool:
-    """Not one of torch's own functions, which keep what they have looked up."""
-    return not callable(value) or not type(value).__module__.startswith("torch")
+    """Not one of torch's own functions, which keep what they have looked up, and nothing that threads wait for."""
+    package = type(value).__module__.partition(".")[0]
+    return package not in _OF_THREADS and not (callable(value) and package == "torch")
 
 
 def _content(container: Any) -> list[Any]:

@@ -11,7 +11,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -42,6 +42,7 @@ class Site:
         kind: "input" or "output" of the module, or "argument" or "result" of a torch function called within it.
         path: keys that lead to the tensor within the (args, kwargs) pair or the output.
         function, nth: for the last two kinds, the function and which call of it since the module was entered.
+        calls, times: how often the dry run called the module in a pass, and the function in this call of the module.
     """
 
     module: str
@@ -50,6 +51,8 @@ class Site:
     path: Path
     function: Callable[..., Any] | None = None
     nth: int = 0
+    calls: int = 0
+    times: int = 0
 
 
 @dataclass(eq=False)
@@ -136,7 +139,8 @@ class Event:
 class Trace:
     """Everything seen in one forward pass, in order.
 
-    ``calls`` counts the calls of each module. ``decides``: single random numbers were drawn, as random structure does.
+    ``calls`` counts the calls of each module, ``functions`` those of each function in each call of a module.
+    ``decides``: single random numbers were drawn, as random structure does.
     ``time_major``: a recurrent layer or attention takes for time what is as long as the batch.
     """
 
@@ -144,8 +148,14 @@ class Trace:
     sightings: list[Sighting] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
+    functions: dict[tuple[str, int], Counter[Any]] = field(default_factory=dict)
     decides: bool = False
     time_major: bool = False
+
+    def counted(self, site: Site) -> Site:
+        """The site, with how often its module and its function are called here."""
+        functions = self.functions.get((site.module, site.call), Counter())
+        return replace(site, calls=self.calls[site.module], times=functions[site.function])
 
 
 def record(model: nn.Module, inputs: Inputs, batch: int, twins: bool = False) -> Trace:
@@ -214,7 +224,8 @@ class _Recorder(TorchFunctionMode):
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if module in self._names:
             self._see(output, "output")
-            self._scopes.pop()
+            name, call, before = self._scopes.pop()
+            self.trace.functions[name, call] = self._functions - before
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -251,7 +262,7 @@ class _Recorder(TorchFunctionMode):
         """Single random numbers are noted; of many, the last two samples get the same where they are equal."""
         self.trace.decides |= numbers.numel() == 1
         rows, rest = divmod(len(numbers) if numbers.ndim else 0, self.trace.batch)
-        if self._twins and rows and not rest:
+        if self._twins and rows and not rest and numbers.is_floating_point():  # not a permutation
             with _compat.unseen():
                 numbers.data[-rows:] = numbers.data[-2 * rows : -rows].clone()
 
