@@ -231,12 +231,6 @@ class Pass:
         if None in self.failures or fatal or (failures and not reached):
             whole = [self.failures[None]] if None in self.failures else []
             raise CMIMError("\n".join(["The forward pass could not be captured.", *whole, *lines]))
-        if not reached and not may_reach_none:
-            raise CMIMError(
-                "The forward pass reached none of the taps. A model that was compiled and run before CMIM was attached "
-                "does that (attach first, or call torch._dynamo.reset()), inputs that take another way through it, "
-                "modules that were replaced, and hooks that other code cleared (attach again)."
-            )
         missing = [k for k in self.pairs if k not in reached and k not in failures]
         lines += [
             f"Tap {self.taps[k].name}: a function or module was called more or less often than in the dry run: which "
@@ -245,6 +239,12 @@ class Pass:
             else f"The forward pass did not reach tap {self.taps[k].name}."
             for k in missing
         ]
+        if not reached and not may_reach_none:
+            raise CMIMError(
+                "The forward pass reached none of the taps. A model that was compiled and run before CMIM was attached "
+                "does that (attach first, or call torch._dynamo.reset()), inputs that take another way through it, "
+                "modules that were replaced, and hooks that other code cleared (attach again).\n" + "\n".join(lines)
+            )
         warn_once(plugin, *(f"{line} It adds nothing to the loss." for line in lines))
 
     def _leave_out_miscounted(self) -> list[int]:
