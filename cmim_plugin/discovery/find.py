@@ -125,8 +125,9 @@ def _found_in(trace: Trace, others: list[Trace]) -> list[_Found]:
                 continue  # a weight, a mask or a learned token
             described = _described(history, b)
             if described.activation.tapped and value.code is not None:
-                # One latent tensor, not equal ones: branches may be alike only as they are initialised.
-                pair = value.code, id(b.latents[0].value)
+                latent = b.latents[0]
+                # Of one tensor, for branches may be alike only as they are initialised.
+                pair = value.code, latent.value.fingerprint, id(history.origin(latent).value)
                 if pair in pairs:
                     continue  # query, key and value binarize one latent to the same codes
                 pairs.add(pair)

@@ -102,6 +102,15 @@ class History:
         arguments = [a for a in (event.arguments if event else ()) if a.value is not sighting.value]
         return [a for a in arguments if a.value.numel == size] if same_size else arguments
 
+    def origin(self, sighting: Sighting) -> Sighting:
+        """The tensor that this one is computed from by functions of nothing else, parameters included."""
+        while (event := self.producer(sighting)) is not None:
+            given = [a for a in self.given(sighting) if a.from_input]
+            if len(given) != 1 or len(event.shapes) > len(event.arguments):
+                break
+            sighting = given[0]
+        return sighting
+
     # -- from a product to what was binarized ------------------------------------------------------------------------
 
     def binarizations(self, consumer: Event, operand: Sighting) -> Iterator[Binarization]:
