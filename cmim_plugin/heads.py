@@ -108,10 +108,13 @@ class Heads(nn.Module):
             for ((_, width), group), of_group in zip(groups.items(), per_group, strict=True):
                 x = torch.stack([sides[p][0] for p in group]).to(weights.dtype)
                 projected.append((x @ of_group.view(len(group), width, -1)).flatten(0, 1))
+            z = torch.cat(projected)
+            # A code of zeros alone has no direction: its gradient would be that of _SHORTEST.
+            z = z * z.detach().any(-1, keepdim=True)
             # Unit length by the root mean square: on a GPU one kernel each way, where F.normalize launches sixteen.
             dim = self.embed_dim
             unit = weights.new_full((dim,), dim**-0.5)
-            z = nn.functional.rms_norm(torch.cat(projected), (dim,), unit, eps=_SHORTEST**2 / dim)
+            z = nn.functional.rms_norm(z, (dim,), unit, eps=_SHORTEST**2 / dim)
         found = dict(zip(order, z.split([len(sides[p][0]) for p in order]), strict=True))
         return torch.cat([found[p] for p in range(len(sides))]).view(2, -1, self.embed_dim)
 

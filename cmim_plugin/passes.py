@@ -18,7 +18,7 @@ from torch import Tensor
 from . import _compat
 from .discovery import BinaryActivation, Layout, Site, is_one_call
 from .errors import CMIMError, warn_once
-from .sampling import BackwardRule, sampled, stratified_indices
+from .sampling import BackwardRule, indices_among, sampled, upper_half
 
 BINARY, LATENT = 0, 1
 # Below this, a latent was masked: float16 has -65504, and many write -10000.
@@ -139,7 +139,7 @@ class Pass:
     ) -> None:
         self.taps = taps
         self.scheduled = tuple(scheduled)
-        self.draws = draws
+        self.random = None if draws is None else upper_half(draws)
         self.training = training
         self.batch_size = batch_size
         self.mask = mask
@@ -152,8 +152,8 @@ class Pass:
         self.partly_compiled = False
         #: Taps of which a function was called another number of times than in the dry run.
         self.miscounted: list[int] = []
-        #: Taps whose binary activation came without a gradient.
-        self.without_gradient: set[int] = set()
+        #: Taps whose failure is no error: they add nothing to the loss.
+        self.without_part: set[int] = set()
         #: Calls of modules that run, the innermost last, and how often each module was called so far.
         self.open: list[Call] = []
         self.calls: dict[str, int] = {}
@@ -225,7 +225,7 @@ class Pass:
         """
         left_out = self._leave_out_miscounted()
         failures = {k: why for k, why in self.failures.items() if k is not None}
-        fatal = [k for k in failures if k not in self.without_gradient]
+        fatal = [k for k in failures if k not in self.without_part]
         lines = [f"Tap {self.taps[k].name}: {why}." for k, why in failures.items()]
         reached = [k for k, pair in self.pairs.items() if pair.complete]
         if None in self.failures or fatal or (failures and not reached):
@@ -271,13 +271,18 @@ class Pass:
         tap, pair = self.taps[k], self.pairs[k]
         layout = tap.layouts[side]
         if side == BINARY and self.observer is None and not x.requires_grad:
-            self.without_gradient.add(k)
+            self.without_part.add(k)
             raise CMIMError(
                 "its binary activation came without a gradient. Layers that were frozen do that (nothing is left to "
                 "train there), and reentrant activation checkpointing (pass use_reentrant=False to checkpoint)"
             )
         wanted = tap.channels if side == BINARY else tap.latent_channels
         if (found := layout.channels(x.shape)) != wanted:
+            if layout.scores:
+                self.without_part.add(k)
+                raise CMIMError(
+                    f"its channels are the {found} tokens of this batch, and were {wanted} when CMIM was attached"
+                )
             raise CMIMError(
                 f"it has {found} channels, and had {wanted} when CMIM was attached. After pruning, or after another "
                 "change of the layers, attach again"
@@ -293,12 +298,12 @@ class Pass:
                     f"its {rows} rows are not a whole number of windows for each of {self.batch_size} samples"
                 )
             pair.batch_size = self.batch_size or 0
-        if self.draws is None:
+        if self.random is None:
             pair.rows[side] = layout.pooled(_unmasked(x, side, layout), pair.batch_size)
             return
-        if x.device != self.draws.device:
+        if x.device != self.random.device:
             raise CMIMError(
-                f"it is on {x.device}, the heads are on {self.draws.device}: call cmim.to({str(x.device)!r}), or "
+                f"it is on {x.device}, the heads are on {self.random.device}: call cmim.to({str(x.device)!r}), or "
                 "attach after moving the model"
             )
         total = layout.positions(x.shape)
@@ -314,15 +319,15 @@ class Pass:
 
     def _positions(self, k: int, layout: Layout, x: Tensor) -> tuple[Tensor, Tensor]:
         """The positions of a tap, ``(n,)``, and where their channels stand in the activation, ``(n, C)``."""
-        assert self.draws is not None
+        assert self.random is not None
         total, slot = layout.positions(x.shape), self.scheduled.index(k)
         if torch.compiler.is_compiling():
-            index = stratified_indices(self.draws[slot], total)
+            index = indices_among(self.random[slot], total)
             return index, layout.elements(index, x.shape)
         # Of all taps at once, for each shape: two small operations instead of two for each tap and side.
         key = layout, x.shape
         if key not in self._elements:
-            of_all = stratified_indices(self.draws, total)
+            of_all = indices_among(self.random, total)
             self._elements[key] = of_all, layout.elements(of_all, x.shape)
         index, elements = self._elements[key]
         return index[slot], elements[slot]

@@ -14,7 +14,7 @@ from .errors import CMIMError
 from .objectives import NCE
 from .passes import Pass
 from .plugin import CMIM
-from .sampling import advance, new_draws, seeded_generator
+from .sampling import advance, new_draws, seeded_generator, upper_half
 
 # As in the code of CRD (arXiv 1910.10699), which the published code took over.
 _EPSILON = 1e-7
@@ -212,6 +212,6 @@ class MemoryBank(nn.Module):
         drawn = []
         for _ in range(len(indices)):
             advance(self.draws)
-            drawn.append(self.draws >> 32)
+            drawn.append(upper_half(self.draws))
         place = torch.stack(drawn).remainder(len(self.targets) - size)
         return self.order[torch.where(place < first, place, place + size)]

@@ -120,13 +120,22 @@ def stratified_indices(draws: Tensor, total: int) -> Tensor:
     Returns:
         ``(..., min(n, total))`` int64 below ``total``, in rising order.
     """
-    count = min(draws.shape[-1], total)
-    # The upper half of the bits: the lower ones of such a generator have short periods.
-    random = draws[..., :count] >> 32
+    return indices_among(upper_half(draws), total)
+
+
+def upper_half(draws: Tensor) -> Tensor:
+    """Of the bits: the lower ones of such a generator have short periods."""
+    return draws >> 32
+
+
+def indices_among(random: Tensor, total: int) -> Tensor:
+    """:func:`stratified_indices`, by the upper halves of the draws."""
+    count = min(random.shape[-1], total)
+    random = random[..., :count]
     if not torch.compiler.is_compiling() and count and total % count == 0:  # half as many kernels
         length = total // count
-        return torch.arange(0, total, length, device=draws.device) + random.remainder(length)
-    edges = torch.arange(0, (count + 1) * total, max(total, 1), device=draws.device) // max(count, 1)
+        return torch.arange(0, total, length, device=random.device) + random.remainder(length)
+    edges = torch.arange(0, (count + 1) * total, max(total, 1), device=random.device) // max(count, 1)
     start = edges[:-1]
     return start + random.remainder(edges[1:] - start)
 

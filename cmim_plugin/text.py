@@ -30,9 +30,17 @@ def folded(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
         alike.setdefault((_NUMBERS.sub("{}", name), *rest), []).append([int(n) for n in _NUMBERS.findall(name)])
     found: list[tuple[str, ...]] = []
     for (template, *rest), of_rows in alike.items():
-        ranges = [(min(column), max(column)) for column in zip(*of_rows, strict=True)]
-        if len(of_rows) == math.prod(last - first + 1 for first, last in ranges):
-            found.append((template.format(*(f"{a}-{b}" if a < b else f"{a}" for a, b in ranges)), *rest))
-        else:
-            found += [(template.format(*numbers), *rest) for numbers in of_rows]
+        names = [template.format(*(f"{a}-{b}" if a < b else f"{a}" for a, b in box)) for box in _boxes(of_rows)]
+        found += [(name, *rest) for name in names]
     return found
+
+
+def _boxes(rows: list[list[int]], column: int = 0) -> list[list[tuple[int, int]]]:
+    """The first and last number of each column, where the rows are all combinations; else those of parts of them."""
+    ranges = [(min(numbers), max(numbers)) for numbers in zip(*rows, strict=True)]
+    if len(rows) == math.prod(last - first + 1 for first, last in ranges):
+        return [ranges]
+    parts: dict[int, list[list[int]]] = {}
+    for row in rows:
+        parts.setdefault(row[column], []).append(row)
+    return [box for part in parts.values() for box in _boxes(part, column + 1)]

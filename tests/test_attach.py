@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cmim_plugin import CMIM, NCE, CMIMError, CMIMWarning, InfoNCE, find_binary_activations
+from cmim_plugin.text import folded
 from networks import (
     BIREAL,
     METHODS,
@@ -558,3 +559,8 @@ def test_models_that_a_dry_run_would_break_are_refused():
         CMIM(network().to("meta"), X)
     with torch.inference_mode(), pytest.raises(CMIMError, match=r"outside of torch.inference_mode\(\)"):
         CMIM(network(), X)
+
+
+def test_names_of_a_resnet_fold_stage_by_stage():
+    rows = [(f"layer{stage}.{block}.binary", "16") for stage, block in [(1, 0), (1, 1), (1, 2), (2, 0), (3, 4)]]
+    assert folded(rows) == [("layer1.0-2.binary", "16"), ("layer2.0.binary", "16"), ("layer3.4.binary", "16")]

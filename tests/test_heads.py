@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmim_plugin import CMIM
 from cmim_plugin.heads import Heads
@@ -416,3 +416,19 @@ def test_heads_that_learn_or_are_not_meant_to_are_not_told(backwards, settings):
 def test_a_bound_that_is_zero_after_a_thousand_losses_is_told_once():
     warned = losses(1010, 1, same_codes=True)
     assert len(warned) == 1 and "After 1000 losses the bound of every tap is still zero" in warned[0]
+
+
+def test_rows_of_zeros_get_no_gradient_and_the_others_theirs():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), Binary(), nn.Linear(8, 3))
+    heads = CMIM(model, torch.randn(8, 6)).heads
+    rows = (torch.rand(5, 8) < 0.3).float()
+    rows[2] = 0
+    gradients = []
+    for kept in (torch.arange(5), torch.tensor([0, 1, 3, 4])):
+        x = rows[kept].clone().requires_grad_()
+        z = heads([0], [(x, x.detach())])
+        z[0].pow(3).sum().backward()
+        gradients.append(x.grad)
+    assert not gradients[0][2].any()
+    assert torch.equal(gradients[0][[0, 1, 3, 4]], gradients[1])

@@ -113,7 +113,7 @@ def test_kernels_are_counted_by_stage_without_views_and_allocations():
 
 def test_a_step_with_cmim_launches_few_more_kernels():
     _, added = kernel_count.added_kernels("bireal", "resnet20")
-    assert added.total() <= 130, "\n".join(map(str, sorted(added.items())))
+    assert added.total() <= 131, "\n".join(map(str, sorted(added.items())))
 
 
 @pytest.mark.slow

@@ -622,3 +622,14 @@ def test_tokens_may_be_checkpointed(instances):
     cmim = CMIM(model, x, instances=instances)
     (model(x).square().mean() + cmim(model)).backward()
     assert model.stem.weight.grad.any()
+
+
+def test_batches_padded_to_another_length_leave_the_attention_maps_out():
+    ids, mask = torch.randint(20, (4, 12)), torch.ones(4, 12, dtype=torch.long)
+    model = Scores(-1e4)
+    model.head = nn.Sequential(nn.Linear(16, 16), Binary(), nn.Linear(16, 5))
+    cmim = CMIM(model, {"ids": ids, "attention_mask": mask})
+    assert len(cmim.taps) == 2
+    model(ids=ids[:, :9], attention_mask=mask[:, :9])
+    with pytest.warns(CMIMWarning, match="its channels are the 9 tokens of this batch, and were 12"):
+        assert cmim(model) > 0

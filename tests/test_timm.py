@@ -52,8 +52,12 @@ def forward(model, images):
 def count_inputs(model, names, images):
     """How many distinct inputs each layer binarizes in one forward pass, and which layer with a weight runs first.
 
-    Layers that are given equal tensors share one binary activation: it counts for the first of them.
+    Layers that are given equal tensors share one binary activation: it counts for the first of them. Tensors that are
+    equal only as the model is initialised are told apart.
     """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=1e-3)
     counts, seen, order = Counter(dict.fromkeys(names, 0)), [], []
 
     def note(name, x):

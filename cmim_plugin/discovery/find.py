@@ -18,10 +18,21 @@ from typing import Any
 from torch import nn
 
 from .dry_run import dry_run
+from .functions import CONVOLUTIONS
 from .history import Binarization, History, operands
 from .inputs import BatchSource
 from .layout import Layout
-from .sites import FROZEN, NO_GRADIENT, cheapest, child, reason_against, reason_against_shapes, scope, spatial_dims
+from .sites import (
+    FROZEN,
+    NO_GRADIENT,
+    cheapest,
+    child,
+    is_of_activations,
+    reason_against,
+    reason_against_shapes,
+    scope,
+    spatial_dims,
+)
 from .trace import FEW_LEVELS, Site, Trace
 
 # An operand of at most a few values among so many elements is listed as quantized to more than one bit.
@@ -150,8 +161,9 @@ def _described(history: History, b: Binarization) -> _Found:
         reason = reason_against_shapes(history, b, binary, latent, spatial)
     if reason is not None:
         return _Found(BinaryActivation("", 0, reason, module), place)
-    layout = Layout(spatial, windowed=shape[0] != history.trace.batch)
-    latent_layout = Layout(spatial, windowed=latent_shape[0] != history.trace.batch)
+    scores = b.consumer.name not in CONVOLUTIONS and is_of_activations(b.consumer, b.operand)
+    layout = Layout(spatial, shape[0] != history.trace.batch, scores)
+    latent_layout = Layout(spatial, latent_shape[0] != history.trace.batch, scores)
     activation = BinaryActivation(
         name="",
         channels=layout.channels(shape),

@@ -17,10 +17,13 @@ class Layout:
             last and every dimension between the first and the last is a position (linear layer, tokens).
         windowed: whether one sample of the batch takes several rows of the first dimension, as in window attention,
             ``(B * windows, tokens, C)``. How many is read off each batch.
+        scores: whether the channels are multiplied with another activation, as attention maps are with the values:
+            their number may be that of the tokens.
     """
 
     spatial: int | None
     windowed: bool = False
+    scores: bool = False
 
     def channels(self, shape: torch.Size) -> int:
         """Channels of an activation of this shape."""

@@ -121,6 +121,12 @@ def cheapest(binaries: Sequence[Sighting], latents: Sequence[Sighting], module: 
     return min(((b, f) for b in binaries for f in latents if b.in_graph and f.in_graph), key=cost)
 
 
+def is_of_activations(consumer: Event, operand: Sighting) -> bool:
+    """Whether a product is one of two activations of the same batch."""
+    rows = operand.value.shape[:1]
+    return any(a is not operand and a.in_graph and a.value.shape[:1] == rows for a in consumer.arguments)
+
+
 def spatial_dims(shape: torch.Size, consumer: Event, operand: Sighting) -> int | None:
     """:attr:`Layout.spatial` of a binary tensor of this shape, from how its consumer contracts it.
 
@@ -137,7 +143,7 @@ def spatial_dims(shape: torch.Size, consumer: Event, operand: Sighting) -> int |
         return None
     if name == "linear":
         contracted = {received[-1]}
-    elif any(a is not operand and a.in_graph and a.value.shape[0] == received[0] for a in consumer.arguments):
+    elif is_of_activations(consumer, operand):
         # Two activations, as in attention: the features of a token are last.
         return None
     elif name in ("matmul", "rmatmul", "bmm", "mm"):
