@@ -46,7 +46,7 @@ def assert_close(found, expected):
     [
         ("IR-Net", "position", 1),
         pytest.param("Bi-Real", "position", None, marks=pytest.mark.slow),
-        ("Bi-Real", "image", 1),
+        pytest.param("Bi-Real", "image", 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_compiled_model_gives_the_losses_and_gradients_of_the_eager_one_with_all_taps(

@@ -257,7 +257,12 @@ def rewrapped(model: nn.Module, how: str) -> nn.Module:
 
 @pytest.mark.parametrize(
     "inside, how",
-    [(False, "module"), (True, "module"), (True, "_orig_mod"), (False, "_checkpoint_wrapped_module")],
+    [
+        (False, "module"),
+        (True, "module"),
+        pytest.param(True, "_orig_mod", marks=pytest.mark.slow),
+        (False, "_checkpoint_wrapped_module"),
+    ],
 )
 def test_wrapped_parts_have_their_prefix_in_the_names_and_the_loss_of_bare_ones(inside, how):
     model, reference = attached(inside)
