@@ -1061,13 +1061,3 @@ def test_an_example_that_the_forward_overwrites_is_put_back(samples):
     expected = example.clone()
     assert tapped(model, example) == ["encoder.2"]
     assert torch.equal(example, expected)
-
-
-def test_two_samples_that_are_normalized_by_hand_are_no_codes():
-    model = Of(
-        lambda m, x: m.encoder(m.last((h := m.first(x)).sub(h.mean(0)).div(h.std(0)))),
-        first=nn.Linear(8, 16),
-        last=nn.Linear(16, 8),
-        encoder=encoder(),
-    )
-    assert tapped(model, torch.randn(2, 8)) == ["encoder.2"]

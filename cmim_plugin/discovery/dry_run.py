@@ -177,12 +177,10 @@ def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_A
         return attempts
 
     def with_twins(size: int, n: int) -> tuple[Inputs, int, bool]:
-        # One sample is two for the sake of batch normalization. Two are three, for each of two that are normalized by
-        # their own mean and deviation is -1 or 1.
-        wanted = 3 if n and size == 2 else size
-        filled = inputs if batch == wanted else resampled(inputs, source, [i % batch for i in range(wanted)])
+        # One sample is two for the sake of batch normalization; two are three, that two of them can be equal.
+        filled = inputs if batch == size else resampled(inputs, source, [0, 0] if batch == 1 else range(size))
         # One sample more where the model may take it: what is as long as the batch by accident then is not.
-        different = wanted if size < batch or size == 2 else size - 1
+        different = size if size < batch else max(size - 1, 2)
         twins = [*range(different), different - 1]
         other = varied(filled, n)
         return (resampled(other, source, twins), len(twins), True) if n else (other, size, False)
