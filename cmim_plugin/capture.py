@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import _compat
 from .discovery import BatchSource, Layout
-from .discovery.inputs import parameter_names
+from .discovery.inputs import is_strided, parameter_names
 from .errors import CMIMError, CMIMWarning, warn_once
 from .passes import BINARY, LATENT, Call, Pass, Pickup, Tap, current_error
 from .sampling import Schedule
@@ -131,8 +131,7 @@ class Capture:
         batch_size = None if self.batch_source is None else self.batch_source.of(args, kwargs)
         mask: Any = args[self._mask_at] if self._mask_at < len(args) else kwargs.get("attention_mask")
         # As transformers has it: (samples, tokens), zero for padding. Others by that name are not ours to read.
-        dense = isinstance(mask, Tensor) and not mask.is_nested and mask.layout == torch.strided
-        if not dense or mask.ndim != 2 or len(mask) != batch_size:
+        if not isinstance(mask, Tensor) or not is_strided(mask) or mask.ndim != 2 or len(mask) != batch_size:
             mask = None
         started = Pass(self.taps, scheduled, draws, model.training, batch_size, mask, self.observer)
         started.open.append(Call(hook, ()))
@@ -174,7 +173,7 @@ class Capture:
     @property
     def hooked(self) -> bool:
         """Whether all hooks are still on the model: other code may have cleared some."""
-        return all(handle.id in (handle.hooks_dict_ref() or ()) for handle in self._handles)
+        return all(map(_is_on, self._handles))
 
     def forget(self) -> None:
         """The pass of this thread that waits gives no loss."""
@@ -261,7 +260,7 @@ class _Hook:
         """Whether the closing hook is still on the module: others may have cleared it."""
         if torch.compiler.is_compiling():
             return True
-        return self.closing is not None and self.closing.id in (self.closing.hooks_dict_ref() or ())
+        return self.closing is not None and _is_on(self.closing)
 
 
 class _RootHook(_Hook):
@@ -369,6 +368,11 @@ class _Listener(TorchFunctionMode):
 @_compat.constant_when_compiled
 def _thread() -> int:
     return threading.get_ident()
+
+
+def _is_on(handle: RemovableHandle) -> bool:
+    """Whether a hook is still where it was registered: others may have cleared it."""
+    return handle.id in (handle.hooks_dict_ref() or ())
 
 
 def _recording_a_graph() -> bool:

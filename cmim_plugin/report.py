@@ -24,7 +24,7 @@ from ._compat import force_eager
 from .capture import Capture
 from .contrast import Contrast
 from .discovery import BatchSource, Layout, is_two_valued
-from .discovery.inputs import as_inputs, mapped, tensors_in
+from .discovery.inputs import as_inputs, is_strided, mapped, tensors_in
 from .discovery.state import preserve_generators
 from .errors import CMIMError, CMIMWarning
 from .passes import Pass
@@ -401,7 +401,7 @@ def _some_values(inputs: Any, draws: Tensor) -> Tensor:
     """Some values of each dense tensor among the inputs, by which another report knows the batch again."""
     found = [torch.empty(0, dtype=torch.float64, device="cpu")]
     for _, tensor in tensors_in(inputs):
-        if tensor.layout == torch.strided and not tensor.is_nested:
+        if is_strided(tensor):
             found.append(tensor.flatten()[stratified_indices(draws, tensor.numel())].cpu())
     return torch.cat(found).nan_to_num()
 

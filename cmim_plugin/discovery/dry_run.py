@@ -52,6 +52,8 @@ def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[lis
         CMIMError: the model is frozen or not initialised, its forward fails on the example, or the number of samples
             is not clear.
     """
+    inputs = as_inputs(example)
+    _check(model)
     asked: list[None] = []
 
     def not_kept(nothing: None) -> Tensor:
@@ -60,16 +62,14 @@ def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[lis
 
     # Nothing runs backward, so the graph need not keep the activations, which are most of the memory.
     with contextlib.suppress(CMIMError), saved_tensors_hooks(lambda tensor: None, not_kept):
-        found = _dry_run(model, example, batch_size)
+        found = _dry_run(model, inputs, batch_size)
         if not asked:
             return found
     # There is an error to tell, or the forward itself takes a gradient.
-    return _dry_run(model, example, batch_size)
+    return _dry_run(model, inputs, batch_size)
 
 
-def _dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:
-    inputs = as_inputs(example)
-    _check(model)
+def _dry_run(model: nn.Module, inputs: Inputs, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:
     with preserve_state(model, [t for _, t in tensors_in(inputs)]), torch.enable_grad(), force_eager():
         _seed(0)  # the result is to depend on the model alone
         model.train()

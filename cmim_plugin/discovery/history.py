@@ -80,9 +80,9 @@ class History:
 
     # -- one step back -----------------------------------------------------------------------------------------------
 
-    def again(self, site: Site) -> list[Sighting]:
-        """What the other traces show at a site."""
-        return [seen[site] for seen in self._again if site in seen]
+    def again(self, sighting: Sighting) -> list[Sighting]:
+        """What the other traces show at its site."""
+        return [seen[sighting.site] for seen in self._again if sighting.site in seen]
 
     def of_value(self, sighting: Sighting) -> list[Sighting]:
         """All sightings of this tensor that hold the same."""
@@ -148,7 +148,7 @@ class History:
 
     def _is_code(self, sighting: Sighting) -> bool:
         """Two-valued in all passes: not a coincidence. A sign may be constant in some of them."""
-        again = self.again(sighting.site)
+        again = self.again(sighting)
         return _is_two_valued(sighting) and all(_is_two_valued(s) or s.value.constant for s in again)
 
     def _sources(self, current: Sighting, like: Callable[[Sighting], bool], depth: int = 0) -> list[Sighting]:
@@ -212,7 +212,7 @@ class History:
 
     def by_sample(self, sighting: Sighting) -> bool | None:
         """Whether equal samples have nearly equal values at this site; None where that could not be seen."""
-        seen = [s.value.apart for s in (sighting, *self.again(sighting.site))]
+        seen = [s.value.apart for s in (sighting, *self.again(sighting))]
         known = [apart for apart in seen if apart is not None]
         return min(known) < _ALIKE if known else None
 

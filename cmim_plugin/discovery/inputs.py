@@ -28,6 +28,11 @@ def tensors_in(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
             yield from tensors_in(value, (*path, index))
 
 
+def is_strided(tensor: Tensor) -> bool:
+    """Whether a tensor has elements in memory one by one: neither sparse nor nested."""
+    return tensor.layout == torch.strided and not tensor.is_nested
+
+
 def as_inputs(example: Any) -> Inputs:
     """A tensor, a tuple of positional inputs or a dict of keyword inputs, as (args, kwargs)."""
     if isinstance(example, Mapping):
@@ -187,7 +192,7 @@ def _lists_in(inputs: Inputs) -> Iterator[tuple[Path, Any]]:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_nested and tensor.numel() > 1
+    return tensor.is_floating_point() and is_strided(tensor) and tensor.numel() > 1
 
 
 def _is_stand_in(tensor: Tensor) -> bool:

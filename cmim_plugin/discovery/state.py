@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .functions import writes
-from .inputs import tensors_in
+from .inputs import is_strided, tensors_in
 
 # How far containers and objects are followed into each other, and up to which length.
 _DEPTH, _LENGTH = 4, 4096
@@ -58,8 +58,8 @@ def preserve_state(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[
         copied = held.tensors.keys() - {id(p) for p in parameters}
         # An embedding with max_norm overwrites its weight where no function mode sees it.
         copied |= {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None}
-        dense = [t for t in inputs if t.layout == torch.strided and not t.is_nested]
-        guard = _CopyBeforeWrite(undo, [t for t in (*parameters, *dense) if id(t) not in copied])
+        strided = filter(is_strided, inputs)
+        guard = _CopyBeforeWrite(undo, [t for t in (*parameters, *strided) if id(t) not in copied])
         for tensor in (*(everything[key] for key in copied), *(p.grad for p in parameters if p.grad is not None)):
             guard.copy(tensor)
         for p in parameters:
@@ -144,7 +144,7 @@ class _Held:
     def follow(self, value: Any, depth: int = 0) -> None:
         """Note everything that can be reached from here."""
         if depth and isinstance(value, Tensor):
-            if not (nn.parameter.is_lazy(value) or value.is_nested or value.is_meta) and value.layout == torch.strided:
+            if not nn.parameter.is_lazy(value) and not value.is_meta and is_strided(value):
                 self.tensors[id(value)] = value
             return
         if id(value) in self._seen or depth > _DEPTH or (depth and isinstance(value, nn.Module)):
