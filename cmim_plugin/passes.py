@@ -289,13 +289,12 @@ class Pass:
             )
         if side == BINARY and self.observer is not None:
             self.observer(k, x, layout)
-        rows = x.shape[0]
-        pair.batch_size = rows
+        pair.batch_size = len(x)
         if layout.windowed:
             pair.windows = True
-            if rows and (not self.batch_size or rows % self.batch_size):
+            if len(x) and (not self.batch_size or len(x) % self.batch_size):
                 raise CMIMError(
-                    f"its {rows} rows are not a whole number of windows for each of {self.batch_size} samples"
+                    f"its {len(x)} rows are not a whole number of windows for each of {self.batch_size} samples"
                 )
             pair.batch_size = self.batch_size or 0
         if self.random is None:
@@ -312,22 +311,24 @@ class Pass:
                 f"its two sides have {pair.total} and {total} positions in this batch, and cannot be paired position "
                 'by position. Leave it out with taps=, or use instances="image"'
             )
-        index, elements = self._positions(k, layout, x)
-        pair.total, pair.index, pair.spatial = total, index, layout.spatial_shape(x.shape)
+        if torch.compiler.is_compiling():
+            pair.index = indices_among(self.random[self.scheduled.index(k)], total)
+            rows = layout.rows(x)[pair.index]
+        else:
+            pair.index, elements = self._positions(k, layout, x)
+            rows = sampled(x, elements, self._zero(x), self.backward)
+        pair.total, pair.spatial = total, layout.spatial_shape(x.shape)
         pair.tokens = pair.spatial[-1] if pair.spatial and layout.spatial in (None, 1) and not layout.windowed else 0
-        pair.rows[side] = _unmasked(sampled(x, elements, self._zero(x), self.backward), side, layout)
+        pair.rows[side] = _unmasked(rows, side, layout)
 
     def _positions(self, k: int, layout: Layout, x: Tensor) -> tuple[Tensor, Tensor]:
         """The positions of a tap, ``(n,)``, and where their channels stand in the activation, ``(n, C)``."""
         assert self.random is not None
-        total, slot = layout.positions(x.shape), self.scheduled.index(k)
-        if torch.compiler.is_compiling():
-            index = indices_among(self.random[slot], total)
-            return index, layout.elements(index, x.shape)
+        slot = self.scheduled.index(k)
         # Of all taps at once, for each shape: two small operations instead of two for each tap and side.
         key = layout, x.shape
         if key not in self._elements:
-            of_all = indices_among(self.random, total)
+            of_all = indices_among(self.random, layout.positions(x.shape))
             self._elements[key] = of_all, layout.elements(of_all, x.shape)
         index, elements = self._elements[key]
         return index[slot], elements[slot]

@@ -166,8 +166,8 @@ def sampled(x: Tensor, index: Tensor, zero: Tensor, rule: BackwardRule) -> Tenso
     and a hook on the gradient of ``x`` adds the sampled entries, in place, once the sum is there.
 
     A whole tensor is used where something could tell the difference: another hook on the gradient of ``x`` was
-    registered before ours and would not see the sampled entries, deterministic algorithms are asked for, a subclass of
-    Tensor, or torch.compile, which fuses it anyway.
+    registered before ours and would not see the sampled entries, deterministic algorithms are asked for, or a subclass
+    of Tensor.
 
     Args:
         x: any floating-point tensor.
@@ -175,8 +175,6 @@ def sampled(x: Tensor, index: Tensor, zero: Tensor, rule: BackwardRule) -> Tenso
         zero: 0-d, of x's dtype and device.
         rule: for the backward passes through ``x``.
     """
-    if torch.compiler.is_compiling():
-        return x.take(index)
     hook = None
     if index.numel() and _in_place_is_safe(x):
         hook = AddSampledGradient(x, index, zero, rule)

@@ -63,6 +63,10 @@ class Layout:
             return x.reshape(len(x), positions, channels)
         return x.reshape(len(x), channels, positions).mT
 
+    def rows(self, x: Tensor) -> Tensor:
+        """``(all positions, C)``: a view of an activation that holds its channels last, as channels_last does."""
+        return self.channel_vectors(x).flatten(0, 1)
+
     def pooled(self, x: Tensor, batch: int | None = None) -> Tensor:
         """The mean over the positions of each sample, ``(B, C)``; ``batch``: samples, needed where it is windowed."""
         sums = self.channel_vectors(x).sum(1)
