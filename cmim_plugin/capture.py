@@ -72,7 +72,7 @@ class Capture:
         self.attached = False
         self.removed = False
         self.model_was_loaded = False
-        self.model = weakref.ref(model)
+        self.model_ref = weakref.ref(model)
         # Thread -> its pass that runs, and its pass that waits for its loss to be asked for.
         self.running: dict[int, Pass] = {}
         self._waiting: dict[int, Pass] = {}
@@ -90,7 +90,7 @@ class Capture:
 
     def attach(self) -> None:
         """Put the hooks on the model."""
-        model = self.model()
+        model = self.model_ref()
         if model is None or self.attached:
             return
         modules = dict(model.named_modules(remove_duplicate=False))
@@ -192,7 +192,7 @@ class Capture:
         self.unasked = 0
         thread = _thread()
         if not torch.compiler.is_compiling():
-            model = self.model()
+            model = self.model_ref()
             if thread in self.running and model is not None and _compat.running_calls(model):
                 raise CMIMError(
                     "cmim(model) was called within the forward of the model itself, whose pass is not complete yet. "
@@ -389,7 +389,7 @@ def attached_to(model: nn.Module) -> bool:
         for hook in _compat.forward_pre_hooks(module):
             owner = getattr(hook, "__self__", None)
             if isinstance(owner, _Hook) and owner.capture is not None and owner.serves(module):
-                other = owner.capture.model()
+                other = owner.capture.model_ref()
                 if other is not None and (_has(other, model) or _has(model, other)):
                     return True
     return False

@@ -21,8 +21,10 @@ from .passes import Pair, Pass, Tap
 
 # In the first steps we check that labels and mask leave a negative. The check waits for the device.
 _FIRST_STEPS = 3
-# From this step on we warn where every bound is below this number of nats.
-_BOUND_CHECK_STEP, _LEAST_BOUND = 1000, 0.05
+# After these numbers of losses we check that the heads learn. The check waits for the device.
+_CHECK_HEADS_AT = (100, 1000)
+# At the last one the bound of some tap should be above this number of nats.
+_LEAST_BOUND = 0.05
 
 
 @dataclass
@@ -73,10 +75,18 @@ class Embedded:
 
     def of_all_ranks(self) -> Embedded:
         """The same with the rows of all ranks, in the order that one process would have them in."""
-        counts = distributed.counts_of_all(list(self.counts.values()), self.z.device)
+        given = [self.labels is not None, self.mask is not None]
+        told = distributed.counts_of_all([*self.counts.values(), *given], self.z.device)
+        counts = tuple(of_rank[:-2] for of_rank in told)
         z = distributed.gather(self.z.transpose(0, 1), counts).transpose(0, 1)
-        labels = None if self.labels is None else distributed.gather(self.labels, counts)
-        mask = None if self.mask is None else distributed.gather(self.mask.to(torch.uint8), counts).bool()
+        # A rank may have neither where others have: a model gets no attention_mask for a batch without padding.
+        labels = mask = None
+        if any(of_rank[-2] for of_rank in told):
+            labels = self.labels if self.labels is not None else self.z.new_full(self.z.shape[1:2], -1)
+            labels = distributed.gather(labels.to(torch.int64), counts)
+        if any(of_rank[-1] for of_rank in told):
+            mask = self.mask if self.mask is not None else self.z.new_ones(self.z.shape[1:2])
+            mask = distributed.gather(mask.to(torch.uint8), counts).bool()
         return Embedded(z, labels, mask, {k: sum(of_tap) for k, *of_tap in zip(self.counts, *counts, strict=True)})
 
     def side_by_side(self, taps: list[int]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -118,7 +128,7 @@ class Contrast(nn.Module):
         self.heads = Heads([(tap.channels, tap.latent_channels) for tap in taps], embed_dim, heads_lr, generator)
         self.queues = nn.ModuleList([Queue(queue_size, embed_dim) for _ in taps if queue_size])
         raw = [layer_decay ** (len(taps) - 1 - k) for k in range(len(taps))]
-        #: One a tap, of sum 1: ``weight`` means the same for a shallow and for a deep network.
+        #: One weight per tap. They sum to 1: ``weight`` means the same for a shallow and for a deep network.
         self.layer_weights = tuple(w / sum(raw) for w in raw)
         weights = torch.tensor(self.layer_weights, dtype=torch.float32, device="cpu")
         self.register_buffer("_layer_weights", weights, persistent=False)
@@ -131,6 +141,7 @@ class Contrast(nn.Module):
         #: Tap -> where its last loss is.
         self.last: dict[int, tuple[Losses, int]] = {}
         self._steps = 0
+        self._with_weight = 0
 
     def forward(self, captured: Pass, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """The weighted sum of the losses of the taps that this pass captured, 0-d.
@@ -264,19 +275,22 @@ class Contrast(nn.Module):
                 "cmim.state_dict() beside the model's, and load it. Starting from a baseline's checkpoint is fine.",
             )
 
-    def tell_of_idle_heads(self, step: int) -> None:
-        """Warn, once, of heads that do not learn, after so many losses. Waits for the device."""
+    def tell_of_idle_heads(self) -> None:
+        """A loss with a weight above zero was asked for. After some of them, warn, once, of heads that do not learn."""
+        self._with_weight += 1
+        if self._with_weight not in _CHECK_HEADS_AT:
+            return
         if self.heads.lr and not bool(self.heads.steps):
             warn_once(
                 self,
-                f"{step} losses were asked for, and no gradient came back to the heads. Is cmim(model) part of what "
+                f"{self._with_weight} losses were asked for, and no gradient came back to the heads. Is cmim(model) part of what "
                 "backward() is called on?",
             )
         bounds = [float(m["bound"]) for m in self.metrics().values() if "bound" in m]
-        if step >= _BOUND_CHECK_STEP and bounds and max(bounds) < _LEAST_BOUND:
+        if self._with_weight == _CHECK_HEADS_AT[-1] and bounds and max(bounds) < _LEAST_BOUND:
             warn_once(
                 self,
-                f"After {step} losses the bound of every tap is still zero ({max(bounds):.2f} nats at most): the "
+                f"After {self._with_weight} losses the bound of every tap is still zero ({max(bounds):.2f} nats at most): the "
                 "codes keep nothing that tells one place from another. Dead channels do that: see cmim.report().",
             )
 

@@ -153,7 +153,7 @@ class Pass:
         #: Taps of which a function was called another number of times than in the dry run.
         self.miscounted: list[int] = []
         #: Taps whose failure is no error: they add nothing to the loss.
-        self.without_part: set[int] = set()
+        self.excused: set[int] = set()
         #: Calls of modules that run, the innermost last, and how often each module was called so far.
         self.open: list[Call] = []
         self.calls: dict[str, int] = {}
@@ -225,7 +225,7 @@ class Pass:
         """
         left_out = self._leave_out_miscounted()
         failures = {k: why for k, why in self.failures.items() if k is not None}
-        fatal = [k for k in failures if k not in self.without_part]
+        fatal = [k for k in failures if k not in self.excused]
         lines = [f"Tap {self.taps[k].name}: {why}." for k, why in failures.items()]
         reached = [k for k, pair in self.pairs.items() if pair.complete]
         if None in self.failures or fatal or (failures and not reached):
@@ -271,7 +271,7 @@ class Pass:
         tap, pair = self.taps[k], self.pairs[k]
         layout = tap.layouts[side]
         if side == BINARY and self.observer is None and not x.requires_grad:
-            self.without_part.add(k)
+            self.excused.add(k)
             raise CMIMError(
                 "its binary activation came without a gradient. Layers that were frozen do that (nothing is left to "
                 "train there), and reentrant activation checkpointing (pass use_reentrant=False to checkpoint)"
@@ -279,7 +279,7 @@ class Pass:
         wanted = tap.channels if side == BINARY else tap.latent_channels
         if (found := layout.channels(x.shape)) != wanted:
             if layout.scores:
-                self.without_part.add(k)
+                self.excused.add(k)
                 raise CMIMError(
                     f"its channels are the {found} tokens of this batch, and were {wanted} when CMIM was attached"
                 )
@@ -293,9 +293,8 @@ class Pass:
         if layout.windowed:
             pair.windows = True
             if len(x) and (not self.batch_size or len(x) % self.batch_size):
-                raise CMIMError(
-                    f"its {len(x)} rows are not a whole number of windows for each of {self.batch_size} samples"
-                )
+                samples = self.batch_size or "an unknown number of"
+                raise CMIMError(f"its {len(x)} rows are not a whole number of windows for each of {samples} samples")
             pair.batch_size = self.batch_size or 0
         if self.random is None:
             pair.rows[side] = layout.pooled(_unmasked(x, side, layout), pair.batch_size)
@@ -341,7 +340,8 @@ class Pass:
 
 
 def _unmasked(values: Tensor, side: int, layout: Layout) -> Tensor:
-    """Zero where attention scores were masked, by minus infinity or by a number far below all others."""
+    """Zero where a latent with its channels last was masked, as attention scores are: by minus infinity, or by a number
+    far below all others."""
     if side != LATENT or layout.spatial is not None:
         return values
     if torch.compiler.is_compiling():

@@ -29,8 +29,6 @@ from .wrappers import averages_one_backward, path_to, unwrapped
 
 # The heads may hold this share of the network's parameters, or this number of them. Else the embeddings get narrower.
 _HEADS_SHARE, _HEADS_LEAST = 0.2, 250_000
-# The steps at which we check that the heads learn. The check waits for the device.
-_CHECK_HEADS_AT = (100, 1000)
 
 
 class CMIM(nn.Module):
@@ -55,7 +53,7 @@ class CMIM(nn.Module):
         weight: what the loss is multiplied by. May be changed at any time: ``cmim.weight = ...``.
         instances: what is one sample of the contrast: "position" (a random sample of the positions or tokens of the
             batch: a local binary code against its own latent) or "image" (pooled over space: the paper's reading).
-        num_positions: positions a tap and step, for ``instances="position"``; of all ranks together.
+        num_positions: positions per tap and step, for ``instances="position"``; of all ranks together.
         taps_per_step: contrast this number of taps a step, in turn: the mean gradient is that of all, and the cost does
             not grow with depth. None contrasts all; compiled code and CUDA graphs always do.
         objective: ``InfoNCE()``, the default, or ``NCE(num_samples=len(dataset))``. Or any function called like them,
@@ -65,7 +63,7 @@ class CMIM(nn.Module):
         embed_dim: width ``D`` of the embeddings. None for 128, or 64 or 32 where the heads would hold more than a fifth
             of the network's parameters and more than 250,000.
         heads_lr: learning rate of the heads' Adam. 0 leaves the training of ``cmim.heads.weights`` to you.
-        queue_size: past embeddings kept a tap as further negatives, 0 for none: of the steps that had the tap.
+        queue_size: past embeddings kept per tap as further negatives, of the steps that contrasted it; 0 for none.
         layer_decay: in (0, 1]; below 1 the weights grow towards the output.
         teacher: a full-precision network whose activations stand in for the latents; runs on the same inputs without
             gradients, in eval mode, and is not kept in this module's state.
@@ -187,7 +185,7 @@ class CMIM(nn.Module):
 
     def _captured(self, model: nn.Module) -> Pass:
         """The pass to take the loss of."""
-        path = path_to(self._capture.model(), model)
+        path = path_to(self._capture.model_ref(), model)
         captured = self._capture.pop()
         captured.check(self, may_reach_none=self.schedule.step > 0 and self._capture.hooked)
         if averages_one_backward(path):
@@ -197,11 +195,10 @@ class CMIM(nn.Module):
     def _weighted(self, contrast: Tensor, captured: Pass) -> Tensor:
         """The loss of all taps, estimated from those that were captured; and on to the next step."""
         if not torch.compiler.is_compiling():
-            step = self.schedule.step
-            if not step and self._capture.model_was_loaded:
+            if not self.schedule.step and self._capture.model_was_loaded:
                 self.contrast.tell_of_new_heads()
-            if step in _CHECK_HEADS_AT and self.weight:
-                self.contrast.tell_of_idle_heads(step)
+            if isinstance(self.weight, Tensor) or self.weight:
+                self.contrast.tell_of_idle_heads()
         self.schedule.advance()
         return self.weight * len(self.taps) / len(captured.scheduled) * contrast
 
@@ -278,7 +275,7 @@ class CMIM(nn.Module):
         Raises:
             CMIMError: another model, a batch without an input, no batch, no tap reached, or ``since`` saw other inputs.
         """
-        own, source = path_to(self._capture.model(), model)[-1], self._capture.batch_source
+        own, source = path_to(self._capture.model_ref(), model)[-1], self._capture.batch_source
         positions = self.schedule.positions
         return measure(own, self.contrast, source, self._teacher, positions, loader, inputs, max_batches, since)
 
@@ -292,7 +289,7 @@ class CMIM(nn.Module):
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Within it the model has no hook of this plug-in: to export it, to trace it, to measure it."""
-        attached, model = self._capture.attached, self._capture.model()
+        attached, model = self._capture.attached, self._capture.model_ref()
         self._capture.detach()
         try:
             yield

@@ -83,7 +83,7 @@ class Schedule(nn.Module):
         return tuple(sorted((self.step + i * self.count // chosen) % self.count for i in range(chosen)))
 
     def draws_of(self, taps: int) -> Tensor | None:
-        """This rank's share of the random numbers of a pass that captures so many taps; None to pool."""
+        """This rank's columns of the random numbers, for a pass that captures so many taps; None to pool."""
         if self.positions is None:
             return None
         ranks, rank = (distributed.ranks(), distributed.rank()) if self.shared else (1, 0)
@@ -124,7 +124,7 @@ def stratified_indices(draws: Tensor, total: int) -> Tensor:
 
 
 def upper_half(draws: Tensor) -> Tensor:
-    """Of the bits: the lower ones of such a generator have short periods."""
+    """The upper 32 bits: the lower ones of such a generator have short periods."""
     return draws >> 32
 
 
@@ -144,8 +144,8 @@ class BackwardRule:
     """What is asked of the backward passes of one forward pass.
 
     Attributes:
-        one_pass_to: raise if the gradient of the contrast and that of the network's loss come to this leaf, a node of
-            the graph, in passes of their own; None for no such rule.
+        one_pass_to: a leaf, as a node of the graph. The gradients of the contrast and of the network's loss must come
+            to it in one backward pass, else it raises. None: no such rule.
     """
 
     one_pass_to: Any = None

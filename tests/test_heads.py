@@ -413,6 +413,17 @@ def test_heads_that_learn_or_are_not_meant_to_are_not_told(backwards, settings):
     assert losses(101, backwards, **settings) == []
 
 
+def test_heads_whose_weight_was_zero_until_now_are_not_told():
+    model, x = tiny()
+    cmim = CMIM(model, x, weight=0)
+    with told() as warned:
+        for step in range(105):
+            model(x)
+            cmim.weight = 0.1 * (step >= 98)
+            cmim(model).backward()
+    assert warned == []
+
+
 def test_a_bound_that_is_zero_after_a_thousand_losses_is_told_once():
     warned = losses(1010, 1, same_codes=True)
     assert len(warned) == 1 and "After 1000 losses the bound of every tap is still zero" in warned[0]

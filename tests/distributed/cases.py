@@ -74,6 +74,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "queue of positions": ({"num_positions": 16, "queue_size": 40}, {}),
     "nce": ({"num_positions": 16, "objective": NCE(num_samples=100), "layer_decay": 0.5}, {"labels": True}),
     "masked": ({"num_positions": 48}, {"masked": True}),
+    "masked on some ranks": ({"num_positions": 48}, {"masked": "second half"}),
     "accumulation": ({"num_positions": 48}, {"accumulate": 2}),
     "some taps": ({"num_positions": 48, "taps_per_step": 1, "layer_decay": 0.5}, {}),
     "some taps, labelled, with a queue": (
@@ -129,14 +130,18 @@ def train(
     for step in range(STEPS):
         optimizer.zero_grad()
         for part in range(accumulate):
-            x, y = (share(t, rank, world, uneven) for t in batch(10 * step + part))
+            x, y = batch(10 * step + part)
+            mask = x[:, 0, 0] > 0  # by the first pixels: some of each sample's
+            if how.get("masked") == "second half":
+                mask[: len(mask) // 2] = True
+            x, y, mask = (share(t, rank, world, uneven) for t in (x, y, mask))
+            masked = how.get("masked") and not mask.all()
             skip = world > 1 and not shard and part < accumulate - 1
             scheduled.append(cmim.scheduled)
             with wrapped.no_sync() if skip else contextlib.nullcontext():
                 logits = wrapped(x)
-                # By the first pixels: some of each sample's.
-                mask = (x[:, 0, 0] > 0) if how.get("masked") else None
-                contrast = cmim(wrapped, labels=y if how.get("labels") else None, mask=mask)
+                labels = y if how.get("labels") else None
+                contrast = cmim(wrapped, labels=labels, mask=mask if masked else None)
                 # The mean over ranks is not the mean over samples where they have different numbers of them.
                 task = F.cross_entropy(logits, y) if not uneven else 0 * logits.sum()
                 (task + contrast).backward()
