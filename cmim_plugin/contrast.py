@@ -278,19 +278,20 @@ class Contrast(nn.Module):
     def tell_of_idle_heads(self) -> None:
         """A loss with a weight above zero was asked for. After some of them, warn, once, of heads that do not learn."""
         self._with_weight += 1
-        if self._with_weight not in _CHECK_HEADS_AT:
+        count = self._with_weight
+        if count not in _CHECK_HEADS_AT:
             return
         if self.heads.lr and not bool(self.heads.steps):
             warn_once(
                 self,
-                f"{self._with_weight} losses were asked for, and no gradient came back to the heads. Is cmim(model) part of what "
+                f"{count} losses were asked for, and no gradient came back to the heads. Is cmim(model) part of what "
                 "backward() is called on?",
             )
         bounds = [float(m["bound"]) for m in self.metrics().values() if "bound" in m]
-        if self._with_weight == _CHECK_HEADS_AT[-1] and bounds and max(bounds) < _LEAST_BOUND:
+        if count == _CHECK_HEADS_AT[-1] and bounds and max(bounds) < _LEAST_BOUND:
             warn_once(
                 self,
-                f"After {self._with_weight} losses the bound of every tap is still zero ({max(bounds):.2f} nats at most): the "
+                f"After {count} losses the bound of every tap is still zero ({max(bounds):.2f} nats at most): the "
                 "codes keep nothing that tells one place from another. Dead channels do that: see cmim.report().",
             )
 
