@@ -21,6 +21,9 @@ from .errors import CMIMError, warn_once
 from .sampling import BackwardRule, indices_among, sampled, upper_half
 
 BINARY, LATENT = 0, 1
+# What became of a tap that adds nothing to the loss. FAILED: the loss is refused. EXCUSED: it cannot be trained, and
+# the loss is refused where no other tap is left. MISSED: this pass went another way, the next one may not.
+FAILED, EXCUSED, MISSED = "failed", "excused", "missed"
 # Below this, a latent was masked: float16 has -65504, and many write -10000.
 _MASKED = -5000.0
 
@@ -70,6 +73,7 @@ class Pair:
         batch_size: samples of the batch.
         windows: whether a sample is cut into several rows of the first dimension.
         tokens: of a sample, 0 where its positions are no sequence.
+        lost: FAILED, EXCUSED or MISSED, and why, where the tap adds nothing to the loss.
     """
 
     def __init__(self) -> None:
@@ -80,6 +84,7 @@ class Pair:
         self.batch_size = 0
         self.windows = False
         self.tokens = 0
+        self.lost: tuple[str, str] | None = None
 
     @property
     def complete(self) -> bool:
@@ -101,6 +106,10 @@ class Pickup:
     tap: int
     side: int
     site: Site
+
+
+class _Excused(CMIMError):
+    """A tap cannot be captured, which is no error as long as others can."""
 
 
 class Call:
@@ -146,14 +155,12 @@ class Pass:
         self.observer = observer
         self.compiled = torch.compiler.is_compiling()
         self.pairs = {k: Pair() for k in self.scheduled}
-        #: What went wrong: tap, or None for the pass as a whole -> message.
-        self.failures: dict[int | None, str] = {}
+        #: What went wrong with the pass as a whole.
+        self.failure: str | None = None
         #: Whether a part of the model is compiled, and its root is not.
         self.partly_compiled = False
         #: Taps of which a function was called another number of times than in the dry run.
         self.miscounted: list[int] = []
-        #: Taps whose failure is no error: they add nothing to the loss.
-        self.excused: set[int] = set()
         #: Calls of modules that run, the innermost last, and how often each module was called so far.
         self.open: list[Call] = []
         self.calls: dict[str, int] = {}
@@ -178,17 +185,26 @@ class Pass:
         if torch.compiler.is_compiling():
             try:
                 action()
+            except _Excused as error:
+                self._lose(tap, EXCUSED, error.args[0])
             except CMIMError as error:
-                self.failures.setdefault(tap, error.args[0])
+                self._lose(tap, FAILED, error.args[0])
             return
         was_muted, self.muted = self.muted, True
         try:
             action()
+        except _Excused as error:
+            self._lose(tap, EXCUSED, str(error))
         except Exception as error:
-            told = str(error) if isinstance(error, CMIMError) else f"{type(error).__name__}: {error}"
-            self.failures.setdefault(tap, told)
+            self._lose(tap, FAILED, str(error) if isinstance(error, CMIMError) else f"{type(error).__name__}: {error}")
         finally:
             self.muted = was_muted
+
+    def _lose(self, tap: int | None, how: str, why: str) -> None:
+        if tap is None:
+            self.failure = self.failure or why
+        else:
+            self.pairs[tap].lost = self.pairs[tap].lost or (how, why)
 
     def close(self, hook: object) -> Call | None:
         """The innermost call of a hook's module ends, with all that was opened within it."""
@@ -223,22 +239,16 @@ class Pass:
         Raises:
             CMIMError: something went wrong, or nothing is left to train.
         """
-        left_out = self._leave_out_miscounted()
-        failures = {k: why for k, why in self.failures.items() if k is not None}
-        fatal = [k for k in failures if k not in self.excused]
-        lines = [f"Tap {self.taps[k].name}: {why}." for k, why in failures.items()]
-        reached = [k for k, pair in self.pairs.items() if pair.complete]
-        if None in self.failures or fatal or (failures and not reached):
-            whole = [self.failures[None]] if None in self.failures else []
-            raise CMIMError("\n".join(["The forward pass could not be captured.", *whole, *lines]))
-        missing = [k for k in self.pairs if k not in reached and k not in failures]
-        lines += [
-            f"Tap {self.taps[k].name}: a function or module was called more or less often than in the dry run: which "
-            "latent is its own is not known."
-            if k in left_out
-            else f"The forward pass did not reach tap {self.taps[k].name}."
-            for k in missing
-        ]
+        lines = self.troubles()
+        self._leave_out_miscounted()
+        lost = [pair.lost[0] for pair in self.pairs.values() if pair.lost]
+        reached = any(pair.complete for pair in self.pairs.values())
+        if self.failure or FAILED in lost or (EXCUSED in lost and not reached):
+            raise CMIMError("\n".join(["The forward pass could not be captured.", *lines]))
+        for k, pair in self.pairs.items():
+            if not pair.complete:
+                self._lose(k, MISSED, "the forward pass did not reach it")
+        lines = self.troubles()
         if not reached and not may_reach_none:
             raise CMIMError(
                 "The forward pass reached none of the taps. A model that was compiled and run before CMIM was attached "
@@ -247,18 +257,26 @@ class Pass:
             )
         warn_once(plugin, *(f"{line} It adds nothing to the loss." for line in lines))
 
-    def _leave_out_miscounted(self) -> list[int]:
+    def troubles(self) -> list[str]:
+        """What went wrong, a line each."""
+        of_taps = [f"Tap {self.taps[k].name}: {pair.lost[1]}." for k, pair in self.pairs.items() if pair.lost]
+        return [self.failure, *of_taps] if self.failure else of_taps
+
+    def _leave_out_miscounted(self) -> None:
         """Where a module or function was called another number of times than in the dry run, and the sides of a tap are
-        not of one call, which of them belong together is not known. Those taps are left out, and returned."""
-        left_out = []
+        not of one call, which of them belong together is not known."""
         for k, pair in self.pairs.items():
             tap = self.taps[k]
             sites = [site for site in (tap.binary, tap.latent) if site is not None]
             other_calls = any(self.calls.get(site.module, 0) != site.calls for site in sites)
             if pair.complete and (k in self.miscounted or (other_calls and not tap.in_one_call)):
-                left_out.append(k)
-        self.pairs.update({k: Pair() for k in left_out})
-        return left_out
+                pair.rows = [None, None]
+                self._lose(
+                    k,
+                    MISSED,
+                    "a function or module was called more or less often than in the dry run: which latent is its own "
+                    "is not known",
+                )
 
     def ask_for_one_pass(self) -> None:
         """The gradients of the contrast and of the network's loss are to come in one backward pass."""
@@ -271,16 +289,14 @@ class Pass:
         tap, pair = self.taps[k], self.pairs[k]
         layout = tap.layouts[side]
         if side == BINARY and self.observer is None and not x.requires_grad:
-            self.excused.add(k)
-            raise CMIMError(
+            raise _Excused(
                 "its binary activation came without a gradient. Layers that were frozen do that (nothing is left to "
                 "train there), and reentrant activation checkpointing (pass use_reentrant=False to checkpoint)"
             )
         wanted = tap.channels if side == BINARY else tap.latent_channels
         if (found := layout.channels(x.shape)) != wanted:
             if layout.scores:
-                self.excused.add(k)
-                raise CMIMError(
+                raise _Excused(
                     f"its channels are the {found} tokens of this batch, and were {wanted} when CMIM was attached"
                 )
             raise CMIMError(

@@ -259,7 +259,7 @@ def measure(
 
     run_first = None if teacher is None else teacher.deliver
     capture = Capture(model, contrast.taps, schedule, batch_source, observer, run_first)
-    failures: dict[int | None, str] = {}
+    troubles: list[str] = []
     # A loader that shuffles or augments draws from the generators, too: they are kept around all of it.
     with preserve_generators(model.parameters()), torch.no_grad(), _evaluating(model), force_eager():
         capture.attach()
@@ -272,7 +272,7 @@ def measure(
                     _check_same_inputs(seen[-1:], since._inputs[len(seen) - 1 :])
                 model(*args, **kwargs)
                 captured = capture.pop()
-                failures.update(captured.failures)
+                troubles += captured.troubles()
                 for tally in tallies:
                     tally.contrast_rows(captured)
                 samples += max(pair.batch_size for pair in captured.pairs.values())
@@ -284,7 +284,7 @@ def measure(
         raise CMIMError("The loader gave no batch: nothing to report on. (A generator that was used up does that.)")
     found = [tally for tally in tallies if tally.positions and not tally.astray]
     if not found:
-        why = f" {next(iter(failures.values()))}." if failures else ""
+        why = f" {troubles[0]}" if troubles else ""
         raise CMIMError(
             f"In eval mode the model reached none of the taps with a binary activation and its latent.{why}"
         )

@@ -309,7 +309,7 @@ def test_a_chosen_tap_that_was_not_reached_gives_zero_with_its_graph_and_one_war
                 (F.cross_entropy(logits, Y) + losses[name]).backward()
             assert losses["first.0"] > 0
             assert losses["second.0"] == 0 and losses["second.0"].requires_grad
-    assert warned == ["The forward pass did not reach tap second.0. It adds nothing to the loss."]
+    assert warned == ["Tap second.0: the forward pass did not reach it. It adds nothing to the loss."]
 
 
 def test_layers_that_were_frozen_add_nothing_and_are_told_once():

@@ -186,7 +186,7 @@ def test_a_tap_that_a_pass_did_not_reach_adds_nothing():
     cmim = PublishedCMIM(model, X, teacher=Skipping(nn.ReLU), targets=TARGETS, taps=names)
     model.skip = True
     model(X)
-    with pytest.warns(CMIMWarning, match=f"did not reach tap {names[1]}"):
+    with pytest.warns(CMIMWarning, match=f"Tap {names[1]}: the forward pass did not reach it"):
         loss = cmim(model, indices=torch.arange(4))
     assert loss.isfinite() and list(cmim.metrics) == names[:1]
 

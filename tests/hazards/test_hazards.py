@@ -228,7 +228,8 @@ def test_a_tap_that_a_conversion_replaced_is_refused():
 def test_a_replaced_module_is_warned_about_and_all_of_them_are_refused(inside):
     model, cmim = attached(inside)
     model[2] = copy.deepcopy(model[2])
-    with pytest.warns(CMIMWarning, match=rf"did not reach tap {cmim.taps[0].name}\. It adds nothing"):
+    told = rf"Tap {cmim.taps[0].name}: the forward pass did not reach it\. It adds nothing"
+    with pytest.warns(CMIMWarning, match=told):
         step(model, cmim).backward()
     assert list(cmim.metrics) == [cmim.taps[1].name]
     model[4] = copy.deepcopy(model[4])

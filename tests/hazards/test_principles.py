@@ -549,7 +549,7 @@ def test_a_module_whose_hooks_are_registered_again_without_keywords_runs_and_is_
     model._forward_pre_hooks_with_kwargs.clear()
     model._forward_hooks_with_kwargs.clear()
     model(X)
-    with pytest.warns(CMIMWarning, match="did not reach tap"):
+    with pytest.warns(CMIMWarning, match="the forward pass did not reach it"):
         cmim(model)
 
 
