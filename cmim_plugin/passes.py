@@ -108,10 +108,6 @@ class Pickup:
     site: Site
 
 
-class _Excused(CMIMError):
-    """A tap cannot be captured, which is no error as long as others can."""
-
-
 class Call:
     """A call of a module that runs."""
 
@@ -178,29 +174,33 @@ class Pass:
                 self.attempt(p.tap, partial(self._take_at, p, tree))
 
     def _take_at(self, p: Pickup, tree: Any) -> None:
-        self.take(p.tap, p.side, _at(tree, p.site.path))
+        for key in p.site.path:
+            tree = tree[key]
+        if isinstance(tree, Tensor):
+            self.take(p.tap, p.side, tree)
+        else:
+            self.lose(
+                p.tap,
+                FAILED,
+                f"the forward went another way than in the dry run: a tensor was expected, found a "
+                f"{type(tree).__name__}. Attach again with an example_input like the training batches",
+            )
 
     def attempt(self, tap: int | None, action: Callable[[], None]) -> None:
         """Do something for a tap (None: for the pass). What goes wrong is kept, and the model goes on."""
         if torch.compiler.is_compiling():
-            try:
-                action()
-            except _Excused as error:
-                self._lose(tap, EXCUSED, error.args[0])
-            except CMIMError as error:
-                self._lose(tap, FAILED, error.args[0])
+            action()
             return
         was_muted, self.muted = self.muted, True
         try:
             action()
-        except _Excused as error:
-            self._lose(tap, EXCUSED, str(error))
         except Exception as error:
-            self._lose(tap, FAILED, str(error) if isinstance(error, CMIMError) else f"{type(error).__name__}: {error}")
+            self.lose(tap, FAILED, str(error) if isinstance(error, CMIMError) else f"{type(error).__name__}: {error}")
         finally:
             self.muted = was_muted
 
-    def _lose(self, tap: int | None, how: str, why: str) -> None:
+    def lose(self, tap: int | None, how: str, why: str) -> None:
+        """A tap (None: the pass) adds nothing to the loss. Not by an exception: torch 2.6 does not compile those."""
         if tap is None:
             self.failure = self.failure or why
         else:
@@ -247,7 +247,7 @@ class Pass:
             raise CMIMError("\n".join(["The forward pass could not be captured.", *lines]))
         for k, pair in self.pairs.items():
             if not pair.complete:
-                self._lose(k, MISSED, "the forward pass did not reach it")
+                self.lose(k, MISSED, "the forward pass did not reach it")
         lines = self.troubles()
         if not reached and not may_reach_none:
             raise CMIMError(
@@ -271,7 +271,7 @@ class Pass:
             other_calls = any(self.calls.get(site.module, 0) != site.calls for site in sites)
             if pair.complete and (k in self.miscounted or (other_calls and not tap.in_one_call)):
                 pair.rows = [None, None]
-                self._lose(
+                self.lose(
                     k,
                     MISSED,
                     "a function or module was called more or less often than in the dry run: which latent is its own "
@@ -288,53 +288,63 @@ class Pass:
         """Take the rows of one side of a tap out of its activation."""
         tap, pair = self.taps[k], self.pairs[k]
         layout = tap.layouts[side]
-        if side == BINARY and self.observer is None and not x.requires_grad:
-            raise _Excused(
-                "its binary activation came without a gradient. Layers that were frozen do that (nothing is left to "
-                "train there), and reentrant activation checkpointing (pass use_reentrant=False to checkpoint)"
-            )
-        wanted = tap.channels if side == BINARY else tap.latent_channels
-        if (found := layout.channels(x.shape)) != wanted:
-            if layout.scores:
-                raise _Excused(
-                    f"its channels are the {found} tokens of this batch, and were {wanted} when CMIM was attached"
-                )
-            raise CMIMError(
-                f"it has {found} channels, and had {wanted} when CMIM was attached. After pruning, or after another "
-                "change of the layers, attach again"
-            )
+        trouble = self._trouble(tap, pair, side, x)
+        if trouble is not None:
+            self.lose(k, *trouble)
+            return
         if side == BINARY and self.observer is not None:
             self.observer(k, x, layout)
-        pair.batch_size = len(x)
-        if layout.windowed:
-            pair.windows = True
-            if len(x) and (not self.batch_size or len(x) % self.batch_size):
-                samples = self.batch_size or "an unknown number of"
-                raise CMIMError(f"its {len(x)} rows are not a whole number of windows for each of {samples} samples")
-            pair.batch_size = self.batch_size or 0
+        pair.windows |= layout.windowed
+        pair.batch_size = (self.batch_size or 0) if layout.windowed else len(x)
         if self.random is None:
             pair.rows[side] = layout.pooled(_unmasked(x, side, layout), pair.batch_size)
             return
+        pair.total, pair.spatial = layout.positions(x.shape), layout.spatial_shape(x.shape)
+        pair.tokens = pair.spatial[-1] if pair.spatial and layout.spatial in (None, 1) and not layout.windowed else 0
+        if torch.compiler.is_compiling():
+            pair.index = indices_among(self.random[self.scheduled.index(k)], pair.total)
+            rows = layout.rows(x)[pair.index]
+        else:
+            pair.index, elements = self._positions(k, layout, x)
+            rows = sampled(x, elements, self._zero(x), self.backward)
+        pair.rows[side] = _unmasked(rows, side, layout)
+
+    def _trouble(self, tap: Tap, pair: Pair, side: int, x: Tensor) -> tuple[str, str] | None:
+        """Why the rows of an activation cannot be taken: FAILED or EXCUSED, and a message."""
+        layout = tap.layouts[side]
+        if side == BINARY and self.observer is None and not x.requires_grad:
+            return EXCUSED, (
+                "its binary activation came without a gradient. Layers that were frozen do that (nothing is left to "
+                "train there), and reentrant activation checkpointing (pass use_reentrant=False to checkpoint)"
+            )
+        wanted, found = (tap.channels if side == BINARY else tap.latent_channels), layout.channels(x.shape)
+        if found != wanted and layout.scores:
+            return (
+                EXCUSED,
+                f"its channels are the {found} tokens of this batch, and were {wanted} when CMIM was attached",
+            )
+        if found != wanted:
+            return FAILED, (
+                f"it has {found} channels, and had {wanted} when CMIM was attached. After pruning, or after another "
+                "change of the layers, attach again"
+            )
+        if layout.windowed and len(x) and (not self.batch_size or len(x) % self.batch_size):
+            samples = self.batch_size or "an unknown number of"
+            return FAILED, f"its {len(x)} rows are not a whole number of windows for each of {samples} samples"
+        if self.random is None:
+            return None
         if x.device != self.random.device:
-            raise CMIMError(
+            return FAILED, (
                 f"it is on {x.device}, the heads are on {self.random.device}: call cmim.to({str(x.device)!r}), or "
                 "attach after moving the model"
             )
         total = layout.positions(x.shape)
         if pair.rows[1 - side] is not None and pair.total != total:
-            raise CMIMError(
+            return FAILED, (
                 f"its two sides have {pair.total} and {total} positions in this batch, and cannot be paired position "
                 'by position. Leave it out with taps=, or use instances="image"'
             )
-        if torch.compiler.is_compiling():
-            pair.index = indices_among(self.random[self.scheduled.index(k)], total)
-            rows = layout.rows(x)[pair.index]
-        else:
-            pair.index, elements = self._positions(k, layout, x)
-            rows = sampled(x, elements, self._zero(x), self.backward)
-        pair.total, pair.spatial = total, layout.spatial_shape(x.shape)
-        pair.tokens = pair.spatial[-1] if pair.spatial and layout.spatial in (None, 1) and not layout.windowed else 0
-        pair.rows[side] = _unmasked(rows, side, layout)
+        return None
 
     def _positions(self, k: int, layout: Layout, x: Tensor) -> tuple[Tensor, Tensor]:
         """The positions of a tap, ``(n,)``, and where their channels stand in the activation, ``(n, C)``."""
@@ -383,14 +393,3 @@ def current_error() -> int:
     """The id of the exception that is being handled. torch calls hooks with ``always_call`` while it handles that of
     the forward: an id that changed during a call means that the call raised."""
     return 0 if torch.compiler.is_compiling() else id(sys.exc_info()[1])
-
-
-def _at(tree: Any, path: tuple[Any, ...]) -> Tensor:
-    for key in path:
-        tree = tree[key]
-    if not isinstance(tree, Tensor):
-        raise CMIMError(
-            f"the forward went another way than in the dry run: a tensor was expected, found a {type(tree).__name__}. "
-            "Attach again with an example_input like the training batches"
-        )
-    return tree

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .discovery.inputs import as_inputs, tensors_in
 from .errors import CMIMError
-from .passes import BINARY, LATENT, Pass, Tap
+from .passes import BINARY, FAILED, LATENT, Pass, Tap
 
 
 class Teacher:
@@ -91,7 +91,9 @@ class Teacher:
     def deliver(self, to: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run the teacher on a batch and hand its activations over as the latent side."""
         if self.model.training:
-            raise CMIMError("The teacher is in training mode: leave it out of model.train(), or call teacher.eval().")
+            why = "The teacher is in training mode: leave it out of model.train(), or call teacher.eval()."
+            to.lose(None, FAILED, why)
+            return
         activations = self._run(args, kwargs)
         for k in to.scheduled:
             to.attempt(k, partial(to.take, k, LATENT, activations[k]))

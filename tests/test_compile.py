@@ -7,7 +7,7 @@ from torch._dynamo.utils import counters
 
 import nets
 from cmim_plugin import CMIM, NCE, CMIMError, InfoNCE
-from networks import IRNET, METHODS, X, Y, gradients, network, teacher
+from networks import IRNET, METHODS, X, Y, gradients, network, teacher, told
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +60,22 @@ def test_a_compiled_model_gives_the_losses_and_gradients_of_the_eager_one_with_a
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_close(train(model, cmim, 3, compiled), expected)
     assert graphs() == 1
+
+
+def test_what_cannot_be_captured_in_a_compiled_forward_is_told_by_the_loss_and_the_forward_runs():
+    model, cmim = attached()
+    expected = model(X).detach()
+    for parameter in (*model.conv1.parameters(), *model.bn1.parameters()):
+        parameter.requires_grad_(False)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with told() as warned:
+        torch.testing.assert_close(compiled(X).detach(), expected)
+        cmim(model)
+    assert len(warned) == 1 and "its binary activation came without a gradient" in warned[0]
+    model.requires_grad_(False)
+    torch.testing.assert_close(compiled(X).detach(), expected)
+    with pytest.raises(CMIMError, match="its binary activation came without a gradient"):
+        cmim(model)
 
 
 @pytest.mark.slow
