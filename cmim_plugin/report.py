@@ -431,13 +431,13 @@ def _inputs_of(
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """The model in eval mode, and each module back in its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(modes[0][1])  # a module may do more than to keep its mode
-        for module, training in modes:
+        model.train(modes[model])  # a module may do more than to keep its mode
+        for module, training in modes.items():
             module.training = training
 
 
