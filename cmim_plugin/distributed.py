@@ -105,8 +105,6 @@ class _Average(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        if ranks() == 1:
-            return grad
         grad = grad.contiguous().clone()
         dist.all_reduce(grad)
         return grad / ranks()
