@@ -399,7 +399,7 @@ def _some_values(inputs: Any, draws: Tensor) -> Tensor:
     return torch.cat(found).nan_to_num()
 
 
-def _check_earlier(earlier: Any, inputs: Sequence[Tensor] = (), first: int = 0) -> None:
+def _check_earlier(earlier: Any, inputs: Sequence[Tensor], first: int = 0) -> None:
     """Refuse what is no report, or one that saw other inputs than these in the batches from ``first`` on."""
     if not isinstance(earlier, Report):
         raise CMIMError(f"An earlier report is needed, as cmim.report() gave it; found a {type(earlier).__name__}.")
