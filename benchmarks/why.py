@@ -39,47 +39,44 @@ def spread(record: dict[str, Any]) -> float:
     return float(np.log10(max(norms) / min(norms))) if norms else float("nan")
 
 
+def looked_into(records: list[dict[str, Any]]) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """The records with an `inside` block, by method, arm and seed."""
+    return {(r["method"], r["arm"], r["seed"]): r for r in records if r["inside"]["codes"]}
+
+
+def cell(name: str, own: list[dict[str, Any]], bare: list[dict[str, Any] | None], digits: int) -> str:
+    """The mean of a column over some records, and its difference to the bare network's of the same runs, if any."""
+    value = COLUMNS[name]
+    pairs = [(value(b), value(o)) for b, o in zip(bare, own, strict=True) if b is not None and b is not o]
+    difference = f", {interval(*paired_difference(*zip(*pairs, strict=True)), digits=digits)}" if pairs else ""
+    return f"{np.mean(list(map(value, own))):.3g}{difference}"
+
+
 def table(records: list[dict[str, Any]], arms: list[str]) -> str:
     """Markdown."""
-    by_run = {(r["method"], r["arm"], r["seed"]): r for r in records if r["inside"]["codes"]}
+    by_run = looked_into(records)
     lines = [f"| method | arm | seeds | {' | '.join(COLUMNS)} |", "|---" * (3 + len(COLUMNS)) + "|"]
     for method, arm in sorted({key[:2] for key in by_run}, key=lambda key: (key[0], rank(key[1]))):
-        if arms and arm not in arms:
-            continue
-        seeds = sorted(seed for m, a, seed in by_run if (m, a) == (method, arm))
-        cells = []
-        for value in COLUMNS.values():
-            own = {seed: value(by_run[method, arm, seed]) for seed in seeds}
-            bare = {s: value(by_run[method, beside(arm, "none"), s]) for s in seeds
-                    if (method, beside(arm, "none"), s) in by_run}  # fmt: skip
-            cell = f"{np.mean(list(own.values())):.3g}"
-            if arm != beside(arm, "none") and bare:
-                cell += f", {interval(*paired_difference(list(bare.values()), [own[s] for s in bare]), digits=3)}"
-            cells.append(cell)
-        lines.append(f"| {method} | `{arm}` | {len(seeds)} | {' | '.join(cells)} |")
+        if not arms or arm in arms:
+            seeds = sorted(seed for m, a, seed in by_run if (m, a) == (method, arm))
+            own = [by_run[method, arm, seed] for seed in seeds]
+            bare = [by_run.get((method, beside(arm, "none"), seed)) for seed in seeds]
+            cells = [cell(name, own, bare, digits=3) for name in COLUMNS]
+            lines.append(f"| {method} | `{arm}` | {len(seeds)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def pooled(records: list[dict[str, Any]], arms: list[str]) -> str:
     """Markdown: a row an arm, over the pairs of all methods; its mean, and its difference to the bare network's."""
-    by_run = {(r["method"], r["arm"], r["seed"]): r for r in records if r["inside"]["codes"]}
+    by_run = looked_into(records)
     shown = [name for name in COLUMNS if name != "log10 gradient spread"]
     lines = [f"| arm | pairs | {' | '.join(shown)} |", "|---" * (2 + len(shown)) + "|"]
     for arm in sorted({key[1] for key in by_run}, key=rank):
         runs = [(m, s) for m, a, s in sorted(by_run) if a == arm and (m, beside(arm, "none"), s) in by_run]
-        if (arms and arm not in arms) or len(runs) < 2:
-            continue
-        cells = []
-        for name in shown:
-            own, bare = (
-                [COLUMNS[name](by_run[method, which, seed]) for method, seed in runs]
-                for which in (arm, beside(arm, "none"))
-            )
-            cell = f"{np.mean(own):.3g}"
-            if arm != beside(arm, "none"):
-                cell += f", {interval(*paired_difference(bare, own), digits=2 if '%' in name else 3)}"
-            cells.append(cell)
-        lines.append(f"| `{arm}` | {len(runs)} | {' | '.join(cells)} |")
+        if (not arms or arm in arms) and len(runs) > 1:
+            own, bare = ([by_run[m, which, s] for m, s in runs] for which in (arm, beside(arm, "none")))
+            cells = [cell(name, own, bare, digits=2 if "%" in name else 3) for name in shown]
+            lines.append(f"| `{arm}` | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

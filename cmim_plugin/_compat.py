@@ -66,10 +66,9 @@ def gradient_hooks(tensor: Tensor) -> list[Any] | None:
     In every release as ``Tensor._backward_hooks``.
     """
     try:
-        hooks = tensor._backward_hooks
+        return list((tensor._backward_hooks or {}).values())
     except AttributeError:
         return None
-    return list(hooks.values()) if hooks else []
 
 
 def base_of(tensor: Tensor) -> Tensor | None:
@@ -131,8 +130,7 @@ def leave_mode(mode: TorchFunctionMode) -> None:
 
 def all_gather(output: Tensor, input: Tensor) -> None:
     """Gather tensors of one shape from all ranks into one. torch 2.14 renamed ``all_gather_into_tensor``."""
-    gather = _all_gather_single or dist.all_gather_into_tensor
-    gather(output, input)
+    (_all_gather_single or dist.all_gather_into_tensor)(output, input)
 
 
 def constant_when_compiled(function: Callable[[], int]) -> Callable[[], int]:
@@ -152,11 +150,8 @@ def force_eager() -> contextlib.AbstractContextManager[Any]:
     function calls. It imports ``torch._dynamo``, which takes seconds; where that was not imported yet, nothing can
     have been compiled.
     """
-    set_stance = getattr(torch.compiler, "set_stance", None)
-    if set_stance is None or "torch._dynamo" not in sys.modules:
-        return contextlib.nullcontext()
-    stance: contextlib.AbstractContextManager[Any] = set_stance("force_eager")
-    return stance
+    set_stance = getattr(torch.compiler, "set_stance", contextlib.nullcontext)
+    return set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 def unseen() -> contextlib.AbstractContextManager[Any]:
@@ -165,6 +160,4 @@ def unseen() -> contextlib.AbstractContextManager[Any]:
     ``torch._C.DisableTorchFunction`` is in all releases that are supported. Without it, they are seen, which costs
     time in the dry run.
     """
-    disable = getattr(torch._C, "DisableTorchFunction", contextlib.nullcontext)
-    nothing: contextlib.AbstractContextManager[Any] = disable()
-    return nothing
+    return getattr(torch._C, "DisableTorchFunction", contextlib.nullcontext)()

@@ -56,7 +56,7 @@ def gather(rows: Tensor, counts: tuple[tuple[int, ...], ...]) -> Tensor:
     Returns:
         ``(R of all ranks, ...)``, with gradients to the rows of this rank: times the number of ranks.
     """
-    return _Gather.apply(rows, counts)  # type: ignore[no-any-return]
+    return _Gather.apply(rows, counts)
 
 
 class _Gather(torch.autograd.Function):
@@ -95,7 +95,7 @@ def _order(counts: tuple[tuple[int, ...], ...], rank: int, device: torch.device)
 
 def averaged(parameters: Tensor) -> Tensor:
     """The parameters themselves, with another gradient: the mean over all ranks."""
-    return _Average.apply(parameters)  # type: ignore[no-any-return]
+    return _Average.apply(parameters)
 
 
 class _Average(torch.autograd.Function):
@@ -105,8 +105,6 @@ class _Average(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        if ranks() == 1:
-            return grad
         grad = grad.contiguous().clone()
         dist.all_reduce(grad)
         return grad / ranks()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -53,8 +53,7 @@ class Heads(nn.Module):
         self.embed_dim = embed_dim
         self.lr = lr
         widths = [width for pair in channels for width in pair]
-        ends = list(accumulate(widths))
-        heads = [slice(end - width, end) for width, end in zip(widths, ends, strict=True)]
+        heads = [slice(start, end) for start, end in pairwise(accumulate(widths, initial=0))]
         # For both sides of each tap: which rows of the weights are its head.
         self._slices = list(zip(heads[::2], heads[1::2], strict=True))
         drawn = [

@@ -57,7 +57,7 @@ class _Objective:
         n, negatives = z_b.shape[-2], None
         if labels is not None or mask is not None:
             queue = 0 if queue_b is None else queue_b.shape[-2]
-            negatives = _negatives(n, queue, labels, mask, queue_labels, z_b.device)
+            negatives = _negatives(n, labels, queue_labels, queue, mask)
         with torch.autocast(z_b.device.type, enabled=False):
             z_b, z_f = (z if z.dtype == torch.float64 else z.float() for z in (z_b, z_f))
             towards_f = z_b / temperature @ z_f.mT
@@ -145,9 +145,7 @@ class NCE(_Objective):
     def bound(self, loss: Tensor | float, num_negatives: Tensor | int) -> Tensor:
         """Lower bound on the mutual information, in nats: ``I(a_B; a_F) >= log N - loss`` (arXiv 1910.10699, eq. 12).
 
-        Args:
-            loss: as it was returned.
-            num_negatives: ``N``, one number, or ``(..., n)`` a number an anchor (:func:`count_negatives`).
+        The arguments are those of :meth:`InfoNCE.bound`.
         """
         return _float32(num_negatives).clamp_min(1).log().mean() - loss
 
@@ -168,24 +166,16 @@ def count_negatives(
         queue: entries in the queue.
         mask: ``(..., n)`` bool, False for rows that do not count.
     """
-    given = mask if labels is None else labels
-    device = torch.device("cpu") if given is None else given.device
-    return _negatives(n, queue, labels, mask, queue_labels, device).sum(-1)
+    return _negatives(n, labels, queue_labels, queue, mask).sum(-1)
 
 
-def _negatives(
-    n: int,
-    queue: int,
-    labels: Tensor | None,
-    mask: Tensor | None,
-    queue_labels: Tensor | None,
-    device: torch.device,
-) -> Tensor:
+def _negatives(n: int, labels: Tensor | None, queue_labels: Tensor | None, queue: int, mask: Tensor | None) -> Tensor:
     """Which candidates are negatives of which anchors: bool ``(..., n, n + queue)``.
 
     Not the anchor's own pair, not its own class, and nothing that is masked.
     """
-    negatives = ~torch.eye(n, n + queue, dtype=torch.bool, device=device)
+    given = mask if labels is None else labels
+    negatives = ~torch.eye(n, n + queue, dtype=torch.bool, device="cpu" if given is None else given.device)
     if labels is not None:
         labels = labels.long()  # unsigned ones do not compare with the queue's -1
         candidates = labels if queue_labels is None else torch.cat([labels, queue_labels], -1)

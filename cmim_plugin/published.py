@@ -172,13 +172,13 @@ class MemoryBank(nn.Module):
 
     def _checked(self, captured: Pass, indices: Tensor) -> Tensor:
         """Indices of the batch of a pass, int64, on the device of the bank."""
-        kind = indices.dtype if isinstance(indices, Tensor) and indices.ndim == 1 else torch.bool
-        if kind.is_floating_point or kind == torch.bool:
+        is_list = isinstance(indices, Tensor) and indices.ndim == 1
+        if not is_list or indices.is_floating_point() or indices.dtype == torch.bool:
             raise CMIMError("indices must be (B,) integers: where the samples stand in the training set.")
         indices = indices.to(self.entries.device, torch.int64)
-        complete = [pair for pair in captured.pairs.values() if pair.complete]
-        if complete and complete[0].batch_size != len(indices):
-            raise CMIMError(f"indices must be one a sample, {complete[0].batch_size} of them; found {len(indices)}.")
+        sizes = [pair.batch_size for pair in captured.pairs.values() if pair.complete]
+        if sizes and sizes[0] != len(indices):
+            raise CMIMError(f"indices must be one a sample, {sizes[0]} of them; found {len(indices)}.")
         count = len(self.targets)
         if bool(((indices < 0) | (indices >= count)).any()):
             found = f"{int(indices.min())} to {int(indices.max())}"

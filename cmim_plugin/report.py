@@ -95,7 +95,7 @@ class Report:
     heads_trained: bool = True
     # Tap name -> number of the batch -> the codes at some positions, (n, channels) bool.
     _codes: dict[str, dict[int, Tensor]] = field(default_factory=dict, compare=False)
-    # Of each batch some values of its inputs.
+    # Some values of the inputs of each batch.
     _inputs: list[Tensor] = field(default_factory=list, compare=False)
 
     @property
@@ -104,9 +104,9 @@ class Report:
 
         By the retrieval where the objective gives no bound, "" where there is neither.
         """
-        kept = [(tap.kept, tap.name) for tap in self.taps if tap.kept is not None]
-        retrieved = [(tap.retrieval, tap.name) for tap in self.taps if tap.retrieval is not None]
-        return min(kept or retrieved, key=lambda figure: figure[0], default=(0.0, ""))[1]
+        kept = {tap.name: tap.kept for tap in self.taps if tap.kept is not None}
+        figures = kept or {tap.name: tap.retrieval for tap in self.taps if tap.retrieval is not None}
+        return min(figures, key=lambda name: figures[name], default="")
 
     def flips(self, earlier: Report) -> dict[str, float]:
         """The share of the codes that differ from an earlier report, for the taps of both: ``{tap name: share}``.
@@ -116,17 +116,15 @@ class Report:
         Raises:
             CMIMError: the two saw other inputs, or in another order, or have no tap in common.
         """
-        _check_report(earlier)
-        _check_same_inputs(self._inputs, earlier._inputs)
+        _check_earlier(earlier, self._inputs)
         found = {}
         for name, own in self._codes.items():
             other = earlier._codes.get(name, {})
-            batches = own.keys() & other.keys()
-            if any(own[batch].shape != other[batch].shape for batch in batches):
+            pairs = [(codes, other[batch]) for batch, codes in own.items() if batch in other]
+            if any(now.shape != before.shape for now, before in pairs):
                 raise CMIMError(f"Tap {name} has other channels or positions than in the earlier report.")
-            if batches:
-                differing = sum(int((own[batch] != other[batch]).sum()) for batch in batches)
-                found[name] = differing / sum(own[batch].numel() for batch in batches)
+            if pairs:
+                found[name] = sum(int((a != b).sum()) for a, b in pairs) / sum(codes.numel() for codes, _ in pairs)
         if not found:
             raise CMIMError(f"No tap in common: {list(self._codes)} here, {list(earlier._codes)} in the earlier one.")
         return found
@@ -189,34 +187,32 @@ class Report:
         row[2].axvline(50, color="black", linewidth=0.8, linestyle=":")
         row[0].set_yticks(range(len(names)), names)
         row[0].invert_yaxis()
-        for tick, name in zip(row[0].get_yticklabels(), names, strict=True):
-            if name == self.worst and self.heads_trained:
-                tick.set(color="tab:red", fontweight="bold")
+        if self.worst and self.heads_trained:
+            row[0].get_yticklabels()[names.index(self.worst)].set(color="tab:red", fontweight="bold")
         figure.suptitle(f"{self._title()}{'; red: loses the most' if self.heads_trained else ''}", fontsize=10)
         figure.savefig(path, dpi=120)
         return figure
 
     def __repr__(self) -> str:
-        head = ["tap", "channels", "bound", "at most", "kept", "retrieval", "+1", "dead", "saturated", "flips"]
-        cells = [
-            [
-                tap.name,
-                f"{tap.channels}",
-                _text("{:.2f}", tap.bound),
-                _text("{:.2f}", tap.ceiling),
-                _text("{:.0%}", tap.kept),
-                _text("{:.1f}%", tap.retrieval),
-                f"{tap.plus:.1%}",
-                f"{tap.dead}",
-                f"{tap.saturated}",
-                _text("{:.2%}", tap.flips),
-            ]
-            for tap in self.taps
-        ]
-        heading, *lines = table([head, *cells], right=True).splitlines()
-        marked = self.worst if len(cells) > 1 and self.heads_trained else None
-        marks = ["  <- loses the most" if row[0] == marked else "" for row in cells]
-        return "\n".join([self._title(), heading, *(line + mark for line, mark in zip(lines, marks, strict=True))])
+        columns = {
+            "tap": ("name", "{}"),
+            "channels": ("channels", "{}"),
+            "bound": ("bound", "{:.2f}"),
+            "at most": ("ceiling", "{:.2f}"),
+            "kept": ("kept", "{:.0%}"),
+            "retrieval": ("retrieval", "{:.1f}%"),
+            "+1": ("plus", "{:.1%}"),
+            "dead": ("dead", "{}"),
+            "saturated": ("saturated", "{}"),
+            "flips": ("flips", "{:.2%}"),
+        }
+        marked = self.worst if len(self.taps) > 1 and self.heads_trained else None
+        rows = [[*columns, ""]]
+        for tap in self.taps:
+            values = [(getattr(tap, attribute), form) for attribute, form in columns.values()]
+            cells = ["-" if value is None else form.format(value) for value, form in values]
+            rows.append([*cells, "<- loses the most" if tap.name == marked else ""])
+        return f"{self._title()}\n{table(rows, right=True)}"
 
     def _title(self) -> str:
         whose = "" if self.ranks == 1 else f", the data of rank {self.rank} of {self.ranks} alone"
@@ -243,8 +239,6 @@ def measure(
         raise CMIMError(f"max_batches must be an integer, 1 or more, or None for all; found {max_batches!r}.")
     if isinstance(loader, Tensor):
         raise CMIMError("The loader must give batches: for a single batch x, pass [x]; found a tensor.")
-    if since is not None:
-        _check_report(since)
     device = next((p.device for p in model.parameters()), contrast.heads.weights.device)
     tallies = [_Tally(contrast, k) for k in range(len(contrast.taps))]
     generator = torch.Generator("cpu").manual_seed(0)
@@ -267,9 +261,8 @@ def measure(
             for batch in itertools.islice(loader, max_batches):
                 args, kwargs = _inputs_of(batch, inputs, device)
                 seen.append(_some_values((args, kwargs), draws))
-                if since is not None:
-                    # Now, not after the last batch.
-                    _check_same_inputs(seen[-1:], since._inputs[len(seen) - 1 :])
+                if since is not None:  # now, not after the last batch
+                    _check_earlier(since, seen[-1:], len(seen) - 1)
                 model(*args, **kwargs)
                 captured = capture.pop()
                 troubles += captured.troubles()
@@ -327,6 +320,7 @@ class _Tally:
         self.higher = torch.zeros(self.tap.channels, dtype=torch.int64, device="cpu")
         self.codes: dict[int, Tensor] = {}
         self.instances = 0
+        self.bound_of = getattr(contrast.objective, "bound", None)
         self.bound = self.ceiling = self.retrieved = 0.0
 
     def count_codes(self, activation: Tensor, layout: Layout, draws: Tensor, batch: int) -> None:
@@ -343,29 +337,28 @@ class _Tally:
 
     def contrast_rows(self, captured: Pass) -> None:
         """Bound and retrieval of one batch."""
-        binary, latent = captured.pairs[self.k].rows
-        if (binary is None) != (latent is None):
-            self.astray = True
-        if binary is None or latent is None or len(binary) < 2:
+        contrast, pair = self.contrast, captured.pairs[self.k]
+        if not pair.complete:
+            self.astray = self.astray or any(rows is not None for rows in pair.rows)
             return
-        contrast = self.contrast
-        z_b, z_f = contrast.heads([self.k], [(binary, latent)])
-        n = len(z_b)
+        n = len(pair.sides[0])
+        if n < 2:
+            return
+        z_b, z_f = contrast.heads([self.k], [pair.sides])
         self.instances += n
         self.ceiling += n * math.log(n)
         self.retrieved += _retrieved(z_b, z_f)
-        if hasattr(contrast.objective, "bound"):
+        if self.bound_of is not None:
             losses = contrast.objective(z_b[None], z_f[None], temperature=contrast.temperature, labels=None)
-            negatives = torch.tensor(n - 1, device="cpu")
-            self.bound += n * float(contrast.objective.bound(losses[0], negatives))
+            self.bound += n * float(self.bound_of(losses[0], torch.tensor(n - 1, device="cpu")))
 
     def result(self) -> TapReport:
         """The figures."""
-        n, has_bound = self.instances, hasattr(self.contrast.objective, "bound")
+        n = self.instances
         return TapReport(
             self.tap.name,
             self.tap.channels,
-            bound=self.bound / n if n and has_bound else None,
+            bound=self.bound / n if n and self.bound_of is not None else None,
             ceiling=self.ceiling / n if n else None,
             retrieval=100 * self.retrieved / n if n else None,
             plus=int(self.higher.sum()) / (self.positions * self.tap.channels),
@@ -406,29 +399,26 @@ def _some_values(inputs: Any, draws: Tensor) -> Tensor:
     return torch.cat(found).nan_to_num()
 
 
-def _check_same_inputs(own: Sequence[Tensor], earlier: Sequence[Tensor]) -> None:
-    if not all(torch.equal(*batches) for batches in zip(own, earlier, strict=False)):
+def _check_earlier(earlier: Any, inputs: Sequence[Tensor], first: int = 0) -> None:
+    """Refuse what is no report, or one that saw other inputs than these in the batches from ``first`` on."""
+    if not isinstance(earlier, Report):
+        raise CMIMError(f"An earlier report is needed, as cmim.report() gave it; found a {type(earlier).__name__}.")
+    if not all(torch.equal(*batches) for batches in zip(inputs, earlier._inputs[first:], strict=False)):
         raise CMIMError(
             "The two reports saw other inputs, or the same ones in another order, so their codes cannot be compared: "
             "give both a loader without shuffling and random augmentation, with the same batch size."
         )
 
 
-def _check_report(earlier: object) -> None:
-    if not isinstance(earlier, Report):
-        raise CMIMError(f"An earlier report is needed, as cmim.report() gave it; found a {type(earlier).__name__}.")
-
-
 def _inputs_of(
     batch: Any, inputs: Callable[[Any], Any] | None, device: torch.device
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword inputs of the model, on its device."""
+    found = batch
     if inputs is not None:
         found = inputs(batch)
     elif isinstance(batch, (tuple, list, Mapping)):
         found = next(iter(batch.values() if isinstance(batch, Mapping) else batch), None)
-    else:
-        found = batch
     if not isinstance(found, (Tensor, tuple, list, Mapping)):
         what = "inputs= returned" if inputs is not None else "the first element of a batch is"
         raise CMIMError(
@@ -441,18 +431,14 @@ def _inputs_of(
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """The model in eval mode, and each module back in its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(modes[0][1])  # a module may do more than to keep its mode
-        for module, training in modes:
+        model.train(modes[model])  # a module may do more than to keep its mode
+        for module, training in modes.items():
             module.training = training
-
-
-def _text(form: str, value: float | None) -> str:
-    return "-" if value is None else form.format(value)
 
 
 def _with_nan(values: Iterable[float | None]) -> list[float]:

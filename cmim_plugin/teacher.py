@@ -46,15 +46,13 @@ class Teacher:
                 f"The teacher has no module for these taps: {missing}. Say which it is with "
                 f"teacher_modules={{tap name: teacher module name}}. The teacher's modules: {list(known)[1:]}."
             )
-        self._names = list(names.values())
-        self._modules = [known[name] for name in self._names]
-        # Which call of the teacher's module: the same as of the module that binarizes.
-        self._calls = [tap.binary.call for tap in taps]
+        # Of each tap: the module's name, the module, and which call of it: the same as of the module that binarizes.
+        self._sources = [(names[tap.name], known[names[tap.name]], tap.binary.call) for tap in taps]
         try:
             activations = self._run(*as_inputs(example_input))
+        except CMIMError:
+            raise
         except Exception as error:
-            if isinstance(error, CMIMError):
-                raise
             raise CMIMError(
                 f"The teacher's forward raised {type(error).__name__} on example_input: {error}. It runs on the inputs "
                 "of the binary network."
@@ -64,29 +62,31 @@ class Teacher:
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The teacher's activation of each tap."""
-        calls: dict[nn.Module, int] = {}
+        calls = [0] * len(self._sources)
         seen: dict[int, Tensor] = {}
 
-        def pick(module: nn.Module, inputs: Any, keywords: Any, output: Any) -> None:
-            call = calls.get(module, 0)
-            calls[module] = call + 1
-            weight = getattr(module, "weight", None)
-            source = (inputs, keywords) if isinstance(weight, Tensor) and weight.ndim >= 2 else output
-            for k, wanted in enumerate(self._modules):
-                if wanted is module and (self._calls[k] == call or k not in seen):
-                    seen[k] = next(t for _, t in tensors_in(source))
+        def pick(k: int, wanted: int, module: nn.Module, inputs: Any, keywords: Any, output: Any) -> None:
+            # The first call stands in for a wanted one that does not come.
+            if calls[k] in (0, wanted):
+                weight = getattr(module, "weight", None)
+                source = (inputs, keywords) if isinstance(weight, Tensor) and weight.ndim >= 2 else output
+                seen[k] = next(t for _, t in tensors_in(source))
+            calls[k] += 1
 
-        handles = [module.register_forward_hook(pick, with_kwargs=True) for module in set(self._modules)]
+        handles = [
+            module.register_forward_hook(partial(pick, k, call), with_kwargs=True)
+            for k, (_, module, call) in enumerate(self._sources)
+        ]
         try:
             with torch.no_grad():
                 self.model(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
-        silent = [name for k, name in enumerate(self._names) if k not in seen]
+        silent = [name for k, (name, _, _) in enumerate(self._sources) if k not in seen]
         if silent:
             raise CMIMError(f"These modules of the teacher did not run in its forward: {silent}.")
-        return [seen[k] for k in range(len(self._names))]
+        return [seen[k] for k in range(len(self._sources))]
 
     def deliver(self, to: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run the teacher on a batch and hand its activations over as the latent side."""

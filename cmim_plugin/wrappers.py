@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from .errors import CMIMError
@@ -21,18 +19,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise CMIMError(f"The model comes first, a torch.nn.Module; found a {type(model).__name__}.")
-    if isinstance(model, nn.DataParallel):
-        refuse_replicas(model)
-        return unwrapped(model.module)
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    _refuse_replicas(model)
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return unwrapped(model.module)
     inner = getattr(model, "_orig_mod", None)
     return unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
-def refuse_replicas(model: nn.DataParallel[Any]) -> None:
+def _refuse_replicas(model: nn.Module) -> None:
     """DataParallel on several devices runs copies of the model in threads, which no hook of ours follows."""
-    if len(model.device_ids) > 1:
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
         raise CMIMError(
             f"nn.DataParallel on {len(model.device_ids)} devices runs copies of the model, which cannot be captured. "
             "Use one process a GPU with DistributedDataParallel, or one GPU: nn.DataParallel(model, device_ids=[0]), "
@@ -47,9 +43,8 @@ def path_to(own: nn.Module | None, model: nn.Module) -> list[nn.Module]:
     Raises:
         CMIMError: it is neither that model nor a wrapper around it.
     """
-    if isinstance(model, nn.DataParallel):
-        refuse_replicas(model)
-    path = None if own is None else _path(own, model)
+    _refuse_replicas(model)
+    path = _path(own, model)
     if path is None:
         raise CMIMError(
             f"This CMIM is attached to another model than the {type(model).__name__} passed in: pass the model that "
@@ -58,9 +53,9 @@ def path_to(own: nn.Module | None, model: nn.Module) -> list[nn.Module]:
     return path
 
 
-def _path(own: nn.Module, model: nn.Module) -> list[nn.Module] | None:
+def _path(own: nn.Module | None, model: nn.Module) -> list[nn.Module] | None:
     if model is own:
-        return [own]
+        return [model]
     inner = (getattr(model, name, None) for name in _INNER)
     rest = (_path(own, module) for module in inner if isinstance(module, nn.Module))
     return next(([model, *found] for found in rest if found), None)
