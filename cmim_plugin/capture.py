@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from . import _compat
-from .discovery import BatchSource, Layout
+from .discovery import BatchSource
 from .discovery.inputs import is_strided, parameter_names
 from .errors import CMIMError, CMIMWarning, warn_once
 from .passes import BINARY, LATENT, Call, Pass, Pickup, Tap, current_error
@@ -43,7 +43,7 @@ class Capture:
         taps: what to capture.
         schedule: which of them the next pass captures, and at which positions.
         batch_source: where the number of samples is read off the model's inputs.
-        observer: called with tap, a_B as a whole and its layout. With it every pass is captured, in eval mode and
+        observer: called with the pass, the tap and a_B as a whole. With it every pass is captured, in eval mode and
             without gradients too.
         run_first: called with the pass and the inputs of the model, before the model runs.
 
@@ -60,7 +60,7 @@ class Capture:
         taps: tuple[Tap, ...],
         schedule: Schedule,
         batch_source: BatchSource | None,
-        observer: Callable[[int, Tensor, Layout], None] | None = None,
+        observer: Callable[[Pass, int, Tensor], None] | None = None,
         run_first: Callable[[Pass, tuple[Any, ...], dict[str, Any]], None] | None = None,
     ) -> None:
         self.taps = taps

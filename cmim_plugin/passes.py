@@ -128,8 +128,8 @@ class Pass:
         draws: ``(len(scheduled), n)`` int64 random numbers to choose positions by; None to pool over all positions.
         training: whether the model is in training mode.
         batch_size: samples in the batch, where the inputs tell.
-        mask: the mask that the model itself was given.
-        observer: called with the tap, a_B as a whole and its layout, before rows are taken.
+        mask: ``(B, tokens)``, the mask that the model itself was given.
+        observer: called with this pass, the tap and a_B as a whole, before rows are taken.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Pass:
         training: bool,
         batch_size: int | None = None,
         mask: Tensor | None = None,
-        observer: Callable[[int, Tensor, Layout], None] | None = None,
+        observer: Callable[[Pass, int, Tensor], None] | None = None,
     ) -> None:
         self.taps = taps
         self.scheduled = tuple(scheduled)
@@ -293,14 +293,14 @@ class Pass:
             self.lose(k, *trouble)
             return
         if side == BINARY and self.observer is not None:
-            self.observer(k, x, layout)
+            self.observer(self, k, x)
         pair.windows |= layout.windowed
         pair.batch_size = (self.batch_size or 0) if layout.windowed else len(x)
         if self.random is None:
             pair.rows[side] = layout.pooled(_unmasked(x, side, layout), pair.batch_size)
             return
         pair.total, pair.spatial = layout.positions(x.shape), layout.spatial_shape(x.shape)
-        pair.tokens = pair.spatial[-1] if pair.spatial and layout.spatial in (None, 1) and not layout.windowed else 0
+        pair.tokens = layout.tokens(x.shape)
         if torch.compiler.is_compiling():
             pair.index = indices_among(self.random[self.scheduled.index(k)], pair.total)
             rows = layout.rows(x)[pair.index]

@@ -97,6 +97,11 @@ class PublishedCMIM(CMIM):
         self.contrast.synced = False
         self._sync()
 
+    @classmethod
+    def paper(cls, *args: Any, **settings: Any) -> CMIM:
+        """Not of this class: raises CMIMError."""
+        raise CMIMError("PublishedCMIM is the authors' code. The paper's plain reading is CMIM.paper(...).")
+
     def forward(self, model: nn.Module, *, indices: Tensor) -> Tensor:  # type: ignore[override]
         """The weighted loss of the model's last forward pass, which is used up by it.
 
@@ -168,12 +173,12 @@ class MemoryBank(nn.Module):
                     loss = self._loss(k, z_b, z_f, of_rows, contrast.temperature)
                 contrast.last[k] = Losses([k], loss.detach()[None], 1, self.num_negatives), 0
                 total = total + contrast.layer_weights[k] * loss
-        return total
+        return total if any(embedded.counts.values()) else embedded.z.sum()  # a zero with a graph
 
     def _checked(self, captured: Pass, indices: Tensor) -> Tensor:
         """Indices of the batch of a pass, int64, on the device of the bank."""
         is_list = isinstance(indices, Tensor) and indices.ndim == 1
-        if not is_list or indices.is_floating_point() or indices.dtype == torch.bool:
+        if not is_list or indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
             raise CMIMError("indices must be (B,) integers: where the samples stand in the training set.")
         indices = indices.to(self.entries.device, torch.int64)
         sizes = [pair.batch_size for pair in captured.pairs.values() if pair.complete]

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from . import distributed
 from ._compat import force_eager
 from .capture import Capture
-from .contrast import Contrast
-from .discovery import BatchSource, Layout, is_two_valued
+from .contrast import Contrast, mask_of
+from .discovery import BatchSource, is_two_valued
 from .discovery.inputs import as_inputs, is_strided, mapped, tensors_in
 from .discovery.state import preserve_generators
 from .errors import CMIMError, CMIMWarning
-from .passes import Pass
+from .passes import BINARY, Pass
 from .sampling import Schedule, advance, new_draws, stratified_indices
 from .teacher import Teacher
 from .text import table
@@ -248,8 +248,8 @@ def measure(
     samples = 0
     seen: list[Tensor] = []
 
-    def observer(k: int, activation: Tensor, layout: Layout) -> None:
-        tallies[k].count_codes(activation, layout, draws, len(seen))
+    def observer(running: Pass, k: int, activation: Tensor) -> None:
+        tallies[k].count_codes(activation, _mask(running), draws, len(seen))
 
     run_first = None if teacher is None else teacher.deliver
     capture = Capture(model, contrast.taps, schedule, batch_source, observer, run_first)
@@ -323,13 +323,16 @@ class _Tally:
         self.bound_of = getattr(contrast.objective, "bound", None)
         self.bound = self.ceiling = self.retrieved = 0.0
 
-    def count_codes(self, activation: Tensor, layout: Layout, draws: Tensor, batch: int) -> None:
-        """Count the codes of a_B, all of them, and keep some."""
+    def count_codes(self, activation: Tensor, mask: Tensor | None, draws: Tensor, batch: int) -> None:
+        """Count the codes of a_B, all of them but those of padding, and keep some."""
         if not activation.numel():
             return
+        layout = self.tap.layouts[BINARY]
         if not self.positions and not is_two_valued(activation, layout):
             self.astray = True
-        codes = layout.channel_vectors(_is_higher(activation)).flatten(0, 1)
+        codes = layout.rows(_is_higher(activation))
+        if mask is not None and mask.shape == (len(activation), layout.tokens(activation.shape)):
+            codes = codes[mask.flatten().to(codes.device) != 0]
         self.positions += len(codes)
         self.higher += codes.sum(0).cpu()
         if sum(kept.numel() for kept in self.codes.values()) < _MOST_CODES:
@@ -341,10 +344,15 @@ class _Tally:
         if not pair.complete:
             self.astray = self.astray or any(rows is not None for rows in pair.rows)
             return
-        n = len(pair.sides[0])
+        binary, latent = pair.sides
+        mask = _mask(captured)
+        if mask is not None and pair.index is not None:
+            counts = mask_of(pair, mask.to(binary.device))
+            binary, latent = binary[counts], latent[counts]
+        n = len(binary)
         if n < 2:
             return
-        z_b, z_f = contrast.heads([self.k], [pair.sides])
+        z_b, z_f = contrast.heads([self.k], [(binary, latent)])
         self.instances += n
         self.ceiling += n * math.log(n)
         self.retrieved += _retrieved(z_b, z_f)
@@ -365,6 +373,11 @@ class _Tally:
             dead=int((self.higher == 0).sum()),
             saturated=int((self.higher == self.positions).sum()),
         )
+
+
+def _mask(captured: Pass) -> Tensor | None:
+    """Which tokens count, by the ``attention_mask`` that the model was given."""
+    return None if captured.mask is None or captured.mask.is_floating_point() else captured.mask
 
 
 def _retrieved(z_b: Tensor, z_f: Tensor) -> float:

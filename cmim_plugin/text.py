@@ -6,7 +6,8 @@ import math
 import re
 from collections.abc import Sequence
 
-_NUMBERS = re.compile(r"\d+")
+# Not 01: no range could say which numbers have a zero before them.
+_NUMBERS = re.compile(r"(?<!\d)(?:0|[1-9]\d*)(?!\d)")
 
 
 def table(rows: Sequence[Sequence[str]], right: bool = False) -> str:
@@ -27,7 +28,8 @@ def folded(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Rows that differ in counting numbers of their first cell alone become one: ``layer3.0-5.conv1-2``."""
     alike: dict[tuple[str, ...], list[list[int]]] = {}
     for name, *rest in rows:
-        alike.setdefault((_NUMBERS.sub("{}", name), *rest), []).append([int(n) for n in _NUMBERS.findall(name)])
+        template = _NUMBERS.sub("{}", name.replace("{", "{{").replace("}", "}}"))
+        alike.setdefault((template, *rest), []).append([int(n) for n in _NUMBERS.findall(name)])
     found: list[tuple[str, ...]] = []
     for (template, *rest), of_rows in alike.items():
         names = [template.format(*(f"{a}-{b}" if a < b else f"{a}" for a, b in box)) for box in _boxes(of_rows)]

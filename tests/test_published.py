@@ -209,6 +209,7 @@ def test_autocast_does_not_reach_heads_and_critic():
         (torch.rand(4), r"indices must be \(B,\) integers"),
         ([0, 1, 2, 3], r"indices must be \(B,\) integers"),
         (torch.tensor([True, False, True, False]), r"indices must be \(B,\) integers"),
+        (torch.arange(4).to(torch.complex64), r"indices must be \(B,\) integers"),
         (torch.arange(3), "indices"),
         (torch.arange(5), "indices"),
     ],
@@ -229,6 +230,11 @@ def test_indices_may_be_of_any_integer_dtype(dtype):
         model(X.double())
         losses.append(cmim(model, indices=torch.tensor([3, 0, 9, 4]).to(kind)).item())
     assert losses[0] == losses[1]
+
+
+def test_the_papers_reading_is_not_of_this_class():
+    with pytest.raises(CMIMError, match=r"The paper's plain reading is CMIM\.paper"):
+        PublishedCMIM.paper(network(), X, 10)
 
 
 def test_a_bank_that_does_not_fit_leaves_no_hook():

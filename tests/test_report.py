@@ -305,6 +305,32 @@ def test_tokens_have_their_channels_last():
     assert report.taps[0].plus == pytest.approx((model[0](x) >= 0).double().mean().item(), abs=1e-9)
 
 
+class Padded(nn.Sequential):
+    def forward(self, x, attention_mask=None):
+        return super().forward(x)
+
+
+def test_padding_is_neither_counted_nor_contrasted():
+    torch.manual_seed(0)
+    model = Padded(nn.Linear(3, 5), Binarize(CODES["-1, 1"]), nn.Linear(5, 2))
+    x, mask = torch.randn(6, 7, 3), torch.ones(6, 7, dtype=torch.int64)
+    mask[1:, 4:] = 0
+    cmim = CMIM(model, x, num_positions=42)
+
+    def report(padding: float) -> Report:
+        batch = {"x": torch.where(mask[..., None] > 0, x, padding), "attention_mask": mask}
+        return cmim.report(model, [batch], inputs=dict)
+
+    found = report(0.0)
+    assert found.taps == report(99.0).taps
+    counted = mask.bool()
+    assert found.taps[0].plus == pytest.approx((model[0](x)[counted] >= 0).double().mean().item(), abs=1e-9)
+    assert found.taps[0].ceiling == pytest.approx(math.log(int(counted.sum())))
+    # A mask of floats may be additive, and is not read.
+    as_floats = {"x": x, "attention_mask": mask.float()}
+    assert cmim.report(model, [as_floats], inputs=dict).taps[0].ceiling == pytest.approx(math.log(42))
+
+
 @pytest.mark.parametrize("codes", ["-1, 1", "0, 1"])
 @pytest.mark.parametrize("bias", [99.0, -99.0])
 def test_a_layer_of_one_code_is_dead_or_saturated_by_its_sign(codes, bias):

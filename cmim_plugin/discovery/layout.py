@@ -33,6 +33,11 @@ class Layout:
         """The dimensions over which the positions of one row of the first dimension are counted."""
         return shape[1:-1] if self.spatial is None else shape[len(shape) - self.spatial :]
 
+    def tokens(self, shape: torch.Size) -> int:
+        """The length of the sequence that the positions of a sample are; 0 where they are none."""
+        spatial = self.spatial_shape(shape)
+        return spatial[-1] if spatial and self.spatial in (None, 1) and not self.windowed else 0
+
     def positions(self, shape: torch.Size) -> int:
         """Positions of the whole batch."""
         return shape[0] * self.spatial_shape(shape).numel()
