@@ -213,7 +213,7 @@ def test_autocast_does_not_reach_heads_and_critic():
         (torch.arange(3), "indices"),
         (torch.arange(5), "indices"),
     ],
-    ids=["too large", "negative", "floating point", "a list", "booleans", "too few", "too many"],
+    ids=["too large", "negative", "floating point", "a list", "booleans", "complex", "too few", "too many"],
 )
 def test_indices_are_checked(indices, said):
     model, _, cmim = start()
