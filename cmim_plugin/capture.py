@@ -270,19 +270,21 @@ class _RootHook(_Hook):
         if capture is None or not self.serves(module):
             return
         running = self.running(module)
-        if running is not None:
-            # A pass is open: either this forward calls itself, or the last one was interrupted without closing hooks.
-            if torch.compiler.is_compiling() and not running.compiled:
-                pass  # interrupted: its frames are not to be looked for in what is compiled
-            elif _compat.running_calls(module) > sum(call.hook is self for call in running.open):
-                running.open.append(Call(self, ()))
-                return
-            else:
-                capture.drop()
+        if running is not None and self._is_nested(running, module):
+            running.open.append(Call(self, ()))
+            return
+        if running is not None and (running.compiled or not torch.compiler.is_compiling()):
+            capture.drop()  # it was interrupted without closing hooks
         if not self.will_close():
             capture.forget()  # else cmim(model) would give the loss of an older pass
         elif capture.observer is not None or (torch.is_grad_enabled() and not _compat.is_no_training_step()):
             capture.begin(module, args, kwargs or {}, self)
+
+    def _is_nested(self, running: Pass, module: nn.Module) -> bool:
+        """Whether the forward that starts is called by the one whose pass is open."""
+        if torch.compiler.is_compiling() and not running.compiled:
+            return False  # the frames of an eager pass are not to be looked for in what is compiled
+        return _compat.running_calls(module) > sum(call.hook is self for call in running.open)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any = None, output: Any = None) -> None:
         running = self.running(module)

@@ -99,7 +99,8 @@ class Heads(nn.Module):
         for position, (x, _) in enumerate(sides):
             groups[x.shape].append(position)
         order = [position for group in groups.values() for position in group]
-        # index_select copies. The graph keeps the copy, so a later step cannot change what a backward pass reads.
+        # The heads of the chosen sides, group by group, (their channels, D). index_select copies, and the graph keeps
+        # the copy: a later step cannot change what a backward pass reads.
         chosen = weights.index_select(0, torch.cat([self._rows[sides[p][1]] for p in order]))
         per_group = chosen.split([len(group) * width for (_, width), group in groups.items()])
         projected = []
@@ -107,13 +108,14 @@ class Heads(nn.Module):
             for ((_, width), group), of_group in zip(groups.items(), per_group, strict=True):
                 x = torch.stack([sides[p][0] for p in group]).to(weights.dtype)
                 projected.append((x @ of_group.view(len(group), width, -1)).flatten(0, 1))
-            z = torch.cat(projected)
-            # A code of zeros alone has no direction: its gradient would be that of _SHORTEST.
+            z = torch.cat(projected)  # (rows of all sides, D), group by group
+            # A code of zeros alone has no direction: dividing by _SHORTEST would blow its gradient up.
             z = z * z.detach().any(-1, keepdim=True)
             # Unit length by the root mean square: on a GPU one kernel each way, where F.normalize launches sixteen.
             dim = self.embed_dim
             unit = weights.new_full((dim,), dim**-0.5)
             z = nn.functional.rms_norm(z, (dim,), unit, eps=_SHORTEST**2 / dim)
+        # Back into the order of `sides`: all a_B, then all a_F.
         found = dict(zip(order, z.split([len(sides[p][0]) for p in order]), strict=True))
         return torch.cat([found[p] for p in range(len(sides))]).view(2, -1, self.embed_dim)
 

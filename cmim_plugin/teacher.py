@@ -28,7 +28,7 @@ class Teacher:
         modules: tap name to teacher module name; the module that binarizes has the same name where a tap is not listed.
 
     Raises:
-        CMIMError: a module is not in the teacher or does not run, or its activation does not pair with the tap's.
+        CMIMError: a module is not in the teacher or does not run, or its activation has too few dimensions.
     """
 
     def __init__(
