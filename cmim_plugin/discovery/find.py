@@ -19,7 +19,7 @@ from torch import nn
 
 from .dry_run import dry_run
 from .functions import CONVOLUTIONS
-from .history import Binarization, History, operands
+from .history import Binarization, History, operands, origin
 from .inputs import BatchSource
 from .layout import Layout
 from .sites import (
@@ -138,7 +138,8 @@ def _found_in(trace: Trace, others: list[Trace]) -> list[_Found]:
             if described.activation.tapped and value.code is not None:
                 latent = b.latents[0]
                 # Of one tensor, for branches may be alike only as they are initialised.
-                pair = value.code, latent.value.fingerprint, id(history.origin(latent).value)
+                latent_values = latent.value.numel, *latent.value.values.tolist()
+                pair = value.code, latent_values, id(origin(latent).value)
                 if pair in pairs:
                     continue  # query, key and value binarize one latent to the same codes
                 pairs.add(pair)
@@ -155,7 +156,7 @@ def _described(history: History, b: Binarization) -> _Found:
     module, call = scope(history, b)
     place, reason = (module, b.source.site), reason_against(history, b)
     if reason is None:
-        binary, latent = cheapest(history.of_value(b.source), b.latents, module)
+        binary, latent = cheapest(b.source.value.sightings, b.latents, module)
         shape, latent_shape = binary.value.shape, latent.value.shape
         spatial = spatial_dims(shape, b.consumer, b.operand)
         reason = reason_against_shapes(history, b, binary, latent, spatial)

@@ -62,66 +62,33 @@ class History:
 
     def __init__(self, trace: Trace, others: list[Trace]) -> None:
         self.trace = trace
-        self._others = others
-        self._again: list[dict[Site, Sighting]] = [{s.site: s for s in other.sightings} for other in others]
-        self._of_value: dict[int, list[Sighting]] = defaultdict(list)
+        self.others = others
         #: Code -> calls that made it out of something that is not two-valued.
         self._binarizing: dict[tuple[int, bytes] | None, list[Event]] = defaultdict(list)
-        for s in trace.sightings:
-            self._of_value[id(s.value)].append(s)
         for event in trace.events:
-            for result in filter(_is_two_valued, event.results):
+            for result in event.results:
                 size = result.value.numel
                 given = [a for a in event.arguments if a.value.numel == size and a.value is not result.value]
-                if given and not any(_is_two_valued(a) for a in given):
+                if result.value.two_valued and given and not any(a.value.two_valued for a in given):
                     self._binarizing[result.value.code].append(event)
         #: When the first trained product or lookup happened.
         self.first_product = next((e.seq for e in trace.events if e.weighted and _is_product_or_lookup(e)), math.inf)
 
-    # -- one step back -----------------------------------------------------------------------------------------------
-
     def again(self, sighting: Sighting) -> list[Sighting]:
         """What the other traces show at its site."""
-        return [seen[sighting.site] for seen in self._again if sighting.site in seen]
-
-    def of_value(self, sighting: Sighting) -> list[Sighting]:
-        """All sightings of this tensor that hold the same."""
-        return self._of_value[id(sighting.value)]
-
-    def in_graph(self, sighting: Sighting) -> list[Sighting]:
-        """Those in the graph: within the forward of a custom autograd function gradients are disabled."""
-        return [s for s in self.of_value(sighting) if s.in_graph]
-
-    def producer(self, sighting: Sighting) -> Event | None:
-        """The function call that returned this tensor with this value."""
-        return next((s.event for s in self.of_value(sighting) if s.event and s.seq <= sighting.seq), None)
-
-    def given(self, sighting: Sighting, same_size: bool = False) -> list[Sighting]:
-        """What the call that returned this was given; not the tensor itself, as a function in place is given it."""
-        event, size = self.producer(sighting), sighting.value.numel
-        arguments = [a for a in (event.arguments if event else ()) if a.value is not sighting.value]
-        return [a for a in arguments if a.value.numel == size] if same_size else arguments
-
-    def origin(self, sighting: Sighting) -> Sighting:
-        """The tensor that this one is computed from by functions of nothing else, parameters included."""
-        while (event := self.producer(sighting)) is not None:
-            given = [a for a in self.given(sighting) if a.from_input]
-            if len(given) != 1 or len(event.shapes) > len(event.arguments):
-                break
-            sighting = given[0]
-        return sighting
+        return [trace.at[sighting.site] for trace in self.others if sighting.site in trace.at]
 
     # -- from a product to what was binarized ------------------------------------------------------------------------
 
     def binarizations(self, consumer: Event, operand: Sighting) -> Iterator[Binarization]:
         """What was binarized to make an operand."""
-        sources = [source for part in self.terms(operand) for source in self._sources(part, _is_two_valued)]
+        sources = [s for part in self.terms(operand) for s in _sources(part, lambda s: s.value.two_valued)]
         made = [(source, self._maker(source)) for source in sources]
         # Two samples normalized are exactly -1 and 1.
         made = [(source, call) for source, call in made if call is None or call.name not in NORMS]
         if not made and operand.value.constant and operand.from_input and operand.requires_grad:
-            source = self._sources(operand, lambda s: s.value.constant and s.value.numel > 1)[0]
-            made = [(source, self._step(operand))]
+            source = _sources(operand, lambda s: s.value.constant and s.value.numel > 1)[0]
+            made = [(source, _step(operand))]
         for source, call in made:
             yield Binarization(source, call, self._latents(source, call), consumer, operand)
 
@@ -129,10 +96,10 @@ class History:
         """The binary tensors that an operand is the sum of; itself if it is binary; none otherwise."""
         if self._is_code(operand):
             return [operand]
-        event = self.producer(operand)
+        event = operand.producer
         if event is None or depth > _DEPTH:
             return []
-        size, arguments = operand.value.numel, self.given(operand)
+        size, arguments = operand.value.numel, operand.given()
         if event.name in MOVES:
             arguments = arguments[:1]
         elif event.name in SCALINGS:
@@ -149,20 +116,7 @@ class History:
     def _is_code(self, sighting: Sighting) -> bool:
         """Two-valued in all passes: not a coincidence. A sign may be constant in some of them."""
         again = self.again(sighting)
-        return _is_two_valued(sighting) and all(_is_two_valued(s) or s.value.constant for s in again)
-
-    def _sources(self, current: Sighting, like: Callable[[Sighting], bool], depth: int = 0) -> list[Sighting]:
-        """The first tensor in the graph of which ``like`` is true on the way to this one.
-
-        Where this one is made of several, those of each part.
-        """
-        event, graph = self.producer(current), self.in_graph(current)
-        before = [a for a in self.given(current) if like(a) and (not graph or self.in_graph(a))]
-        # A scale of each sample has two values where there are two samples.
-        before = [a for a in before if a.distinct * 4 > a.value.numel] or before
-        if event is None or not before or depth > _DEPTH:
-            return self.of_value(current)[:1]
-        return [s for part in before for s in self._sources(part, like, depth + 1)]
+        return sighting.value.two_valued and all(s.value.two_valued or s.value.constant for s in again)
 
     # -- from what was binarized to its latent -----------------------------------------------------------------------
 
@@ -172,30 +126,17 @@ class History:
         # Sums rebuild codes in the detach trick (`sign(x).detach() - f(x).detach() + f(x)`); they do not make them.
         return next((e for e in reversed(calls) if e.name not in SUMS), calls[-1] if calls else None)
 
-    def _step(self, operand: Sighting) -> Event | None:
-        """The call that made a constant operand out of something that is not constant."""
-        line = [operand]
-        for sighting in line:
-            event, given = self.producer(sighting), self.given(sighting, same_size=True)
-            if event is None:
-                continue
-            if event.name in STEPS and any(_is_continuous(a) for a in given):
-                return event
-            if len(line) < _FAR:
-                line += [a for a in given if a.value.constant or event.name in SUMS | DETACHES]
-        return None
-
     def _latents(self, source: Sighting, call: Event | None) -> list[Sighting]:
         """Sightings of a_F in the graph, empty where there is none."""
         line: list[Sighting] = []
         if call is not None:
             size = call.results[0].value.numel
-            line += [a for a in call.arguments if a.value.numel == size and _is_continuous(a)]
+            line += [a for a in call.arguments if a.value.numel == size and a.value.continuous]
         for sighting in line:
-            if found := self.in_graph(sighting):
+            if found := sighting.value.in_graph:
                 return found
             if len(line) < _NEAR:
-                line += self.given(sighting, same_size=True)
+                line += sighting.given(same_size=True)
         return self._separable(source)
 
     def _separable(self, source: Sighting) -> list[Sighting]:
@@ -204,10 +145,10 @@ class History:
         For codes that no call returned: they were assigned to a mask (BiBERT), or made outside torch.
         """
         for s in reversed(self.trace.sightings[: source.seq]):
-            if s.in_graph and not _is_two_valued(s) and _is_continuous(s):
+            if s.in_graph and s.value.continuous and not s.value.two_valued:
                 high, low = _split(s.value.values, s, source)
                 if len(high) and len(low) and (high.min() > low.max() or low.min() > high.max()):
-                    return self.in_graph(s)
+                    return s.value.in_graph
         return []
 
     def by_sample(self, sighting: Sighting) -> bool | None:
@@ -224,15 +165,53 @@ class History:
         """
         is_sign = is_sign_of(self.trace, codes, latent)
         sites = codes.site, latent.site
-        for trace, seen in zip(self._others, self._again, strict=True):
-            alike = is_one_call(*sites) or all(trace.counted(site) == self.trace.counted(site) for site in sites)
-            if alike and all(site in seen for site in sites):
-                other, of_other = (seen[site] for site in sites)
+        counted = [self.trace.counted(site) for site in sites]
+        for trace in self.others:
+            alike = is_one_call(*sites) or [trace.counted(site) for site in sites] == counted
+            if alike and all(site in trace.at for site in sites):
+                other, of_other = (trace.at[site] for site in sites)
                 if layout.channels(other.value.shape) != layout.channels(codes.value.shape):
                     return True
-                if is_sign and _is_two_valued(other) and not is_sign_of(trace, other, of_other):
+                if is_sign and other.value.two_valued and not is_sign_of(trace, other, of_other):
                     return True
         return False
+
+
+def origin(sighting: Sighting) -> Sighting:
+    """The tensor that this one is computed from by functions of nothing else, parameters included."""
+    while (event := sighting.producer) is not None:
+        given = [a for a in sighting.given() if a.from_input]
+        if len(given) != 1 or len(event.shapes) > len(event.arguments):
+            break
+        sighting = given[0]
+    return sighting
+
+
+def _sources(current: Sighting, like: Callable[[Sighting], bool], depth: int = 0) -> list[Sighting]:
+    """The first tensor in the graph of which ``like`` is true on the way to this one.
+
+    Where this one is made of several, those of each part.
+    """
+    before = [a for a in current.given() if like(a) and (a.value.in_graph or not current.value.in_graph)]
+    # A scale of each sample has two values where there are two samples.
+    before = [a for a in before if a.distinct * 4 > a.value.numel] or before
+    if not before or depth > _DEPTH:
+        return current.value.sightings[:1]
+    return [s for part in before for s in _sources(part, like, depth + 1)]
+
+
+def _step(operand: Sighting) -> Event | None:
+    """The call that made a constant operand out of something that is not constant."""
+    line = [operand]
+    for sighting in line:
+        event, given = sighting.producer, sighting.given(same_size=True)
+        if event is None:
+            continue
+        if event.name in STEPS and any(a.value.continuous for a in given):
+            return event
+        if len(line) < _FAR:
+            line += [a for a in given if a.value.constant or event.name in SUMS | DETACHES]
+    return None
 
 
 def is_one_call(binary: Site, latent: Site) -> bool:
@@ -266,7 +245,7 @@ def is_sign_of(trace: Trace, codes: Sighting, latent: Sighting) -> bool:
     values, pattern, numel = latent.value.values, codes.value.pattern, latent.value.numel
     if pattern is None or codes.value.numel != numel:
         return False
-    if is_split_by_threshold(values, pattern, kept_positions(numel).to(values.device), latent.value.shape):
+    if is_split_by_threshold(values, pattern, kept_positions(numel, values.device), latent.value.shape):
         return True
     between = [event for event in trace.events if latent.seq <= event.seq <= codes.seq and event.name in RANDOM]
     if not any(result.value.numel == numel for event in between for result in event.results):
@@ -281,11 +260,3 @@ def _split(values: Tensor, latent: Sighting, codes: Sighting) -> tuple[Tensor, T
     if pattern is None or latent.value.numel != codes.value.numel:
         return values[:0], values[:0]
     return values[pattern > 0], values[pattern < 0]
-
-
-def _is_two_valued(sighting: Sighting) -> bool:
-    return sighting.value.pattern is not None
-
-
-def _is_continuous(sighting: Sighting) -> bool:
-    return sighting.value.values.is_floating_point() and not sighting.value.constant

@@ -23,7 +23,7 @@ def reason_against(history: History, b: Binarization) -> str | None:
     value = b.source.value
     if b.source.seq < history.first_product:
         return "it is the network's input that is binarized, not an activation"
-    if not history.in_graph(b.source):
+    if not value.in_graph:
         before = history.trace.sightings[: b.source.seq]
         return NO_GRADIENT if any(s.requires_grad and s.from_input for s in before) else FROZEN
     if value.one_hot:
@@ -90,12 +90,12 @@ def child(history: History, latent: Sighting, module: str, call: int) -> str:
     prefix = f"{module}." if module else ""
     current = latent
     for _ in range(_NEAR):
-        outputs = [s.site.module for s in history.of_value(current) if s.site.kind == "output" and s.seq > since]
+        outputs = [s.site.module for s in current.value.sightings if s.site.kind == "output" and s.seq > since]
         names = [name for name in outputs if name.startswith(prefix) and name != module]
         if names:
             return min(names, key=len).removeprefix(prefix)
-        event, size = history.producer(current), current.value.numel
-        given = [a for a in history.given(current) if a.value.numel >= size and a.requires_grad]
+        event, size = current.producer, current.value.numel
+        given = [a for a in current.given() if a.value.numel >= size and a.requires_grad]
         if event is None or event.name in PRODUCTS or not given:
             break
         current = given[0]
