@@ -37,9 +37,6 @@ def sign_pattern(x: Tensor, index: Tensor | None = None) -> Tensor | None:
     Returns:
         int8, ``(n,)``. Elements of a group that holds a single value count as its sign.
     """
-    if x.dtype == torch.bool:
-        taken = x.flatten() if index is None else x.take(index)
-        return None if x.numel() < _SMALLEST_GROUP or is_constant(x) else 2 * taken.to(torch.int8) - 1
     tolerance = _TOLERANCE.get(x.dtype, _DEFAULT_TOLERANCE)
     x = x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().float()
     for shared in _groupings(x.ndim):

@@ -18,7 +18,6 @@ from typing import Any
 from torch import nn
 
 from .dry_run import dry_run
-from .functions import CONVOLUTIONS
 from .history import Binarization, History, operands, origin
 from .inputs import BatchSource
 from .layout import Layout
@@ -132,14 +131,12 @@ def _found_in(trace: Trace, others: list[Trace]) -> list[_Found]:
     for event, operand in operands(trace):
         for b in history.binarizations(event, operand):
             value = b.source.value
-            if id(value) in found or not any(s.from_input for s in b.latents or [operand]):
+            if id(value) in found or not (b.latent or operand).from_input:
                 continue  # a weight, a mask or a learned token
             described = _described(history, b)
-            if described.activation.tapped and value.code is not None:
-                latent = b.latents[0]
+            if described.activation.tapped and b.latent is not None and value.two_valued:
                 # Of one tensor, for branches may be alike only as they are initialised.
-                latent_values = latent.value.numel, *latent.value.values.tolist()
-                pair = value.code, latent_values, id(origin(latent).value)
+                pair = value.code, tuple(b.latent.value.values.tolist()), id(origin(b.latent).value)
                 if pair in pairs:
                     continue  # query, key and value binarize one latent to the same codes
                 pairs.add(pair)
@@ -155,14 +152,14 @@ def _found_in(trace: Trace, others: list[Trace]) -> list[_Found]:
 def _described(history: History, b: Binarization) -> _Found:
     module, call = scope(history, b)
     place, reason = (module, b.source.site), reason_against(history, b)
-    if reason is None:
-        binary, latent = cheapest(b.source.value.sightings, b.latents, module)
+    if reason is None and b.latent is not None:
+        binary, latent = cheapest(b.source.value.sightings, b.latent.value.sightings, module)
         shape, latent_shape = binary.value.shape, latent.value.shape
         spatial = spatial_dims(shape, b.consumer, b.operand)
         reason = reason_against_shapes(history, b, binary, latent, spatial)
-    if reason is not None:
+    if reason is not None or b.latent is None:
         return _Found(BinaryActivation("", 0, reason, module), place)
-    scores = b.consumer.name not in CONVOLUTIONS and is_of_activations(b.consumer, b.operand)
+    scores = is_of_activations(b.consumer, b.operand)
     layout = Layout(spatial, shape[0] != history.trace.batch, scores)
     latent_layout = Layout(spatial, latent_shape[0] != history.trace.batch, scores)
     activation = BinaryActivation(
@@ -177,7 +174,7 @@ def _described(history: History, b: Binarization) -> _Found:
         latent_channels=latent_layout.channels(latent_shape),
         aligned=layout.positions(shape) == latent_layout.positions(latent_shape),
     )
-    return _Found(activation, place, child(history, b.latents[0], module, call))
+    return _Found(activation, place, child(history, b.latent, module, call))
 
 
 def _merge(order: dict[str, int], found: list[_Found], more: list[_Found]) -> None:

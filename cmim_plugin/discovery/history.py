@@ -8,7 +8,6 @@ latent, or a tensor that was computed from it outside the graph.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,12 +19,10 @@ from .functions import (
     CONVOLUTIONS,
     DETACHES,
     JOINS,
-    LOOKUPS,
     MOVES,
     NORMS,
     PRODUCTS,
     RANDOM,
-    RECURRENT,
     SCALINGS,
     STEPS,
     SUMS,
@@ -33,8 +30,6 @@ from .functions import (
 from .layout import Layout
 from .trace import Event, Sighting, Site, Trace, kept_positions
 
-# How far equal samples are apart at most, in distances between different ones: a rounding error flips some signs.
-_ALIKE = 0.4
 # Calls that are followed back at most: from an operand, from a constant operand, and within a custom function.
 _DEPTH, _FAR, _NEAR = 96, 48, 8
 
@@ -46,13 +41,13 @@ class Binarization:
     Attributes:
         source: its first sighting.
         call: the function call that made its two values out of something continuous, where that is known.
-        latents: where the latent passes in the graph, empty where there is none.
+        latent: the first sighting of a_F in the graph, None where there is none.
         consumer, operand: the product, and the argument of it.
     """
 
     source: Sighting
     call: Event | None
-    latents: list[Sighting]
+    latent: Sighting | None
     consumer: Event
     operand: Sighting
 
@@ -71,8 +66,6 @@ class History:
                 given = [a for a in event.arguments if a.value.numel == size and a.value is not result.value]
                 if result.value.two_valued and given and not any(a.value.two_valued for a in given):
                     self._binarizing[result.value.code].append(event)
-        #: When the first trained product or lookup happened.
-        self.first_product = next((e.seq for e in trace.events if e.weighted and _is_product_or_lookup(e)), math.inf)
 
     def again(self, sighting: Sighting) -> list[Sighting]:
         """What the other traces show at its site."""
@@ -90,11 +83,12 @@ class History:
             source = _sources(operand, lambda s: s.value.constant and s.value.numel > 1)[0]
             made = [(source, _step(operand))]
         for source, call in made:
-            yield Binarization(source, call, self._latents(source, call), consumer, operand)
+            yield Binarization(source, call, self._latent(source, call), consumer, operand)
 
     def terms(self, operand: Sighting, depth: int = 0) -> list[Sighting]:
         """The binary tensors that an operand is the sum of; itself if it is binary; none otherwise."""
-        if self._is_code(operand):
+        # Two-valued in all passes: not a coincidence. A sign may be constant in some of them.
+        if operand.value.two_valued and all(s.value.two_valued or s.value.constant for s in self.again(operand)):
             return [operand]
         event = operand.producer
         if event is None or depth > _DEPTH:
@@ -113,11 +107,6 @@ class History:
             return []  # a sum with something continuous
         return [term for _, found in inner for term in found]
 
-    def _is_code(self, sighting: Sighting) -> bool:
-        """Two-valued in all passes: not a coincidence. A sign may be constant in some of them."""
-        again = self.again(sighting)
-        return sighting.value.two_valued and all(s.value.two_valued or s.value.constant for s in again)
-
     # -- from what was binarized to its latent -----------------------------------------------------------------------
 
     def _maker(self, source: Sighting) -> Event | None:
@@ -126,20 +115,20 @@ class History:
         # Sums rebuild codes in the detach trick (`sign(x).detach() - f(x).detach() + f(x)`); they do not make them.
         return next((e for e in reversed(calls) if e.name not in SUMS), calls[-1] if calls else None)
 
-    def _latents(self, source: Sighting, call: Event | None) -> list[Sighting]:
-        """Sightings of a_F in the graph, empty where there is none."""
+    def _latent(self, source: Sighting, call: Event | None) -> Sighting | None:
+        """The first sighting of a_F in the graph."""
         line: list[Sighting] = []
         if call is not None:
             size = call.results[0].value.numel
             line += [a for a in call.arguments if a.value.numel == size and a.value.continuous]
         for sighting in line:
-            if found := sighting.value.in_graph:
-                return found
+            if sighting.value.in_graph:
+                return sighting.value.in_graph
             if len(line) < _NEAR:
                 line += sighting.given(same_size=True)
         return self._separable(source)
 
-    def _separable(self, source: Sighting) -> list[Sighting]:
+    def _separable(self, source: Sighting) -> Sighting | None:
         """The last tensor before the source that a threshold splits into its codes.
 
         For codes that no call returned: they were assigned to a mask (BiBERT), or made outside torch.
@@ -149,13 +138,7 @@ class History:
                 high, low = _split(s.value.values, s, source)
                 if len(high) and len(low) and (high.min() > low.max() or low.min() > high.max()):
                     return s.value.in_graph
-        return []
-
-    def by_sample(self, sighting: Sighting) -> bool | None:
-        """Whether equal samples have nearly equal values at this site; None where that could not be seen."""
-        seen = [s.value.apart for s in (sighting, *self.again(sighting))]
-        known = [apart for apart in seen if apart is not None]
-        return min(known) < _ALIKE if known else None
+        return None
 
     def pair_differs(self, codes: Sighting, latent: Sighting, layout: Layout) -> bool:
         """Whether, at the sites of a_B and a_F, another trace has other channels, or codes of another latent.
@@ -217,12 +200,6 @@ def _step(operand: Sighting) -> Event | None:
 def is_one_call(binary: Site, latent: Site) -> bool:
     """Whether both sides are picked up in one call of a module."""
     return (binary.module, binary.call) == (latent.module, latent.call)
-
-
-def _is_product_or_lookup(event: Event) -> bool:
-    if event.name in ("getitem", "index_select"):  # a table that is looked up by the input
-        return any(a.from_input and not a.value.values.is_floating_point() for a in event.arguments)
-    return event.name in CONVOLUTIONS or event.name in PRODUCTS | RECURRENT | LOOKUPS | {"linear"}
 
 
 def operands(trace: Trace) -> Iterator[tuple[Event, Sighting]]:

@@ -97,9 +97,9 @@ class Snapshot:
         return self.values.is_floating_point() and not self.constant
 
     @property
-    def in_graph(self) -> list[Sighting]:
-        """The sightings in the graph: within the forward of a custom autograd function gradients are disabled."""
-        return [s for s in self.sightings if s.in_graph]
+    def in_graph(self) -> Sighting | None:
+        """The first sighting in the graph; within the forward of a custom autograd function gradients are disabled."""
+        return next((s for s in self.sightings if s.in_graph), None)
 
     @cached_property
     def code(self) -> tuple[int, bytes] | None:
