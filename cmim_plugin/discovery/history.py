@@ -12,8 +12,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from .codes import is_split_by_threshold
 from .functions import (
     CONVOLUTIONS,
@@ -28,9 +26,9 @@ from .functions import (
     SUMS,
 )
 from .layout import Layout
-from .trace import Event, Sighting, Site, Trace, kept_positions
+from .trace import Event, Sighting, Site, Snapshot, Trace, kept_positions
 
-# Calls that are followed back at most: from an operand, from a constant operand, and within a custom function.
+# Calls that are followed back at most: to the terms of a sum, from a constant operand, and within a custom function.
 _DEPTH, _FAR, _NEAR = 96, 48, 8
 
 
@@ -71,16 +69,14 @@ class History:
         """What the other traces show at its site."""
         return [trace.at[sighting.site] for trace in self.others if sighting.site in trace.at]
 
-    # -- from a product to what was binarized ------------------------------------------------------------------------
-
     def binarizations(self, consumer: Event, operand: Sighting) -> Iterator[Binarization]:
         """What was binarized to make an operand."""
-        sources = [s for part in self.terms(operand) for s in _sources(part, lambda s: s.value.two_valued)]
+        sources = [s for part in self.terms(operand) for s in _sources(part, lambda value: value.two_valued)]
         made = [(source, self._maker(source)) for source in sources]
         # Two samples normalized are exactly -1 and 1.
         made = [(source, call) for source, call in made if call is None or call.name not in NORMS]
         if not made and operand.value.constant and operand.from_input and operand.requires_grad:
-            source = _sources(operand, lambda s: s.value.constant and s.value.numel > 1)[0]
+            source = _sources(operand, lambda value: value.constant and value.numel > 1)[0]
             made = [(source, _step(operand))]
         for source, call in made:
             yield Binarization(source, call, self._latent(source, call), consumer, operand)
@@ -107,8 +103,6 @@ class History:
             return []  # a sum with something continuous
         return [term for _, found in inner for term in found]
 
-    # -- from what was binarized to its latent -----------------------------------------------------------------------
-
     def _maker(self, source: Sighting) -> Event | None:
         """The last call before the source that made its codes."""
         calls = [e for e in self._binarizing.get(source.value.code, ()) if e.results[0].seq <= source.seq]
@@ -133,9 +127,12 @@ class History:
 
         For codes that no call returned: they were assigned to a mask (BiBERT), or made outside torch.
         """
+        pattern = source.value.pattern
+        if pattern is None:
+            return None
         for s in reversed(self.trace.sightings[: source.seq]):
-            if s.in_graph and s.value.continuous and not s.value.two_valued:
-                high, low = _split(s.value.values, s, source)
+            if s.in_graph and s.value.continuous and not s.value.two_valued and s.value.numel == source.value.numel:
+                high, low = s.value.values[pattern > 0], s.value.values[pattern < 0]
                 if len(high) and len(low) and (high.min() > low.max() or low.min() > high.max()):
                     return s.value.in_graph
         return None
@@ -170,17 +167,18 @@ def origin(sighting: Sighting) -> Sighting:
     return sighting
 
 
-def _sources(current: Sighting, like: Callable[[Sighting], bool], depth: int = 0) -> list[Sighting]:
-    """The first tensor in the graph of which ``like`` is true on the way to this one.
-
-    Where this one is made of several, those of each part.
-    """
-    before = [a for a in current.given() if like(a) and (a.value.in_graph or not current.value.in_graph)]
-    # A scale of each sample has two values where there are two samples.
-    before = [a for a in before if a.distinct * 4 > a.value.numel] or before
-    if not before or depth > _DEPTH:
-        return current.value.sightings[:1]
-    return [s for part in before for s in _sources(part, like, depth + 1)]
+def _sources(sighting: Sighting, like: Callable[[Snapshot], bool]) -> list[Sighting]:
+    """The first tensor in the graph of which ``like`` is true on the way to this one; of several parts, one of each."""
+    sources: list[Sighting] = []
+    line = [sighting]
+    while line:
+        current = line.pop()
+        before = [a for a in current.given() if like(a.value) and (a.value.in_graph or not current.value.in_graph)]
+        # A scale of each sample has two values where there are two samples.
+        before = [a for a in before if a.distinct * 4 > a.value.numel] or before
+        line += reversed(before)
+        sources += [] if before else current.value.sightings[:1]
+    return sources
 
 
 def _step(operand: Sighting) -> Event | None:
@@ -227,13 +225,6 @@ def is_sign_of(trace: Trace, codes: Sighting, latent: Sighting) -> bool:
     between = [event for event in trace.events if latent.seq <= event.seq <= codes.seq and event.name in RANDOM]
     if not any(result.value.numel == numel for event in between for result in event.results):
         return False
-    high, low = _split(values.argsort().argsort() / len(values), latent, codes)
-    return len(high) > 0 and len(low) > 0 and bool((high.mean() - low.mean()).abs() > 0.05)
-
-
-def _split(values: Tensor, latent: Sighting, codes: Sighting) -> tuple[Tensor, Tensor]:
-    """Of values at the latent's positions: those where the code is the higher one, and those where it is the lower."""
-    pattern = codes.value.pattern
-    if pattern is None or latent.value.numel != codes.value.numel:
-        return values[:0], values[:0]
-    return values[pattern > 0], values[pattern < 0]
+    ranks = values.argsort().argsort() / len(values)
+    # Of no ranks, the mean is NaN.
+    return bool((ranks[pattern > 0].mean() - ranks[pattern < 0].mean()).abs() > 0.05)

@@ -211,14 +211,6 @@ def _positions() -> tuple[Any, Any]:
     return random.getstate(), None if numpy is None else numpy.random.get_state()[2]
 
 
-@dataclass
-class _Memory:
-    """Of a tensor object: whether it depends on the model's input, and what it held last."""
-
-    from_input: bool
-    last: Snapshot | None = None
-
-
 class _Recorder(TorchFunctionMode):
     """Writes down one pass."""
 
@@ -230,7 +222,9 @@ class _Recorder(TorchFunctionMode):
         self._parameters = {id(p) for p in model.parameters()}
         # Modules being run, and which call of each.
         self._scopes: list[tuple[str, int]] = []
-        self._memory: MutableMapping[Tensor, _Memory] = WeakTensorKeyDictionary()
+        # Of each tensor object: whether it depends on the model's input, and what it held last.
+        self._from_input: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
+        self._last: MutableMapping[Tensor, Snapshot] = WeakTensorKeyDictionary()
         self._kept_positions = cache(kept_positions)
 
     def __deepcopy__(self, memo: Any) -> _Recorder:
@@ -267,7 +261,7 @@ class _Recorder(TorchFunctionMode):
         seq, arguments = len(self.trace.sightings), self._see((args, kwargs), "argument", func, nth)
         event = Event(seq, name, shapes, weighted, arguments)
         activations = [t for t in tensors if id(t) not in self._parameters]
-        from_input = name not in SHAPE_ONLY and any(self._memory[t].from_input for t in activations)
+        from_input = name not in SHAPE_ONLY and any(self._from_input[t] for t in activations)
         if self._twins and "drop" in name and "training" in kwargs:
             kwargs["training"] = False
         if self._twins and "dropout_p" in kwargs:
@@ -276,9 +270,9 @@ class _Recorder(TorchFunctionMode):
         if name in RANDOM:
             self._drawn(result)
         if from_input and writes(func, kwargs):
-            self._memory[activations[0]].from_input = True
-            if (base := _compat.base_of(activations[0])) is not None and base in self._memory:
-                self._memory[base].from_input = True
+            for tensor in (activations[0], _compat.base_of(activations[0])):
+                if tensor is not None and tensor in self._from_input:
+                    self._from_input[tensor] = True
         event.results = self._see(result, "result", func, nth, from_input)
         for sighting in event.results:
             sighting.event = event
@@ -303,15 +297,15 @@ class _Recorder(TorchFunctionMode):
                 if id(tensor) in self._parameters:
                     continue
                 # What comes out of code that torch functions do not show has a history all the same.
-                new = _Memory(tensor.grad_fn is not None if from_input is None else from_input)
-                memory = self._memory.setdefault(tensor, new)
-                memory.from_input |= bool(from_input)
-                if (base := _compat.base_of(tensor)) is not None and base in self._memory:
-                    memory.from_input |= self._memory[base].from_input
+                new = tensor.grad_fn is not None if from_input is None else from_input
+                depends = bool(from_input) or self._from_input.get(tensor, new)
+                if (base := _compat.base_of(tensor)) is not None:
+                    depends |= self._from_input.get(base, False)
+                self._from_input[tensor] = depends
                 if not is_strided(tensor) or tensor.is_complex() or tensor.is_meta or tensor.numel() == 0:
                     continue
                 try:
-                    snapshot = self._snapshot(memory, tensor.detach())
+                    snapshot = self._snapshot(tensor)
                 except (RuntimeError, NotImplementedError):
                     continue  # of a dtype or subclass that cannot be read: float8, quantized, within torch.func.vmap
                 sighting = Sighting(
@@ -320,7 +314,7 @@ class _Recorder(TorchFunctionMode):
                     snapshot,
                     tensor.requires_grad,
                     tensor.requires_grad and torch.is_grad_enabled(),
-                    memory.from_input,
+                    depends,
                     torch.Size(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step).numel(),
                 )
                 snapshot.sightings.append(sighting)
@@ -328,25 +322,26 @@ class _Recorder(TorchFunctionMode):
                 seen.append(sighting)
         return seen
 
-    def _snapshot(self, memory: _Memory, tensor: Tensor) -> Snapshot:
+    def _snapshot(self, tensor: Tensor) -> Snapshot:
         """What the tensor holds now; the very same object as last time while that has not changed."""
-        index = self._kept_positions(tensor.numel(), tensor.device)
-        values = tensor.take(index)
+        last, held = self._last.get(tensor), tensor.detach()
+        index = self._kept_positions(held.numel(), held.device)
+        values = held.take(index)
         # The version counter does not move for `x.data = ...`: only the values tell.
-        if memory.last is not None and memory.last.shape == tensor.shape and same(memory.last.values, values):
-            return memory.last
-        snapshot = memory.last = Snapshot(tensor.shape, values)
+        if last is not None and last.shape == held.shape and same(last.values, values):
+            return last
+        snapshot = self._last[tensor] = Snapshot(held.shape, values)
         some = set(values[:64].tolist())
-        if len(some) == 1 and is_constant(tensor):
+        if len(some) == 1 and is_constant(held):
             snapshot.constant = True
-        elif not memory.from_input:
+        elif not self._from_input[tensor]:
             pass  # a weight: nothing asks for its codes, and these take half of the time
-        elif (pattern := sign_pattern(tensor, index)) is not None:
-            snapshot.pattern, snapshot.one_hot = pattern, _is_one_hot(tensor)
+        elif (pattern := sign_pattern(held, index)) is not None:
+            snapshot.pattern, snapshot.one_hot = pattern, _is_one_hot(held)
         elif len(some) <= FEW_LEVELS and values.unique().numel() <= FEW_LEVELS:
-            snapshot.levels = tensor.unique().numel()
-        if self._twins and tensor.is_floating_point():
-            snapshot.apart = self._apart(tensor)
+            snapshot.levels = held.unique().numel()
+        if self._twins and held.is_floating_point():
+            snapshot.apart = self._apart(held)
         return snapshot
 
     def _apart(self, tensor: Tensor) -> float | None:
