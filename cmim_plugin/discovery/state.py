@@ -22,7 +22,6 @@ from .inputs import is_strided, tensors_in
 # How far containers and objects are followed into each other, and up to which length.
 _DEPTH, _LENGTH = 4, 4096
 _NOT_FOLLOWED = (nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType, torch.Generator)
-# Not followed either: what threads wait for; and torch's own functions, which keep what they have looked up.
 _OF_THREADS = ("threading", "queue", "concurrent", "multiprocessing", "asyncio", "logging")
 _PLAIN = (str, int, float, bool, bytes, type(None))
 
@@ -49,14 +48,12 @@ def preserve_state(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[
     """
     parameters = list(model.parameters())
     with contextlib.ExitStack() as undo:
-        held = _Held(undo)
         # BinaryNet keeps the real weight in an attribute of the parameter.
-        for owner in (*model.modules(), *parameters):
-            held.follow(vars(owner))
+        held = _held(undo, [*model.modules(), *parameters])
         # An embedding with max_norm overwrites its weight where no function mode sees it.
         overwritten = {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None}
         guarded = {id(p) for p in parameters} - overwritten
-        for tensor in (*held.tensors.values(), *(p.grad for p in parameters if p.grad is not None)):
+        for tensor in (*held, *(p.grad for p in parameters if p.grad is not None)):
             if id(tensor) not in guarded:
                 _copy(undo, tensor)
         for p in parameters:  # the last is undone first: a gradient needs the shape of its parameter
@@ -64,7 +61,7 @@ def preserve_state(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[
             undo.callback(p.requires_grad_, p.requires_grad)
             undo.callback(_point_at, p, p.data)
         guard = _CopyBeforeWrite(undo, [*parameters, *filter(is_strided, inputs)])
-        with preserve_generators(held.tensors.values()), guard:
+        with preserve_generators(held), guard:
             yield
 
 
@@ -122,61 +119,58 @@ def _storage(tensor: Tensor) -> int:
         return id(tensor)
 
 
-class _Held:
-    """What modules hold in their attributes: tensors are collected, for all else there is something to undo."""
-
-    def __init__(self, undo: contextlib.ExitStack) -> None:
-        self.tensors: dict[int, Tensor] = {}
-        self._undo = undo
-        # The objects themselves: an id is only unique while its object lives.
-        self._seen: dict[int, Any] = {}
-
-    def follow(self, value: Any, depth: int = 0) -> None:
-        """Note everything that can be reached from here."""
+def _held(undo: contextlib.ExitStack, owners: Iterable[Any]) -> list[Tensor]:
+    """The tensors that owners hold in their attributes; of all else that they hold, how to undo a change is noted."""
+    tensors: list[Tensor] = []
+    seen: set[int] = set()
+    line: list[tuple[Any, int]] = [(vars(owner), 0) for owner in owners]
+    for value, depth in line:
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
         if isinstance(value, Tensor):
             if not nn.parameter.is_lazy(value) and not value.is_meta and is_strided(value):
-                self.tensors[id(value)] = value
-            return
-        if id(value) in self._seen or depth > _DEPTH:
-            return
-        self._seen[id(value)] = value
-        package = type(value).__module__.partition(".")[0]
-        is_function, waits = callable(value) and package == "torch", package in _OF_THREADS
-        inner: list[Any] = []
+                tensors.append(value)
+            continue
+        if depth > _DEPTH:
+            continue
+        containers = [value] if isinstance(value, (dict, list, set, deque, bytearray)) else []
+        inner: list[Any] = list(value) if isinstance(value, tuple) else []
         if isinstance(value, types.MethodType):
             inner.append(value.__self__)
         elif isinstance(value, functools.partial):
             inner += [value.func, *value.args, *value.keywords.values()]
-        elif hasattr(value, "__dict__") and not isinstance(value, _NOT_FOLLOWED) and not (is_function or waits):
-            inner += self._keep_content(vars(value))
-        if isinstance(value, (dict, list, set, deque, bytearray)):
-            inner += self._keep_content(value)
-        elif isinstance(value, tuple):
-            inner += value
-        else:
-            self._keep_state(value)
+        elif hasattr(value, "__dict__") and not isinstance(value, _NOT_FOLLOWED) and _is_state(value):
+            containers.append(vars(value))
+        for container in containers:
+            before = _content(container)
+            undo.callback(_refill, container, before)
+            inner += before
+        _keep_state(undo, value)
         if depth < 2 or len(inner) <= _LENGTH:
-            for item in inner:
-                if type(item) not in weakref.ProxyTypes and not isinstance(item, _PLAIN):
-                    self.follow(item, depth + 1)
+            followed = (i for i in inner if type(i) not in weakref.ProxyTypes and not isinstance(i, _PLAIN))
+            line += [(item, depth + 1) for item in followed]
+    return tensors
 
-    def _keep_content(self, container: Any) -> list[Any]:
-        before = _content(container)
-        self._undo.callback(_refill, container, before)
-        return before
 
-    def _keep_state(self, value: Any) -> None:
-        """Of random generators and arrays."""
-        numpy: Any = sys.modules.get("numpy")
-        if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):  # that one has no state
-            self._undo.callback(value.setstate, value.getstate())
-        elif isinstance(value, torch.Generator) or (numpy and isinstance(value, numpy.random.RandomState)):
-            self._undo.callback(value.set_state, value.get_state())
-        elif numpy and isinstance(value, numpy.random.Generator):
-            bits = value.bit_generator
-            self._undo.callback(setattr, bits, "state", bits.state)
-        elif numpy and isinstance(value, numpy.ndarray) and value.flags.writeable:
-            self._undo.callback(value.__setitem__, ..., value.copy())
+def _is_state(value: Any) -> bool:
+    """Not one of torch's own functions, which keep what they have looked up, and nothing that threads wait for."""
+    package = type(value).__module__.partition(".")[0]
+    return package not in _OF_THREADS and not (callable(value) and package == "torch")
+
+
+def _keep_state(undo: contextlib.ExitStack, value: Any) -> None:
+    """Of random generators and arrays."""
+    numpy: Any = sys.modules.get("numpy")
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):  # that one has no state
+        undo.callback(value.setstate, value.getstate())
+    elif isinstance(value, torch.Generator) or (numpy and isinstance(value, numpy.random.RandomState)):
+        undo.callback(value.set_state, value.get_state())
+    elif numpy and isinstance(value, numpy.random.Generator):
+        bits = value.bit_generator
+        undo.callback(setattr, bits, "state", bits.state)
+    elif numpy and isinstance(value, numpy.ndarray) and value.flags.writeable:
+        undo.callback(value.__setitem__, ..., value.copy())
 
 
 def _content(container: Any) -> list[Any]:
