@@ -34,10 +34,6 @@ from .trace import Trace, record
 _PASSES = 10
 # Samples at most of a pass that is traced, to attach in less time than two training steps take.
 _SAMPLES = 4
-_NOT_KEPT = (
-    "A gradient was asked for an activation that the model computed while CMIM was attached to it. Hooks of yours "
-    "have collected it: clear what they collected then, or register them after CMIM."
-)
 
 
 def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:
@@ -58,7 +54,10 @@ def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[lis
 
     def not_kept(nothing: None) -> Tensor:
         asked.append(nothing)
-        raise CMIMError(_NOT_KEPT)
+        raise CMIMError(
+            "A gradient was asked for an activation that the model computed while CMIM was attached to it. Hooks of "
+            "yours have collected it: clear what they collected then, or register them after CMIM."
+        )
 
     # Nothing runs backward, so the graph need not keep the activations, which are most of the memory.
     with contextlib.suppress(CMIMError), saved_tensors_hooks(lambda tensor: None, not_kept):

@@ -17,21 +17,11 @@ from typing import Any
 
 from torch import nn
 
+from . import sites
 from .dry_run import dry_run
 from .history import Binarization, History, operands, origin
 from .inputs import BatchSource
 from .layout import Layout
-from .sites import (
-    FROZEN,
-    NO_GRADIENT,
-    cheapest,
-    child,
-    is_of_activations,
-    reason_against,
-    reason_against_shapes,
-    scope,
-    spatial_dims,
-)
 from .trace import FEW_LEVELS, Site, Trace
 
 # An operand of at most a few values among so many elements is listed as quantized to more than one bit.
@@ -150,16 +140,16 @@ def _found_in(trace: Trace, others: list[Trace]) -> list[_Found]:
 
 
 def _described(history: History, b: Binarization) -> _Found:
-    module, call = scope(history, b)
-    place, reason = (module, b.source.site), reason_against(history, b)
+    module, call = sites.scope(history, b)
+    place, reason = (module, b.source.site), sites.reason_against(history, b)
     if reason is None and b.latent is not None:
-        binary, latent = cheapest(b.source.value.sightings, b.latent.value.sightings, module)
+        binary, latent = sites.cheapest(b.source.value.sightings, b.latent.value.sightings, module)
         shape, latent_shape = binary.value.shape, latent.value.shape
-        spatial = spatial_dims(shape, b.consumer, b.operand)
-        reason = reason_against_shapes(history, b, binary, latent, spatial)
+        spatial = sites.spatial_dims(shape, b.consumer, b.operand)
+        reason = sites.reason_against_shapes(history, b, binary, latent, spatial)
     if reason is not None or b.latent is None:
         return _Found(BinaryActivation("", 0, reason, module), place)
-    scores = is_of_activations(b.consumer, b.operand)
+    scores = sites.is_of_activations(b.consumer, b.operand)
     layout = Layout(spatial, shape[0] != history.trace.batch, scores)
     latent_layout = Layout(spatial, latent_shape[0] != history.trace.batch, scores)
     activation = BinaryActivation(
@@ -174,7 +164,7 @@ def _described(history: History, b: Binarization) -> _Found:
         latent_channels=latent_layout.channels(latent_shape),
         aligned=layout.positions(shape) == latent_layout.positions(latent_shape),
     )
-    return _Found(activation, place, child(history, b.latent, module, call))
+    return _Found(activation, place, sites.child(history, b.latent, module, call))
 
 
 def _merge(order: dict[str, int], found: list[_Found], more: list[_Found]) -> None:
@@ -197,8 +187,9 @@ def _named(found: list[_Found]) -> list[BinaryActivation]:
     tapped = [f for f in found if f.activation.tapped]
     taps = Counter(f.activation.module for f in tapped)
     # Without a gradient in one call of a module, with one in another: nothing is missed.
+    covered = sites.FROZEN, sites.NO_GRADIENT
     rest = [f for f in found if not f.activation.tapped]
-    rest = [f for f in rest if f.activation.module not in taps or f.activation.reason not in (FROZEN, NO_GRADIENT)]
+    rest = [f for f in rest if f.activation.module not in taps or f.activation.reason not in covered]
     used: Counter[str] = Counter()
     names = {}
     for f in [*tapped, *rest]:

@@ -12,19 +12,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from . import functions
 from .codes import is_split_by_threshold
-from .functions import (
-    CONVOLUTIONS,
-    DETACHES,
-    JOINS,
-    MOVES,
-    NORMS,
-    PRODUCTS,
-    RANDOM,
-    SCALINGS,
-    STEPS,
-    SUMS,
-)
 from .layout import Layout
 from .trace import Event, Sighting, Site, Snapshot, Trace, kept_positions
 
@@ -74,7 +63,7 @@ class History:
         sources = [s for part in self.terms(operand) for s in _sources(part, lambda value: value.two_valued)]
         made = [(source, self._maker(source)) for source in sources]
         # Two samples normalized are exactly -1 and 1.
-        made = [(source, call) for source, call in made if call is None or call.name not in NORMS]
+        made = [(source, call) for source, call in made if call is None or call.name not in functions.NORMS]
         if not made and operand.value.constant and operand.from_input and operand.requires_grad:
             source = _sources(operand, lambda value: value.constant and value.numel > 1)[0]
             made = [(source, _step(operand))]
@@ -90,13 +79,13 @@ class History:
         if event is None or depth > _DEPTH:
             return []
         size, arguments = operand.value.numel, operand.given()
-        if event.name in MOVES:
+        if event.name in functions.MOVES:
             arguments = arguments[:1]
-        elif event.name in SCALINGS:
+        elif event.name in functions.SCALINGS:
             arguments = [a for a in arguments if a.distinct == size]
             if len(arguments) > 1:
                 return []
-        elif event.name not in SUMS | JOINS:
+        elif event.name not in functions.SUMS | functions.JOINS:
             return []
         inner = [(a, self.terms(a, depth + 1)) for a in arguments]
         if any(not found and a.requires_grad and a.distinct * 8 > size for a, found in inner):
@@ -107,7 +96,7 @@ class History:
         """The last call before the source that made its codes."""
         calls = [e for e in self._binarizing.get(source.value.code, ()) if e.results[0].seq <= source.seq]
         # Sums rebuild codes in the detach trick (`sign(x).detach() - f(x).detach() + f(x)`); they do not make them.
-        return next((e for e in reversed(calls) if e.name not in SUMS), calls[-1] if calls else None)
+        return next((e for e in reversed(calls) if e.name not in functions.SUMS), calls[-1] if calls else None)
 
     def _latent(self, source: Sighting, call: Event | None) -> Sighting | None:
         """The first sighting of a_F in the graph."""
@@ -188,10 +177,10 @@ def _step(operand: Sighting) -> Event | None:
         event, given = sighting.producer, sighting.given(same_size=True)
         if event is None:
             continue
-        if event.name in STEPS and any(a.value.continuous for a in given):
+        if event.name in functions.STEPS and any(a.value.continuous for a in given):
             return event
         if len(line) < _FAR:
-            line += [a for a in given if a.value.constant or event.name in SUMS | DETACHES]
+            line += [a for a in given if a.value.constant or event.name in functions.SUMS | functions.DETACHES]
     return None
 
 
@@ -203,11 +192,11 @@ def is_one_call(binary: Site, latent: Site) -> bool:
 def operands(trace: Trace) -> Iterator[tuple[Event, Sighting]]:
     """The products of a trace, with each argument that may be an activation."""
     for event in trace.events:
-        if event.name in CONVOLUTIONS or event.name == "linear":
+        if event.name in functions.CONVOLUTIONS or event.name == "linear":
             # The first tensor of it where the input is a tuple: a value with its scale (brevitas).
             first = [s for s in event.arguments if s.site.path[:2] in ((0, 0), (1, "input"))][:1]
             yield from ((event, s) for s in first)
-        elif event.name in PRODUCTS:
+        elif event.name in functions.PRODUCTS:
             yield from ((event, s) for s in event.arguments)
 
 
@@ -222,8 +211,8 @@ def is_sign_of(trace: Trace, codes: Sighting, latent: Sighting) -> bool:
         return False
     if is_split_by_threshold(values, pattern, kept_positions(numel, values.device), latent.value.shape):
         return True
-    between = [event for event in trace.events if latent.seq <= event.seq <= codes.seq and event.name in RANDOM]
-    if not any(result.value.numel == numel for event in between for result in event.results):
+    drawn = [e for e in trace.events if latent.seq <= e.seq <= codes.seq and e.name in functions.RANDOM]
+    if not any(result.value.numel == numel for event in drawn for result in event.results):
         return False
     ranks = values.argsort().argsort() / len(values)
     # Of no ranks, the mean is NaN.
