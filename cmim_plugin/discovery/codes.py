@@ -37,6 +37,8 @@ def sign_pattern(x: Tensor, index: Tensor) -> Tensor | None:
     Returns:
         int8, ``(n,)``. Elements of a group that holds a single value count as its sign.
     """
+    if x.dtype == torch.bool:
+        return None if x.numel() < _SMALLEST_GROUP or is_constant(x) else 2 * x.take(index).to(torch.int8) - 1
     tolerance = _TOLERANCE.get(x.dtype, _DEFAULT_TOLERANCE)
     x = x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().float()
     for shared in _groupings(x.ndim):

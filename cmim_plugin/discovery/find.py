@@ -184,18 +184,17 @@ def _merge(order: dict[str, int], found: list[_Found], more: list[_Found]) -> No
 
 
 def _named(found: list[_Found]) -> list[BinaryActivation]:
-    tapped = [f for f in found if f.activation.tapped]
-    taps = Counter(f.activation.module for f in tapped)
+    """The activations with their names: those that are tapped get the plain ones."""
+    taps = Counter(f.activation.module for f in found if f.activation.tapped)
     # Without a gradient in one call of a module, with one in another: nothing is missed.
-    covered = sites.FROZEN, sites.NO_GRADIENT
-    rest = [f for f in found if not f.activation.tapped]
-    rest = [f for f in rest if f.activation.module not in taps or f.activation.reason not in covered]
+    missed = sites.FROZEN, sites.NO_GRADIENT
+    listed = [f for f in found if f.activation.reason not in missed or f.activation.module not in taps]
     used: Counter[str] = Counter()
     names = {}
-    for f in [*tapped, *rest]:
+    for f in sorted(listed, key=lambda f: not f.activation.tapped):
         name = f.activation.module or "(model)"
         if taps[f.activation.module] > 1 and f.child:
             name = f"{name}: {f.child}"
         used[name] += 1
         names[id(f)] = name if used[name] == 1 else f"{name}#{used[name]}"
-    return [replace(f.activation, name=names[id(f)]) for f in found if id(f) in names]
+    return [replace(f.activation, name=names[id(f)]) for f in listed]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -22,12 +22,14 @@ def tensors_in(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
     """Every tensor in nested tuples, lists and mappings, with the keys that lead to it."""
     if isinstance(tree, Tensor):
         yield path, tree
-    elif isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from tensors_in(value, (*path, key))
-    elif isinstance(tree, (tuple, list)):
-        for index, value in enumerate(tree):
-            yield from tensors_in(value, (*path, index))
+    for key, value in _entries(tree):
+        yield from tensors_in(value, (*path, key))
+
+
+def _entries(tree: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(tree, Mapping):
+        return tree.items()
+    return enumerate(tree) if isinstance(tree, (tuple, list)) else ()
 
 
 def is_strided(tensor: Tensor) -> bool:
@@ -170,15 +172,11 @@ def varied(inputs: Inputs, seed: int) -> Inputs:
 
 def mapped(tree: Tree, function: Callable[[Path, Any], Any], path: Path = ()) -> Tree:
     """The tree with a function of (path, value) applied from the leaves up; parts without a change are kept."""
-    new: Any = tree
-    if isinstance(tree, Mapping):
-        items = {key: mapped(value, function, (*path, key)) for key, value in tree.items()}
-        if any(items[key] is not tree[key] for key in items):
-            new = items
+    new: Any = {key: mapped(value, function, (*path, key)) for key, value in _entries(tree)}
+    if all(new[key] is value for key, value in _entries(tree)):
+        new = tree
     elif isinstance(tree, (tuple, list)):
-        values = [mapped(value, function, (*path, index)) for index, value in enumerate(tree)]
-        if any(a is not b for a, b in zip(values, tree, strict=True)):
-            new = type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+        new = type(tree)(*new.values()) if hasattr(tree, "_fields") else type(tree)(list(new.values()))
     result: Tree = function(path, new) if path else new
     return result
 
@@ -186,7 +184,7 @@ def mapped(tree: Tree, function: Callable[[Path, Any], Any], path: Path = ()) ->
 def _lists_in(inputs: Inputs) -> Iterator[tuple[Path, Any]]:
     """Lists with an entry for each sample, as detectors take: of images, or of a dict of targets for each."""
     for side, tree in enumerate(inputs):
-        for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+        for key, value in _entries(tree):
             entries = value if isinstance(value, (list, tuple)) else []
             if entries and any(all(isinstance(v, kind) for v in entries) for kind in (Tensor, Mapping)):
                 yield (side, key), value
