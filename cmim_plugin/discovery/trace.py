@@ -138,16 +138,19 @@ class Sighting:
 
     def given(self, same_size: bool = False) -> list[Sighting]:
         """What that call was given; not the tensor itself, as a function in place is given it."""
-        arguments = [a for a in (self.producer.arguments if self.producer else ()) if a.value is not self.value]
+        event = self.producer
+        arguments = [a for a in (event.arguments if event else ()) if a.value is not self.value]
         return [a for a in arguments if a.value.numel == self.value.numel] if same_size else arguments
 
 
 @dataclass(eq=False)
 class Event:
-    """One torch function call: its tensor arguments before the call, its tensor results after.
+    """One torch function call.
 
-    Parameters are not among the arguments. ``shapes`` are those of all tensor arguments, parameters too. ``weighted``:
-    a parameter, or what requires a gradient, is among them.
+    Attributes:
+        shapes: of all tensor arguments, parameters too.
+        weighted: a parameter, or what requires a gradient, is among them.
+        arguments, results: its tensors before and after the call, without parameters.
     """
 
     seq: int
@@ -162,9 +165,10 @@ class Event:
 class Trace:
     """Everything seen in one forward pass, in order.
 
-    ``calls`` counts the calls of each module, ``functions`` those of each function in each call of a module.
-    ``decides``: single random numbers were drawn, as random structure does.
-    ``time_major``: a recurrent layer or attention takes for time what is as long as the batch.
+    Attributes:
+        calls, functions: how often each module is called, and each function in each call of a module.
+        decides: single random numbers were drawn, as random structure does.
+        time_major: a recurrent layer or attention takes for time what is as long as the batch.
     """
 
     batch: int
