@@ -62,6 +62,19 @@ def test_channels_are_what_is_contracted_with_the_weight(width, function, channe
     assert (found.reason, found.channels, found.latent_channels) == (None, channels, channels)
 
 
+BINARY_WEIGHTS = {
+    "einsum": (8, lambda x, w: torch.einsum("oc,bchw->bohw", Sign.apply(w[:2]), Sign.apply(x))),
+    "weight @ unfolded": (72, lambda x, w: Sign.apply(w[:2]) @ F.unfold(Sign.apply(x), 3)),
+    "linear": (8, lambda x, w: F.linear(Sign.apply(x).permute(0, 2, 3, 1), Sign.apply(w[:2]))),
+}
+
+
+@pytest.mark.parametrize("width, function", BINARY_WEIGHTS.values(), ids=BINARY_WEIGHTS)
+def test_a_binary_weight_of_as_many_rows_as_samples_is_no_activation(width, function):
+    (found,) = find_binary_activations(Net(function, width), X)
+    assert (found.reason, found.channels, found.binary_layout.scores) == (None, 8, False)
+
+
 def test_a_ternary_activation_is_listed_and_not_tapped():
     net = Net(lambda x, w: F.conv2d(Ternary.apply(x), w[:, :, None, None]), 8)
     (found,) = find_binary_activations(net, X)

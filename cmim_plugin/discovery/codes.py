@@ -24,7 +24,7 @@ _FIRST_LOOK = 64
 _ROWS = 64
 
 
-def sign_pattern(x: Tensor, index: Tensor | None = None) -> Tensor | None:
+def sign_pattern(x: Tensor, index: Tensor) -> Tensor | None:
     """-1 and +1 for the smaller and the larger of a tensor's two values; None if it has more.
 
     The two values may be those of the whole tensor or differ by sample, channel, sample and channel, token or pixel.
@@ -32,14 +32,13 @@ def sign_pattern(x: Tensor, index: Tensor | None = None) -> Tensor | None:
 
     Args:
         x: of any shape.
-        index: positions in the flattened tensor; None for all.
+        index: ``(n,)`` int64, the positions in the flattened tensor of which the pattern is returned.
 
     Returns:
         int8, ``(n,)``. Elements of a group that holds a single value count as its sign.
     """
     if x.dtype == torch.bool:
-        taken = x.flatten() if index is None else x.take(index)
-        return None if x.numel() < _SMALLEST_GROUP or is_constant(x) else 2 * taken.to(torch.int8) - 1
+        return None if x.numel() < _SMALLEST_GROUP or is_constant(x) else 2 * x.take(index).to(torch.int8) - 1
     tolerance = _TOLERANCE.get(x.dtype, _DEFAULT_TOLERANCE)
     x = x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().float()
     for shared in _groupings(x.ndim):
@@ -53,10 +52,7 @@ def sign_pattern(x: Tensor, index: Tensor | None = None) -> Tensor | None:
         noise = tolerance * size
         two = high - low > 10 * noise
         if two.float().mean() >= _SMALLEST_SHARE and _holds_only(x, low, high, noise, reduced):
-            low, high, noise, two, x = (
-                t.expand(x.shape).flatten() if index is None else t.expand(x.shape).take(index)
-                for t in (low, high, noise, two, x)
-            )
+            low, high, noise, two, x = (t.expand(x.shape).take(index) for t in (low, high, noise, two, x))
             pattern = (x >= high - noise).to(torch.int8) - (x <= low + noise).to(torch.int8)
             return torch.where(two, pattern, x.sign().to(torch.int8))
     return None
@@ -74,7 +70,7 @@ def is_two_valued(x: Tensor, layout: Layout) -> bool:
     Channels that are constant count: a network may take another way in eval mode than in the dry run.
     """
     some = x[:_ROWS]
-    if sign_pattern(some) is not None:
+    if sign_pattern(some, torch.zeros(1, dtype=torch.int64, device=x.device)) is not None:
         return True
     some = layout.channel_vectors(some.float())
     low, high = some.amin(1, keepdim=True), some.amax(1, keepdim=True)

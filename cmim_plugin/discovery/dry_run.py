@@ -34,10 +34,6 @@ from .trace import Trace, record
 _PASSES = 10
 # Samples at most of a pass that is traced, to attach in less time than two training steps take.
 _SAMPLES = 4
-_NOT_KEPT = (
-    "A gradient was asked for an activation that the model computed while CMIM was attached to it. Hooks of yours "
-    "have collected it: clear what they collected then, or register them after CMIM."
-)
 
 
 def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:
@@ -58,7 +54,10 @@ def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[lis
 
     def not_kept(nothing: None) -> Tensor:
         asked.append(nothing)
-        raise CMIMError(_NOT_KEPT)
+        raise CMIMError(
+            "A gradient was asked for an activation that the model computed while CMIM was attached to it. Hooks of "
+            "yours have collected it: clear what they collected then, or register them after CMIM."
+        )
 
     # Nothing runs backward, so the graph need not keep the activations, which are most of the memory.
     with contextlib.suppress(CMIMError), saved_tensors_hooks(lambda tensor: None, not_kept):
@@ -71,17 +70,21 @@ def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[lis
 
 def _dry_run(model: nn.Module, inputs: Inputs, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:
     with preserve_state(model, [t for _, t in tensors_in(inputs)]), torch.enable_grad(), force_eager():
-        _seed(0)  # the result is to depend on the model alone
+        # The result is to depend on the model alone.
+        torch.default_generator.manual_seed(0)
+        random.seed(0)
+        if (numpy := sys.modules.get("numpy")) is not None:
+            numpy.random.seed(0)
         model.train()
         _awaken(model)
         sources = batch_sources(model, inputs, batch_size)
-        rows: Counter[int] = Counter()
-        traces: list[Trace] = []
+        sizes = list(sources) if batch_size is None else [batch_size]
+        first: Trace | None = None
         try:
-            if batch_size is None and len(sources) > 1:
-                rows = _rows_of_products(record(model, inputs, 1))
-            elif 1 < (only := batch_size or min(sources, default=0)) <= _SAMPLES and not says_only_shapes(inputs):
-                traces = [record(model, inputs, only)]
+            if len(sizes) > 1:
+                first = record(model, inputs, 1)
+            elif sizes and 1 < sizes[0] <= _SAMPLES and not says_only_shapes(inputs):
+                first = record(model, inputs, sizes[0])
             else:
                 model(*inputs[0], **inputs[1])
         except Exception as error:
@@ -95,11 +98,12 @@ def _dry_run(model: nn.Module, inputs: Inputs, batch_size: int | None) -> tuple[
             raise CMIMError(
                 "example_input holds no tensor that can be seen: they are read out of tuples, lists, dicts."
             )
-        batch = _clear_size(sources, rows) if batch_size is None else batch_size
+        batch = _clear_size(sizes, first)
+        made = [first] if first is not None and len(sizes) == 1 else []
         failure: Exception | None = None
         for attempt in _attempts(inputs, batch, sources.get(batch)):
             try:
-                return _traces(model, attempt, traces), sources.get(batch)
+                return _traces(model, attempt, made), sources.get(batch)
             except Exception as error:
                 failure = error
         raise CMIMError(
@@ -126,13 +130,6 @@ def _check(model: nn.Module) -> None:
         )
 
 
-def _seed(seed: int) -> None:
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    if (numpy := sys.modules.get("numpy")) is not None:
-        numpy.random.seed(seed)
-
-
 @torch.no_grad()
 def _awaken(model: nn.Module) -> None:
     """Noise for weights of products and norms that are all zero: a branch that starts as zero hides its signs.
@@ -148,21 +145,16 @@ def _awaken(model: nn.Module) -> None:
                 p.data.copy_(torch.randn(p.shape, generator=generator, device="cpu"))
 
 
-def _rows_of_products(trace: Trace) -> Counter[int]:
-    """How many convolutions and matrix products receive so many rows."""
-    weighted = [e.arguments[0] for e in trace.events if e.weighted and e.arguments]
-    return Counter(s.value.shape[0] for s in weighted if len(s.value.shape) > 1 and s.from_input)
-
-
-def _clear_size(sources: dict[int, BatchSource], rows: Counter[int]) -> int:
-    """The number of samples: the only one possible, or what most products receive."""
-    total = sum(rows[size] for size in sources)
-    for size in sources:
-        if len(sources) == 1 or 2 * rows[size] > total:
+def _clear_size(sizes: list[int], first: Trace | None) -> int:
+    """The number of samples: the only one possible, or the rows that most convolutions and matrix products receive."""
+    received = [e.arguments[0] for e in first.events if e.weighted and e.arguments] if first is not None else []
+    rows = Counter(s.value.shape[0] for s in received if len(s.value.shape) > 1 and s.from_input)
+    for size in sizes:
+        if len(sizes) == 1 or 2 * rows[size] > sum(rows[other] for other in sizes):
             return size
-    sizes = f"{sorted(sources)} are lengths of its inputs" if sources else "no input has a length"
+    found = f"{sorted(sizes)} are lengths of its inputs" if sizes else "no input has a length"
     raise CMIMError(
-        f"The number of samples in example_input is not clear: {sizes}. Say how many samples it has: batch_size=..."
+        f"The number of samples in example_input is not clear: {found}. Say how many samples it has: batch_size=..."
     )
 
 
@@ -193,8 +185,6 @@ def _traces(model: nn.Module, attempt: _Attempt, made: list[Trace]) -> list[Trac
     traces = list(made) or [record(model, *attempt(0))]
     while len(traces) < 2 or (_may_show_more(model, traces) and len(traces) < _PASSES):
         traces.append(record(model, *attempt(len(traces))))
-    for trace in traces:
-        trace.time_major = any(t.time_major for t in traces)
     return traces
 
 

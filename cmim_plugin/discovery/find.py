@@ -17,22 +17,11 @@ from typing import Any
 
 from torch import nn
 
+from . import sites
 from .dry_run import dry_run
-from .functions import CONVOLUTIONS
-from .history import Binarization, History, operands
+from .history import Binarization, History, operands, origin
 from .inputs import BatchSource
 from .layout import Layout
-from .sites import (
-    FROZEN,
-    NO_GRADIENT,
-    cheapest,
-    child,
-    is_of_activations,
-    reason_against,
-    reason_against_shapes,
-    scope,
-    spatial_dims,
-)
 from .trace import FEW_LEVELS, Site, Trace
 
 # An operand of at most a few values among so many elements is listed as quantized to more than one bit.
@@ -132,13 +121,12 @@ def _found_in(trace: Trace, others: list[Trace]) -> list[_Found]:
     for event, operand in operands(trace):
         for b in history.binarizations(event, operand):
             value = b.source.value
-            if id(value) in found or not any(s.from_input for s in b.latents or [operand]):
+            if id(value) in found or not (b.latent or operand).from_input:
                 continue  # a weight, a mask or a learned token
             described = _described(history, b)
-            if described.activation.tapped and value.code is not None:
-                latent = b.latents[0]
+            if described.activation.tapped and b.latent is not None and value.two_valued:
                 # Of one tensor, for branches may be alike only as they are initialised.
-                pair = value.code, latent.value.fingerprint, id(history.origin(latent).value)
+                pair = value.code, tuple(b.latent.value.values.tolist()), id(origin(b.latent).value)
                 if pair in pairs:
                     continue  # query, key and value binarize one latent to the same codes
                 pairs.add(pair)
@@ -152,16 +140,16 @@ def _found_in(trace: Trace, others: list[Trace]) -> list[_Found]:
 
 
 def _described(history: History, b: Binarization) -> _Found:
-    module, call = scope(history, b)
-    place, reason = (module, b.source.site), reason_against(history, b)
-    if reason is None:
-        binary, latent = cheapest(history.of_value(b.source), b.latents, module)
+    module, call = sites.scope(history, b)
+    place, reason = (module, b.source.site), sites.reason_against(history, b)
+    if reason is None and b.latent is not None:
+        binary, latent = sites.cheapest(b.source.value.sightings, b.latent.value.sightings, module)
         shape, latent_shape = binary.value.shape, latent.value.shape
-        spatial = spatial_dims(shape, b.consumer, b.operand)
-        reason = reason_against_shapes(history, b, binary, latent, spatial)
-    if reason is not None:
+        spatial = sites.spatial_dims(shape, b.consumer, b.operand)
+        reason = sites.reason_against_shapes(history, b, binary, latent, spatial)
+    if reason is not None or b.latent is None:
         return _Found(BinaryActivation("", 0, reason, module), place)
-    scores = b.consumer.name not in CONVOLUTIONS and is_of_activations(b.consumer, b.operand)
+    scores = sites.is_of_activations(b.consumer, b.operand)
     layout = Layout(spatial, shape[0] != history.trace.batch, scores)
     latent_layout = Layout(spatial, latent_shape[0] != history.trace.batch, scores)
     activation = BinaryActivation(
@@ -176,7 +164,7 @@ def _described(history: History, b: Binarization) -> _Found:
         latent_channels=latent_layout.channels(latent_shape),
         aligned=layout.positions(shape) == latent_layout.positions(latent_shape),
     )
-    return _Found(activation, place, child(history, b.latents[0], module, call))
+    return _Found(activation, place, sites.child(history, b.latent, module, call))
 
 
 def _merge(order: dict[str, int], found: list[_Found], more: list[_Found]) -> None:
@@ -196,17 +184,17 @@ def _merge(order: dict[str, int], found: list[_Found], more: list[_Found]) -> No
 
 
 def _named(found: list[_Found]) -> list[BinaryActivation]:
-    tapped = [f for f in found if f.activation.tapped]
-    taps = Counter(f.activation.module for f in tapped)
+    """The activations with their names: those that are tapped get the plain ones."""
+    taps = Counter(f.activation.module for f in found if f.activation.tapped)
     # Without a gradient in one call of a module, with one in another: nothing is missed.
-    rest = [f for f in found if not f.activation.tapped]
-    rest = [f for f in rest if f.activation.module not in taps or f.activation.reason not in (FROZEN, NO_GRADIENT)]
+    missed = sites.FROZEN, sites.NO_GRADIENT
+    listed = [f for f in found if f.activation.reason not in missed or f.activation.module not in taps]
     used: Counter[str] = Counter()
     names = {}
-    for f in [*tapped, *rest]:
+    for f in sorted(listed, key=lambda f: not f.activation.tapped):
         name = f.activation.module or "(model)"
         if taps[f.activation.module] > 1 and f.child:
             name = f"{name}: {f.child}"
         used[name] += 1
         names[id(f)] = name if used[name] == 1 else f"{name}#{used[name]}"
-    return [replace(f.activation, name=names[id(f)]) for f in found if id(f) in names]
+    return [replace(f.activation, name=names[id(f)]) for f in listed]

@@ -16,8 +16,10 @@ PRODUCTS = _names(
     "matmul rmatmul bmm mm mv dot addmm addmv addbmm baddbmm einsum inner tensordot bilinear chain_matmul sparse_mm "
     "linalg_matmul linalg_multi_dot linalg_vecdot scaled_dot_product_attention multi_head_attention_forward"
 )
-RECURRENT = _names("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")
-LOOKUPS = _names("embedding embedding_bag")
+#: Layers that take an input and return an activation, beside convolutions and products.
+OTHER_LAYERS = _names(
+    "linear embedding embedding_bag lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"
+)
 SUMS = _names("add radd iadd sub rsub isub")
 SCALINGS = _names("mul rmul imul multiply div divide true_divide truediv itruediv")
 JOINS = _names("cat concat concatenate stack hstack vstack")

@@ -8,34 +8,16 @@ latent, or a tensor that was computed from it outside the graph.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
-
+from . import functions
 from .codes import is_split_by_threshold
-from .functions import (
-    CONVOLUTIONS,
-    DETACHES,
-    JOINS,
-    LOOKUPS,
-    MOVES,
-    NORMS,
-    PRODUCTS,
-    RANDOM,
-    RECURRENT,
-    SCALINGS,
-    STEPS,
-    SUMS,
-)
 from .layout import Layout
-from .trace import Event, Sighting, Site, Trace, kept_positions
+from .trace import Event, Sighting, Site, Snapshot, Trace, kept_positions
 
-# How far equal samples are apart at most, in distances between different ones: a rounding error flips some signs.
-_ALIKE = 0.4
-# Calls that are followed back at most: from an operand, from a constant operand, and within a custom function.
+# Calls that are followed back at most: to the terms of a sum, from a constant operand, and within a custom function.
 _DEPTH, _FAR, _NEAR = 96, 48, 8
 
 
@@ -46,13 +28,13 @@ class Binarization:
     Attributes:
         source: its first sighting.
         call: the function call that made its two values out of something continuous, where that is known.
-        latents: where the latent passes in the graph, empty where there is none.
+        latent: the first sighting of a_F in the graph, None where there is none.
         consumer, operand: the product, and the argument of it.
     """
 
     source: Sighting
     call: Event | None
-    latents: list[Sighting]
+    latent: Sighting | None
     consumer: Event
     operand: Sighting
 
@@ -62,159 +44,87 @@ class History:
 
     def __init__(self, trace: Trace, others: list[Trace]) -> None:
         self.trace = trace
-        self._others = others
-        self._again: list[dict[Site, Sighting]] = [{s.site: s for s in other.sightings} for other in others]
-        self._of_value: dict[int, list[Sighting]] = defaultdict(list)
+        self.others = others
         #: Code -> calls that made it out of something that is not two-valued.
         self._binarizing: dict[tuple[int, bytes] | None, list[Event]] = defaultdict(list)
-        for s in trace.sightings:
-            self._of_value[id(s.value)].append(s)
         for event in trace.events:
-            for result in filter(_is_two_valued, event.results):
+            for result in event.results:
                 size = result.value.numel
                 given = [a for a in event.arguments if a.value.numel == size and a.value is not result.value]
-                if given and not any(_is_two_valued(a) for a in given):
+                if result.value.two_valued and given and not any(a.value.two_valued for a in given):
                     self._binarizing[result.value.code].append(event)
-        #: When the first trained product or lookup happened.
-        self.first_product = next((e.seq for e in trace.events if e.weighted and _is_product_or_lookup(e)), math.inf)
-
-    # -- one step back -----------------------------------------------------------------------------------------------
 
     def again(self, sighting: Sighting) -> list[Sighting]:
         """What the other traces show at its site."""
-        return [seen[sighting.site] for seen in self._again if sighting.site in seen]
-
-    def of_value(self, sighting: Sighting) -> list[Sighting]:
-        """All sightings of this tensor that hold the same."""
-        return self._of_value[id(sighting.value)]
-
-    def in_graph(self, sighting: Sighting) -> list[Sighting]:
-        """Those in the graph: within the forward of a custom autograd function gradients are disabled."""
-        return [s for s in self.of_value(sighting) if s.in_graph]
-
-    def producer(self, sighting: Sighting) -> Event | None:
-        """The function call that returned this tensor with this value."""
-        return next((s.event for s in self.of_value(sighting) if s.event and s.seq <= sighting.seq), None)
-
-    def given(self, sighting: Sighting, same_size: bool = False) -> list[Sighting]:
-        """What the call that returned this was given; not the tensor itself, as a function in place is given it."""
-        event, size = self.producer(sighting), sighting.value.numel
-        arguments = [a for a in (event.arguments if event else ()) if a.value is not sighting.value]
-        return [a for a in arguments if a.value.numel == size] if same_size else arguments
-
-    def origin(self, sighting: Sighting) -> Sighting:
-        """The tensor that this one is computed from by functions of nothing else, parameters included."""
-        while (event := self.producer(sighting)) is not None:
-            given = [a for a in self.given(sighting) if a.from_input]
-            if len(given) != 1 or len(event.shapes) > len(event.arguments):
-                break
-            sighting = given[0]
-        return sighting
-
-    # -- from a product to what was binarized ------------------------------------------------------------------------
+        return [trace.at[sighting.site] for trace in self.others if sighting.site in trace.at]
 
     def binarizations(self, consumer: Event, operand: Sighting) -> Iterator[Binarization]:
         """What was binarized to make an operand."""
-        sources = [source for part in self.terms(operand) for source in self._sources(part, _is_two_valued)]
+        sources = [s for part in self.terms(operand) for s in _sources(part, lambda value: value.two_valued)]
         made = [(source, self._maker(source)) for source in sources]
         # Two samples normalized are exactly -1 and 1.
-        made = [(source, call) for source, call in made if call is None or call.name not in NORMS]
+        made = [(source, call) for source, call in made if call is None or call.name not in functions.NORMS]
         if not made and operand.value.constant and operand.from_input and operand.requires_grad:
-            source = self._sources(operand, lambda s: s.value.constant and s.value.numel > 1)[0]
-            made = [(source, self._step(operand))]
+            source = _sources(operand, lambda value: value.constant and value.numel > 1)[0]
+            made = [(source, _step(operand))]
         for source, call in made:
-            yield Binarization(source, call, self._latents(source, call), consumer, operand)
+            yield Binarization(source, call, self._latent(source, call), consumer, operand)
 
     def terms(self, operand: Sighting, depth: int = 0) -> list[Sighting]:
         """The binary tensors that an operand is the sum of; itself if it is binary; none otherwise."""
-        if self._is_code(operand):
+        # Two-valued in all passes: not a coincidence. A sign may be constant in some of them.
+        if operand.value.two_valued and all(s.value.two_valued or s.value.constant for s in self.again(operand)):
             return [operand]
-        event = self.producer(operand)
+        event = operand.producer
         if event is None or depth > _DEPTH:
             return []
-        size, arguments = operand.value.numel, self.given(operand)
-        if event.name in MOVES:
+        size, arguments = operand.value.numel, operand.given()
+        if event.name in functions.MOVES:
             arguments = arguments[:1]
-        elif event.name in SCALINGS:
+        elif event.name in functions.SCALINGS:
             arguments = [a for a in arguments if a.distinct == size]
             if len(arguments) > 1:
                 return []
-        elif event.name not in SUMS | JOINS:
+        elif event.name not in functions.SUMS | functions.JOINS:
             return []
         inner = [(a, self.terms(a, depth + 1)) for a in arguments]
         if any(not found and a.requires_grad and a.distinct * 8 > size for a, found in inner):
             return []  # a sum with something continuous
         return [term for _, found in inner for term in found]
 
-    def _is_code(self, sighting: Sighting) -> bool:
-        """Two-valued in all passes: not a coincidence. A sign may be constant in some of them."""
-        again = self.again(sighting)
-        return _is_two_valued(sighting) and all(_is_two_valued(s) or s.value.constant for s in again)
-
-    def _sources(self, current: Sighting, like: Callable[[Sighting], bool], depth: int = 0) -> list[Sighting]:
-        """The first tensor in the graph of which ``like`` is true on the way to this one.
-
-        Where this one is made of several, those of each part.
-        """
-        event, graph = self.producer(current), self.in_graph(current)
-        before = [a for a in self.given(current) if like(a) and (not graph or self.in_graph(a))]
-        # A scale of each sample has two values where there are two samples.
-        before = [a for a in before if a.distinct * 4 > a.value.numel] or before
-        if event is None or not before or depth > _DEPTH:
-            return self.of_value(current)[:1]
-        return [s for part in before for s in self._sources(part, like, depth + 1)]
-
-    # -- from what was binarized to its latent -----------------------------------------------------------------------
-
     def _maker(self, source: Sighting) -> Event | None:
         """The last call before the source that made its codes."""
         calls = [e for e in self._binarizing.get(source.value.code, ()) if e.results[0].seq <= source.seq]
         # Sums rebuild codes in the detach trick (`sign(x).detach() - f(x).detach() + f(x)`); they do not make them.
-        return next((e for e in reversed(calls) if e.name not in SUMS), calls[-1] if calls else None)
+        return next((e for e in reversed(calls) if e.name not in functions.SUMS), calls[-1] if calls else None)
 
-    def _step(self, operand: Sighting) -> Event | None:
-        """The call that made a constant operand out of something that is not constant."""
-        line = [operand]
-        for sighting in line:
-            event, given = self.producer(sighting), self.given(sighting, same_size=True)
-            if event is None:
-                continue
-            if event.name in STEPS and any(_is_continuous(a) for a in given):
-                return event
-            if len(line) < _FAR:
-                line += [a for a in given if a.value.constant or event.name in SUMS | DETACHES]
-        return None
-
-    def _latents(self, source: Sighting, call: Event | None) -> list[Sighting]:
-        """Sightings of a_F in the graph, empty where there is none."""
+    def _latent(self, source: Sighting, call: Event | None) -> Sighting | None:
+        """The first sighting of a_F in the graph."""
         line: list[Sighting] = []
         if call is not None:
             size = call.results[0].value.numel
-            line += [a for a in call.arguments if a.value.numel == size and _is_continuous(a)]
+            line += [a for a in call.arguments if a.value.numel == size and a.value.continuous]
         for sighting in line:
-            if found := self.in_graph(sighting):
-                return found
+            if sighting.value.in_graph:
+                return sighting.value.in_graph
             if len(line) < _NEAR:
-                line += self.given(sighting, same_size=True)
+                line += sighting.given(same_size=True)
         return self._separable(source)
 
-    def _separable(self, source: Sighting) -> list[Sighting]:
+    def _separable(self, source: Sighting) -> Sighting | None:
         """The last tensor before the source that a threshold splits into its codes.
 
         For codes that no call returned: they were assigned to a mask (BiBERT), or made outside torch.
         """
+        pattern = source.value.pattern
+        if pattern is None:
+            return None
         for s in reversed(self.trace.sightings[: source.seq]):
-            if s.in_graph and not _is_two_valued(s) and _is_continuous(s):
-                high, low = _split(s.value.values, s, source)
+            if s.in_graph and s.value.continuous and not s.value.two_valued and s.value.numel == source.value.numel:
+                high, low = s.value.values[pattern > 0], s.value.values[pattern < 0]
                 if len(high) and len(low) and (high.min() > low.max() or low.min() > high.max()):
-                    return self.in_graph(s)
-        return []
-
-    def by_sample(self, sighting: Sighting) -> bool | None:
-        """Whether equal samples have nearly equal values at this site; None where that could not be seen."""
-        seen = [s.value.apart for s in (sighting, *self.again(sighting))]
-        known = [apart for apart in seen if apart is not None]
-        return min(known) < _ALIKE if known else None
+                    return s.value.in_graph
+        return None
 
     def pair_differs(self, codes: Sighting, latent: Sighting, layout: Layout) -> bool:
         """Whether, at the sites of a_B and a_F, another trace has other channels, or codes of another latent.
@@ -224,15 +134,54 @@ class History:
         """
         is_sign = is_sign_of(self.trace, codes, latent)
         sites = codes.site, latent.site
-        for trace, seen in zip(self._others, self._again, strict=True):
-            alike = is_one_call(*sites) or all(trace.counted(site) == self.trace.counted(site) for site in sites)
-            if alike and all(site in seen for site in sites):
-                other, of_other = (seen[site] for site in sites)
+        counted = [self.trace.counted(site) for site in sites]
+        for trace in self.others:
+            alike = is_one_call(*sites) or [trace.counted(site) for site in sites] == counted
+            if alike and all(site in trace.at for site in sites):
+                other, of_other = (trace.at[site] for site in sites)
                 if layout.channels(other.value.shape) != layout.channels(codes.value.shape):
                     return True
-                if is_sign and _is_two_valued(other) and not is_sign_of(trace, other, of_other):
+                if is_sign and other.value.two_valued and not is_sign_of(trace, other, of_other):
                     return True
         return False
+
+
+def origin(sighting: Sighting) -> Sighting:
+    """The tensor that this one is computed from by functions of nothing else, parameters included."""
+    while (event := sighting.producer) is not None:
+        given = [a for a in sighting.given() if a.from_input]
+        if len(given) != 1 or len(event.shapes) > len(event.arguments):
+            break
+        sighting = given[0]
+    return sighting
+
+
+def _sources(sighting: Sighting, like: Callable[[Snapshot], bool]) -> list[Sighting]:
+    """The first tensor in the graph of which ``like`` is true on the way to this one; of several parts, one of each."""
+    sources: list[Sighting] = []
+    line = [sighting]
+    while line:
+        current = line.pop()
+        before = [a for a in current.given() if like(a.value) and (a.value.in_graph or not current.value.in_graph)]
+        # A scale of each sample has two values where there are two samples.
+        before = [a for a in before if a.distinct * 4 > a.value.numel] or before
+        line += reversed(before)
+        sources += [] if before else current.value.sightings[:1]
+    return sources
+
+
+def _step(operand: Sighting) -> Event | None:
+    """The call that made a constant operand out of something that is not constant."""
+    line = [operand]
+    for sighting in line:
+        event, given = sighting.producer, sighting.given(same_size=True)
+        if event is None:
+            continue
+        if event.name in functions.STEPS and any(a.value.continuous for a in given):
+            return event
+        if len(line) < _FAR:
+            line += [a for a in given if a.value.constant or event.name in functions.SUMS | functions.DETACHES]
+    return None
 
 
 def is_one_call(binary: Site, latent: Site) -> bool:
@@ -240,20 +189,14 @@ def is_one_call(binary: Site, latent: Site) -> bool:
     return (binary.module, binary.call) == (latent.module, latent.call)
 
 
-def _is_product_or_lookup(event: Event) -> bool:
-    if event.name in ("getitem", "index_select"):  # a table that is looked up by the input
-        return any(a.from_input and not a.value.values.is_floating_point() for a in event.arguments)
-    return event.name in CONVOLUTIONS or event.name in PRODUCTS | RECURRENT | LOOKUPS | {"linear"}
-
-
 def operands(trace: Trace) -> Iterator[tuple[Event, Sighting]]:
     """The products of a trace, with each argument that may be an activation."""
     for event in trace.events:
-        if event.name in CONVOLUTIONS or event.name == "linear":
+        if event.name in functions.CONVOLUTIONS or event.name == "linear":
             # The first tensor of it where the input is a tuple: a value with its scale (brevitas).
             first = [s for s in event.arguments if s.site.path[:2] in ((0, 0), (1, "input"))][:1]
             yield from ((event, s) for s in first)
-        elif event.name in PRODUCTS:
+        elif event.name in functions.PRODUCTS:
             yield from ((event, s) for s in event.arguments)
 
 
@@ -266,26 +209,11 @@ def is_sign_of(trace: Trace, codes: Sighting, latent: Sighting) -> bool:
     values, pattern, numel = latent.value.values, codes.value.pattern, latent.value.numel
     if pattern is None or codes.value.numel != numel:
         return False
-    if is_split_by_threshold(values, pattern, kept_positions(numel).to(values.device), latent.value.shape):
+    if is_split_by_threshold(values, pattern, kept_positions(numel, values.device), latent.value.shape):
         return True
-    between = [event for event in trace.events if latent.seq <= event.seq <= codes.seq and event.name in RANDOM]
-    if not any(result.value.numel == numel for event in between for result in event.results):
+    drawn = [e for e in trace.events if latent.seq <= e.seq <= codes.seq and e.name in functions.RANDOM]
+    if not any(result.value.numel == numel for event in drawn for result in event.results):
         return False
-    high, low = _split(values.argsort().argsort() / len(values), latent, codes)
-    return len(high) > 0 and len(low) > 0 and bool((high.mean() - low.mean()).abs() > 0.05)
-
-
-def _split(values: Tensor, latent: Sighting, codes: Sighting) -> tuple[Tensor, Tensor]:
-    """Of values at the latent's positions: those where the code is the higher one, and those where it is the lower."""
-    pattern = codes.value.pattern
-    if pattern is None or latent.value.numel != codes.value.numel:
-        return values[:0], values[:0]
-    return values[pattern > 0], values[pattern < 0]
-
-
-def _is_two_valued(sighting: Sighting) -> bool:
-    return sighting.value.pattern is not None
-
-
-def _is_continuous(sighting: Sighting) -> bool:
-    return sighting.value.values.is_floating_point() and not sighting.value.constant
+    ranks = values.argsort().argsort() / len(values)
+    # Of no ranks, the mean is NaN.
+    return bool((ranks[pattern > 0].mean() - ranks[pattern < 0].mean()).abs() > 0.05)

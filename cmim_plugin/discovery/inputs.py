@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CMIMError
 
+Tree = TypeVar("Tree")
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 Path = tuple[Any, ...]
 
@@ -20,12 +22,14 @@ def tensors_in(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
     """Every tensor in nested tuples, lists and mappings, with the keys that lead to it."""
     if isinstance(tree, Tensor):
         yield path, tree
-    elif isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from tensors_in(value, (*path, key))
-    elif isinstance(tree, (tuple, list)):
-        for index, value in enumerate(tree):
-            yield from tensors_in(value, (*path, index))
+    for key, value in _entries(tree):
+        yield from tensors_in(value, (*path, key))
+
+
+def _entries(tree: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(tree, Mapping):
+        return tree.items()
+    return enumerate(tree) if isinstance(tree, (tuple, list)) else ()
 
 
 def is_strided(tensor: Tensor) -> bool:
@@ -85,13 +89,13 @@ def batch_sources(model: nn.Module, inputs: Inputs, stated: int | None = None) -
 
     They are lengths of first dimensions; or of any dimension, for the number that the user stated.
     """
-    places: dict[int, list[tuple[Path, int | None]]] = {}
+    places: dict[int, list[tuple[Path, int | None]]] = defaultdict(list)
     for path, value in _lists_in(inputs):
-        places.setdefault(len(value), []).append((path, None))
+        places[len(value)].append((path, None))
     tensors = list(tensors_in(inputs))
     for path, tensor in tensors:
         if tensor.ndim:
-            places.setdefault(tensor.size(0), []).append((path, 0))
+            places[tensor.size(0)].append((path, 0))
     if stated is not None and stated not in places:
         places[stated] = [(path, t.shape.index(stated)) for path, t in tensors if not t.is_nested and stated in t.shape]
     names = parameter_names(model)
@@ -132,8 +136,7 @@ def resampled(inputs: Inputs, source: BatchSource, samples: Sequence[int]) -> In
             return value.detach().index_select(places[path] or 0, torch.tensor(samples, device=value.device))
         return type(value)(value[i] for i in samples)
 
-    result: Inputs = mapped(inputs, pick)
-    return result
+    return mapped(inputs, pick)
 
 
 def says_only_shapes(inputs: Inputs) -> bool:
@@ -150,7 +153,7 @@ def varied(inputs: Inputs, seed: int) -> Inputs:
     tensors = [t for _, t in tensors_in(inputs)]
     dense = [t for t in tensors if _is_dense(t)]
     dense = [t for t in dense if t.ndim > 1] or dense
-    chosen = [t for t in dense if not _is_stand_in(t) and _has_many_values(t)]
+    chosen = [t for t in dense if _has_many_values(t)]
     if not chosen and not any(t.ndim > 1 and not t.is_floating_point() for t in tensors):
         chosen = [t for t in dense if _is_stand_in(t)] or dense
     ids = {id(t) for t in chosen}
@@ -164,28 +167,24 @@ def varied(inputs: Inputs, seed: int) -> Inputs:
         order = torch.randperm(value.numel(), generator=generator, device="cpu").to(value.device)
         return value.detach().flatten()[order].view(value.shape)
 
-    result: Inputs = mapped(inputs, vary)
-    return result
+    return mapped(inputs, vary)
 
 
-def mapped(tree: Any, function: Callable[[Path, Any], Any], path: Path = ()) -> Any:
+def mapped(tree: Tree, function: Callable[[Path, Any], Any], path: Path = ()) -> Tree:
     """The tree with a function of (path, value) applied from the leaves up; parts without a change are kept."""
-    new = tree
-    if isinstance(tree, Mapping):
-        items = {key: mapped(value, function, (*path, key)) for key, value in tree.items()}
-        if any(items[key] is not tree[key] for key in items):
-            new = items
+    new: Any = {key: mapped(value, function, (*path, key)) for key, value in _entries(tree)}
+    if all(new[key] is value for key, value in _entries(tree)):
+        new = tree
     elif isinstance(tree, (tuple, list)):
-        values = [mapped(value, function, (*path, index)) for index, value in enumerate(tree)]
-        if any(a is not b for a, b in zip(values, tree, strict=True)):
-            new = type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
-    return function(path, new) if path else new
+        new = type(tree)(*new.values()) if hasattr(tree, "_fields") else type(tree)(list(new.values()))
+    result: Tree = function(path, new) if path else new
+    return result
 
 
 def _lists_in(inputs: Inputs) -> Iterator[tuple[Path, Any]]:
     """Lists with an entry for each sample, as detectors take: of images, or of a dict of targets for each."""
     for side, tree in enumerate(inputs):
-        for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+        for key, value in _entries(tree):
             entries = value if isinstance(value, (list, tuple)) else []
             if entries and any(all(isinstance(v, kind) for v in entries) for kind in (Tensor, Mapping)):
                 yield (side, key), value

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .functions import CONVOLUTIONS, PRODUCTS
+from .functions import CONVOLUTIONS, OTHER_LAYERS, PRODUCTS
 from .history import Binarization, History, is_one_call, is_sign_of
 from .layout import Layout
 from .trace import Event, Sighting
@@ -16,29 +16,38 @@ FROZEN = "everything before it is frozen: no gradient reaches it"
 NO_GRADIENT = "it is made without a gradient (under no_grad or detached)"
 # Calls that are followed back at most.
 _NEAR = 12
+# How far equal samples are apart at most, in distances between different ones: a rounding error flips some signs.
+_ALIKE = 0.4
 
 
 def reason_against(history: History, b: Binarization) -> str | None:
     """Why this is nothing to tap, None where it is."""
     value = b.source.value
-    if b.source.seq < history.first_product:
+    if not any(_is_layer(event) for event in history.trace.events if event.seq <= b.source.seq):
         return "it is the network's input that is binarized, not an activation"
-    if not history.in_graph(b.source):
+    if not value.in_graph:
         before = history.trace.sightings[: b.source.seq]
         return NO_GRADIENT if any(s.requires_grad and s.from_input for s in before) else FROZEN
     if value.one_hot:
         return "it is one-hot: a choice, not a code"
-    if not b.latents:
+    if b.latent is None:
         if value.constant:
             return "it held one value only in the dry run, and the call that binarizes is not known: a dead sign"
         return "no tensor in the graph was found that it is the sign of"
-    latent = b.latents[0].value
+    latent = b.latent.value
     if value.pattern is not None:
         if latent.numel == value.numel and bool(latent.values[value.pattern == 0].any()):
             return "it has three values: its zeros are not only signs of zero"
-        if not is_sign_of(history.trace, b.source if b.call is None else b.call.results[0], b.latents[0]):
+        if not is_sign_of(history.trace, b.source if b.call is None else b.call.results[0], b.latent):
             return "no threshold splits its latent into its two values"
     return None
+
+
+def _is_layer(event: Event) -> bool:
+    """Whether it is a trained product or lookup."""
+    if event.name in ("getitem", "index_select"):  # a table that is looked up by the input
+        return event.weighted and any(a.from_input and not a.value.values.is_floating_point() for a in event.arguments)
+    return event.weighted and (event.name in CONVOLUTIONS or event.name in PRODUCTS | OTHER_LAYERS)
 
 
 def reason_against_shapes(
@@ -46,18 +55,18 @@ def reason_against_shapes(
 ) -> str | None:
     """Why both sides, where they are picked up, cannot be read sample by sample, None where they can."""
     batch = history.trace.batch
-    if history.trace.time_major:
+    if any(trace.time_major for trace in (history.trace, *history.others)):
         return "its first dimension is time, not the batch: a layer without batch_first takes it so"
     for side in (binary, latent):
         rows = side.value.shape[0] if side.value.shape else 0
         shapes = f"{tuple(side.value.shape)} for {batch} samples"
         if not rows or rows % batch:
             return f"the batch is not its first dimension, or is mixed with another: {shapes}"
-        by_sample = True if rows == batch else history.by_sample(side)
-        if by_sample is False:
-            return f"the rows of one sample do not follow each other in its first dimension: {shapes}"
-        if by_sample is None:
+        apart = [s.value.apart for s in (side, *history.again(side)) if s.value.apart is not None]
+        if rows != batch and not apart:
             return f"which rows belong to one sample could not be seen: {shapes}; try an example of random values"
+        if rows != batch and min(apart) >= _ALIKE:
+            return f"the rows of one sample do not follow each other in its first dimension: {shapes}"
     dims = CONVOLUTIONS.get(b.consumer.name)
     if dims is not None and len(b.operand.value.shape) == 1 + dims:
         return "the convolution receives a single sample, without a batch dimension"
@@ -75,13 +84,12 @@ def scope(history: History, b: Binarization) -> tuple[str, int]:
     if b.call is not None or site.kind != "input" or not name:
         return name, site.call
     # What comes in was made by the module around: BiBERT's attention assigns to a mask, and a dropout gets the codes.
-    while name:
+    before = history.trace.sightings[: b.source.seq]
+    calls: list[int] = []
+    while name and not calls:
         name = name.rpartition(".")[0]
-        before = history.trace.sightings[: b.source.seq]
         calls = [s.site.call for s in before if s.site.module == name]
-        if calls:
-            return name, max(calls)
-    return "", 0
+    return name, max(calls, default=0)
 
 
 def child(history: History, latent: Sighting, module: str, call: int) -> str:
@@ -90,12 +98,12 @@ def child(history: History, latent: Sighting, module: str, call: int) -> str:
     prefix = f"{module}." if module else ""
     current = latent
     for _ in range(_NEAR):
-        outputs = [s.site.module for s in history.of_value(current) if s.site.kind == "output" and s.seq > since]
+        outputs = [s.site.module for s in current.value.sightings if s.site.kind == "output" and s.seq > since]
         names = [name for name in outputs if name.startswith(prefix) and name != module]
         if names:
             return min(names, key=len).removeprefix(prefix)
-        event, size = history.producer(current), current.value.numel
-        given = [a for a in history.given(current) if a.value.numel >= size and a.requires_grad]
+        event, size = current.producer, current.value.numel
+        given = [a for a in current.given() if a.value.numel >= size and a.requires_grad]
         if event is None or event.name in PRODUCTS or not given:
             break
         current = given[0]
@@ -122,9 +130,9 @@ def cheapest(binaries: Sequence[Sighting], latents: Sequence[Sighting], module: 
 
 
 def is_of_activations(consumer: Event, operand: Sighting) -> bool:
-    """Whether a product is one of two activations of the same batch."""
-    rows = operand.value.shape[:1]
-    return any(a is not operand and a.in_graph and a.value.shape[:1] == rows for a in consumer.arguments)
+    """Whether it is a product of two activations of the same batch, as attention is."""
+    others = [a for a in consumer.arguments if a is not operand and a.in_graph and a.from_input]
+    return consumer.name in PRODUCTS and any(a.value.shape[:1] == operand.value.shape[:1] for a in others)
 
 
 def spatial_dims(shape: torch.Size, consumer: Event, operand: Sighting) -> int | None:
@@ -144,8 +152,7 @@ def spatial_dims(shape: torch.Size, consumer: Event, operand: Sighting) -> int |
     if name == "linear":
         contracted = {received[-1]}
     elif is_of_activations(consumer, operand):
-        # Two activations, as in attention: the features of a token are last.
-        return None
+        return None  # the features of a token are last
     elif name in ("matmul", "rmatmul", "bmm", "mm"):
         contracted = {received[-1] if operand.site.path == (0, 0) else received[-2]}
     else:

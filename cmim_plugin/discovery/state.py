@@ -21,7 +21,7 @@ from .inputs import is_strided, tensors_in
 
 # How far containers and objects are followed into each other, and up to which length.
 _DEPTH, _LENGTH = 4, 4096
-_NOT_FOLLOWED = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType, torch.Generator)
+_NOT_FOLLOWED = (nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType, torch.Generator)
 _OF_THREADS = ("threading", "queue", "concurrent", "multiprocessing", "asyncio", "logging")
 _PLAIN = (str, int, float, bool, bytes, type(None))
 
@@ -48,40 +48,33 @@ def preserve_state(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[
     """
     parameters = list(model.parameters())
     with contextlib.ExitStack() as undo:
-        held = _Held(undo)
-        for owner in (
-            *model.modules(),
-            *parameters,
-        ):  # BinaryNet keeps the real weight in an attribute of the parameter
-            held.follow(owner)
-        everything = {**held.tensors, **{id(p): p for p in parameters}}
-        copied = held.tensors.keys() - {id(p) for p in parameters}
+        # BinaryNet keeps the real weight in an attribute of the parameter.
+        held = _held(undo, [*model.modules(), *parameters])
         # An embedding with max_norm overwrites its weight where no function mode sees it.
-        copied |= {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None}
-        strided = filter(is_strided, inputs)
-        guard = _CopyBeforeWrite(undo, [t for t in (*parameters, *strided) if id(t) not in copied])
-        for tensor in (*(everything[key] for key in copied), *(p.grad for p in parameters if p.grad is not None)):
-            guard.copy(tensor)
-        for p in parameters:
-            undo.callback(_put_back_parameter, p, p.data, p.requires_grad, p.grad)
-        with preserve_generators(everything.values()), guard:
+        overwritten = {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None}
+        guarded = {id(p) for p in parameters} - overwritten
+        for tensor in (*held, *(p.grad for p in parameters if p.grad is not None)):
+            if id(tensor) not in guarded:
+                _copy(undo, tensor)
+        for p in parameters:  # the last is undone first: a gradient needs the shape of its parameter
+            undo.callback(setattr, p, "grad", p.grad)
+            undo.callback(p.requires_grad_, p.requires_grad)
+            undo.callback(_point_at, p, p.data)
+        guard = _CopyBeforeWrite(undo, [*parameters, *filter(is_strided, inputs)])
+        with preserve_generators(held), guard:
             yield
 
 
 @contextlib.contextmanager
 def preserve_generators(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Put back the global generators of Python, numpy and torch, those of the tensors' devices too."""
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy is not None else None
-    python_state = random.getstate()
     devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python_state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
+    with contextlib.ExitStack() as undo:
+        undo.callback(random.setstate, random.getstate())
+        if (numpy := sys.modules.get("numpy")) is not None:
+            undo.callback(numpy.random.set_state, numpy.random.get_state())
+        undo.enter_context(torch.random.fork_rng(devices=devices))
+        yield
 
 
 def _point_at(tensor: Tensor, data: Tensor) -> None:
@@ -89,16 +82,14 @@ def _point_at(tensor: Tensor, data: Tensor) -> None:
         tensor.data = data
 
 
-def _put_back_parameter(p: nn.Parameter, data: Tensor, requires_grad: bool, grad: Tensor | None) -> None:
-    _point_at(p, data)
-    p.requires_grad_(requires_grad)
-    p.grad = grad
-
-
 def _put_back_values(tensor: Tensor, data: Tensor, values: Tensor) -> None:
     _point_at(tensor, data)
     if not same(tensor.detach(), values):
         tensor.data.copy_(values)
+
+
+def _copy(undo: contextlib.ExitStack, tensor: Tensor) -> None:
+    undo.callback(_put_back_values, tensor, tensor.data, tensor.detach().clone())
 
 
 class _CopyBeforeWrite(TorchFunctionMode):
@@ -111,16 +102,12 @@ class _CopyBeforeWrite(TorchFunctionMode):
         for tensor in tensors:
             self._pending.setdefault(_storage(tensor), []).append(tensor)
 
-    def copy(self, tensor: Tensor) -> None:
-        """Copy a tensor now."""
-        self._undo.callback(_put_back_values, tensor, tensor.data, tensor.detach().clone())
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._pending and writes(func, kwargs):
             for _, tensor in tensors_in((args, kwargs)):
                 for pending in self._pending.pop(_storage(tensor), ()):
-                    self.copy(pending)
+                    _copy(self._undo, pending)
         return func(*args, **kwargs)
 
 
@@ -132,67 +119,58 @@ def _storage(tensor: Tensor) -> int:
         return id(tensor)
 
 
-class _Held:
-    """What modules hold in their attributes: tensors are collected, for all else there is something to undo."""
-
-    def __init__(self, undo: contextlib.ExitStack) -> None:
-        self.tensors: dict[int, Tensor] = {}
-        self._undo = undo
-        # The objects themselves: an id is only unique while its object lives.
-        self._seen: dict[int, Any] = {}
-
-    def follow(self, value: Any, depth: int = 0) -> None:
-        """Note everything that can be reached from here."""
-        if depth and isinstance(value, Tensor):
+def _held(undo: contextlib.ExitStack, owners: Iterable[Any]) -> list[Tensor]:
+    """The tensors that owners hold in their attributes; of all else that they hold, how to undo a change is noted."""
+    tensors: list[Tensor] = []
+    seen: set[int] = set()
+    line: list[tuple[Any, int]] = [(vars(owner), 0) for owner in owners]
+    for value, depth in line:
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
             if not nn.parameter.is_lazy(value) and not value.is_meta and is_strided(value):
-                self.tensors[id(value)] = value
-            return
-        if id(value) in self._seen or depth > _DEPTH or (depth and isinstance(value, nn.Module)):
-            return
-        self._seen[id(value)] = value
-        inner: list[Any] = []
+                tensors.append(value)
+            continue
+        if depth > _DEPTH:
+            continue
+        containers = [value] if isinstance(value, (dict, list, set, deque, bytearray)) else []
+        inner: list[Any] = list(value) if isinstance(value, tuple) else []
         if isinstance(value, types.MethodType):
             inner.append(value.__self__)
         elif isinstance(value, functools.partial):
             inner += [value.func, *value.args, *value.keywords.values()]
-        elif depth == 0 or (hasattr(value, "__dict__") and not isinstance(value, _NOT_FOLLOWED) and _is_state(value)):
-            inner += self._keep_content(vars(value))
-        if isinstance(value, (dict, list, set, deque, bytearray)):
-            inner += self._keep_content(value)
-        elif isinstance(value, tuple):
-            inner += value
-        elif depth:
-            self._keep_state(value)
+        elif hasattr(value, "__dict__") and not isinstance(value, _NOT_FOLLOWED) and _is_state(value):
+            containers.append(vars(value))
+        for container in containers:
+            before = _content(container)
+            undo.callback(_refill, container, before)
+            inner += before
+        _keep_state(undo, value)
         if depth < 2 or len(inner) <= _LENGTH:
-            for item in inner:
-                if type(item) not in weakref.ProxyTypes and not isinstance(item, _PLAIN):
-                    self.follow(item, depth + 1)
-
-    def _keep_content(self, container: Any) -> list[Any]:
-        before = _content(container)
-        self._undo.callback(_refill, container, before)
-        return before
-
-    def _keep_state(self, value: Any) -> None:
-        """Of random generators and arrays."""
-        numpy: Any = sys.modules.get("numpy")
-        if isinstance(value, random.SystemRandom):
-            pass  # has no state
-        elif isinstance(value, random.Random):
-            self._undo.callback(value.setstate, value.getstate())
-        elif isinstance(value, torch.Generator) or (numpy and isinstance(value, numpy.random.RandomState)):
-            self._undo.callback(value.set_state, value.get_state())
-        elif numpy and isinstance(value, numpy.random.Generator):
-            bits = value.bit_generator
-            self._undo.callback(setattr, bits, "state", bits.state)
-        elif numpy and isinstance(value, numpy.ndarray) and value.flags.writeable:
-            self._undo.callback(value.__setitem__, ..., value.copy())
+            followed = (i for i in inner if type(i) not in weakref.ProxyTypes and not isinstance(i, _PLAIN))
+            line += [(item, depth + 1) for item in followed]
+    return tensors
 
 
 def _is_state(value: Any) -> bool:
     """Not one of torch's own functions, which keep what they have looked up, and nothing that threads wait for."""
     package = type(value).__module__.partition(".")[0]
     return package not in _OF_THREADS and not (callable(value) and package == "torch")
+
+
+def _keep_state(undo: contextlib.ExitStack, value: Any) -> None:
+    """Of random generators and arrays."""
+    numpy: Any = sys.modules.get("numpy")
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):  # that one has no state
+        undo.callback(value.setstate, value.getstate())
+    elif isinstance(value, torch.Generator) or (numpy and isinstance(value, numpy.random.RandomState)):
+        undo.callback(value.set_state, value.get_state())
+    elif numpy and isinstance(value, numpy.random.Generator):
+        bits = value.bit_generator
+        undo.callback(setattr, bits, "state", bits.state)
+    elif numpy and isinstance(value, numpy.ndarray) and value.flags.writeable:
+        undo.callback(value.__setitem__, ..., value.copy())
 
 
 def _content(container: Any) -> list[Any]:

@@ -1,7 +1,8 @@
 """What is seen of one forward pass: every tensor that passes a module boundary or a torch function.
 
 Of each there is a :class:`Snapshot` of its values at that moment and the :class:`Site` where a hook can pick it up
-again in training. No tensor of the model is kept.
+again in training. From a :class:`Sighting` one can go back to what its tensor was made of. No tensor of the model is
+kept.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .. import _compat
 from .codes import is_constant, sign_pattern
 from .functions import RANDOM, SHAPE_ONLY, plain_name, writes
-from .inputs import Inputs, Path, tensors_in
+from .inputs import Inputs, Path, is_strided, tensors_in
 from .state import same
 
 # Values kept of each tensor, and values compared between two samples that got the same input.
@@ -64,10 +65,11 @@ class Snapshot:
         pattern: ``(n,)`` the sign pattern there (:func:`sign_pattern`), None if the tensor is not two-valued, or does
             not depend on the model's input.
         constant: whether all its elements are equal.
-        levels: how many values it has in all, 0 for more than a few.
+        levels: how many values it has in all, 0 where they are not counted: it is constant, two-valued, or has many.
         one_hot: whether along some dimension it is zero but for a single element.
         apart: how far the last two samples of the batch, which got the same input, are from each other, in distances
             between different samples; None where that could not be seen.
+        sightings: all of the tensor while it held this, in order.
     """
 
     shape: torch.Size
@@ -77,16 +79,27 @@ class Snapshot:
     levels: int = 0
     one_hot: bool = False
     apart: float | None = None
+    sightings: list[Sighting] = field(default_factory=list)
 
     @property
     def numel(self) -> int:
         """Elements of the tensor."""
         return self.shape.numel()
 
-    @cached_property
-    def fingerprint(self) -> tuple[int, tuple[float, ...]]:
-        """The same where the values are."""
-        return self.numel, tuple(self.values.tolist())
+    @property
+    def two_valued(self) -> bool:
+        """Whether it has a sign pattern."""
+        return self.pattern is not None
+
+    @property
+    def continuous(self) -> bool:
+        """Whether it holds several numbers of a floating-point type."""
+        return self.values.is_floating_point() and not self.constant
+
+    @property
+    def in_graph(self) -> Sighting | None:
+        """The first sighting in the graph; within the forward of a custom autograd function gradients are disabled."""
+        return next((s for s in self.sightings if s.in_graph), None)
 
     @cached_property
     def code(self) -> tuple[int, bytes] | None:
@@ -118,20 +131,33 @@ class Sighting:
     distinct: int
     event: Event | None = None
 
+    @property
+    def producer(self) -> Event | None:
+        """The function call that returned this tensor with this value."""
+        return next((s.event for s in self.value.sightings if s.event and s.seq <= self.seq), None)
+
+    def given(self, same_size: bool = False) -> list[Sighting]:
+        """What that call was given; not the tensor itself, as a function in place is given it."""
+        event = self.producer
+        arguments = [a for a in (event.arguments if event else ()) if a.value is not self.value]
+        return [a for a in arguments if a.value.numel == self.value.numel] if same_size else arguments
+
 
 @dataclass(eq=False)
 class Event:
-    """One torch function call: its tensor arguments before the call, its tensor results after.
+    """One torch function call.
 
-    Parameters are not among the arguments. ``shapes`` are those of all tensor arguments, parameters too. ``weighted``:
-    a parameter, or what requires a gradient, is among them.
+    Attributes:
+        shapes: of all tensor arguments, parameters too.
+        weighted: a parameter, or what requires a gradient, is among them.
+        arguments, results: its tensors before and after the call, without parameters.
     """
 
     seq: int
     name: str
     shapes: list[torch.Size]
     weighted: bool
-    arguments: list[Sighting] = field(default_factory=list)
+    arguments: list[Sighting]
     results: list[Sighting] = field(default_factory=list)
 
 
@@ -139,23 +165,29 @@ class Event:
 class Trace:
     """Everything seen in one forward pass, in order.
 
-    ``calls`` counts the calls of each module, ``functions`` those of each function in each call of a module.
-    ``decides``: single random numbers were drawn, as random structure does.
-    ``time_major``: a recurrent layer or attention takes for time what is as long as the batch.
+    Attributes:
+        calls, functions: how often each module is called, and each function in each call of a module.
+        decides: single random numbers were drawn, as random structure does.
+        time_major: a recurrent layer or attention takes for time what is as long as the batch.
     """
 
     batch: int
     sightings: list[Sighting] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
-    functions: dict[tuple[str, int], Counter[Any]] = field(default_factory=dict)
+    functions: dict[tuple[str, int], Counter[Any]] = field(default_factory=lambda: defaultdict(Counter))
     decides: bool = False
     time_major: bool = False
 
+    @cached_property
+    def at(self) -> dict[Site, Sighting]:
+        """What was seen at each site."""
+        return {s.site: s for s in self.sightings}
+
     def counted(self, site: Site) -> Site:
         """The site, with how often its module and its function are called here."""
-        functions = self.functions.get((site.module, site.call), Counter())
-        return replace(site, calls=self.calls[site.module], times=functions[site.function])
+        times = self.functions[site.module, site.call][site.function]
+        return replace(site, calls=self.calls[site.module], times=times)
 
 
 def record(model: nn.Module, inputs: Inputs, batch: int, twins: bool = False) -> Trace:
@@ -183,14 +215,6 @@ def _positions() -> tuple[Any, Any]:
     return random.getstate(), None if numpy is None else numpy.random.get_state()[2]
 
 
-@dataclass
-class _Memory:
-    """Of a tensor object: whether it depends on the model's input, and what it held last."""
-
-    from_input: bool
-    last: Snapshot | None = None
-
-
 class _Recorder(TorchFunctionMode):
     """Writes down one pass."""
 
@@ -200,11 +224,12 @@ class _Recorder(TorchFunctionMode):
         self._twins = twins
         self._names = {module: name for name, module in model.named_modules()}
         self._parameters = {id(p) for p in model.parameters()}
-        self._functions: Counter[Any] = Counter()
-        # Modules being run: name, call, and how often each function had been called when the module was entered.
-        self._scopes: list[tuple[str, int, Counter[Any]]] = []
-        self._memory: MutableMapping[Tensor, _Memory] = WeakTensorKeyDictionary()
-        self._indices: dict[tuple[int, torch.device], Tensor] = {}
+        # Modules being run, and which call of each.
+        self._scopes: list[tuple[str, int]] = []
+        # Of each tensor object: whether it depends on the model's input, and what it held last.
+        self._from_input: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
+        self._last: MutableMapping[Tensor, Snapshot] = WeakTensorKeyDictionary()
+        self._kept_positions = cache(kept_positions)
 
     def __deepcopy__(self, memo: Any) -> _Recorder:
         return self  # a forward may copy modules, with their hooks
@@ -213,7 +238,7 @@ class _Recorder(TorchFunctionMode):
         name = self._names.get(module)
         if name is None:
             return
-        self._scopes.append((name, self.trace.calls[name], self._functions.copy()))
+        self._scopes.append((name, self.trace.calls[name]))
         self.trace.calls[name] += 1
         if not getattr(module, "batch_first", True):
             with _compat.unseen():
@@ -224,23 +249,23 @@ class _Recorder(TorchFunctionMode):
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if module in self._names:
             self._see(output, "output")
-            name, call, before = self._scopes.pop()
-            self.trace.functions[name, call] = self._functions - before
+            self._scopes.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if not self._scopes or func is Tensor.__deepcopy__:  # its memo holds all that was copied so far
             return func(*args, **kwargs)
-        nth = self._functions[func] - self._scopes[-1][2][func]
-        self._functions[func] += 1
+        nth = self.trace.functions[self._scopes[-1]][func]
+        for scope in self._scopes:
+            self.trace.functions[scope][func] += 1
         name = plain_name(func)
         tensors = [tensor for _, tensor in tensors_in((args, kwargs))]
         shapes = [t.shape for t in tensors if not t.is_nested]
         weighted = any(t.requires_grad or id(t) in self._parameters for t in tensors)
-        event = Event(len(self.trace.sightings), name, shapes, weighted)
-        event.arguments = self._see((args, kwargs), "argument", func, nth)
+        seq, arguments = len(self.trace.sightings), self._see((args, kwargs), "argument", func, nth)
+        event = Event(seq, name, shapes, weighted, arguments)
         activations = [t for t in tensors if id(t) not in self._parameters]
-        from_input = name not in SHAPE_ONLY and any(self._memory[t].from_input for t in activations)
+        from_input = name not in SHAPE_ONLY and any(self._from_input[t] for t in activations)
         if self._twins and "drop" in name and "training" in kwargs:
             kwargs["training"] = False
         if self._twins and "dropout_p" in kwargs:
@@ -249,9 +274,9 @@ class _Recorder(TorchFunctionMode):
         if name in RANDOM:
             self._drawn(result)
         if from_input and writes(func, kwargs):
-            self._memory[activations[0]].from_input = True
-            if (base := _compat.base_of(activations[0])) is not None and base in self._memory:
-                self._memory[base].from_input = True
+            for tensor in (activations[0], _compat.base_of(activations[0])):
+                if tensor is not None and tensor in self._from_input:
+                    self._from_input[tensor] = True
         event.results = self._see(result, "result", func, nth, from_input)
         for sighting in event.results:
             sighting.event = event
@@ -270,89 +295,83 @@ class _Recorder(TorchFunctionMode):
         self, tree: Any, kind: str, function: Any = None, nth: int = 0, from_input: bool | None = None
     ) -> list[Sighting]:
         """Note the tensors of a tree. ``from_input``: of new ones, None where it has to be told by themselves."""
-        name, call, _ = self._scopes[-1]
         seen = []
         with _compat.unseen():
             for path, tensor in tensors_in(tree):
                 if id(tensor) in self._parameters:
                     continue
                 # What comes out of code that torch functions do not show has a history all the same.
-                new = _Memory(tensor.grad_fn is not None if from_input is None else from_input)
-                memory = self._memory.setdefault(tensor, new)
-                memory.from_input |= bool(from_input)
-                if (base := _compat.base_of(tensor)) is not None and base in self._memory:
-                    memory.from_input |= self._memory[base].from_input
-                odd = tensor.layout != torch.strided or tensor.is_complex() or tensor.is_nested or tensor.is_meta
-                if odd or tensor.numel() == 0:
+                new = tensor.grad_fn is not None if from_input is None else from_input
+                depends = bool(from_input) or self._from_input.get(tensor, new)
+                if (base := _compat.base_of(tensor)) is not None:
+                    depends |= self._from_input.get(base, False)
+                self._from_input[tensor] = depends
+                if not is_strided(tensor) or tensor.is_complex() or tensor.is_meta or tensor.numel() == 0:
                     continue
                 try:
-                    snapshot = self._snapshot(memory, tensor.detach())
+                    snapshot = self._snapshot(tensor)
                 except (RuntimeError, NotImplementedError):
                     continue  # of a dtype or subclass that cannot be read: float8, quantized, within torch.func.vmap
                 sighting = Sighting(
                     len(self.trace.sightings),
-                    Site(name, call, kind, path, function, nth),
+                    Site(*self._scopes[-1], kind, path, function, nth),
                     snapshot,
                     tensor.requires_grad,
                     tensor.requires_grad and torch.is_grad_enabled(),
-                    memory.from_input,
+                    depends,
                     torch.Size(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step).numel(),
                 )
+                snapshot.sightings.append(sighting)
                 self.trace.sightings.append(sighting)
                 seen.append(sighting)
         return seen
 
-    def _snapshot(self, memory: _Memory, tensor: Tensor) -> Snapshot:
+    def _snapshot(self, tensor: Tensor) -> Snapshot:
         """What the tensor holds now; the very same object as last time while that has not changed."""
-        index = self._index(tensor.numel(), tensor.device)
-        values = tensor.take(index)
+        last, held = self._last.get(tensor), tensor.detach()
+        index = self._kept_positions(held.numel(), held.device)
+        values = held.take(index)
         # The version counter does not move for `x.data = ...`: only the values tell.
-        if memory.last is not None and memory.last.shape == tensor.shape and same(memory.last.values, values):
-            return memory.last
-        snapshot = memory.last = Snapshot(tensor.shape, values)
+        if last is not None and last.shape == held.shape and same(last.values, values):
+            return last
+        snapshot = self._last[tensor] = Snapshot(held.shape, values)
         some = set(values[:64].tolist())
-        if len(some) == 1 and is_constant(tensor):
-            snapshot.constant, snapshot.levels = True, 1
-        elif not memory.from_input:
+        if len(some) == 1 and is_constant(held):
+            snapshot.constant = True
+        elif not self._from_input[tensor]:
             pass  # a weight: nothing asks for its codes, and these take half of the time
-        elif (pattern := sign_pattern(tensor, index)) is not None:
-            snapshot.pattern, snapshot.one_hot = pattern, _is_one_hot(tensor)
+        elif (pattern := sign_pattern(held, index)) is not None:
+            snapshot.pattern, snapshot.one_hot = pattern, _is_one_hot(held)
         elif len(some) <= FEW_LEVELS and values.unique().numel() <= FEW_LEVELS:
-            snapshot.levels = tensor.unique().numel()
-        if self._twins and tensor.is_floating_point():
-            snapshot.apart = self._apart(tensor)
+            snapshot.levels = held.unique().numel()
+        if self._twins and held.is_floating_point():
+            snapshot.apart = self._apart(held)
         return snapshot
 
     def _apart(self, tensor: Tensor) -> float | None:
         size, rest = divmod(tensor.numel(), self.trace.batch)
         if rest:
             return None
-        within = self._index(size, tensor.device)
+        within = self._kept_positions(size, tensor.device)
         within = within[:: max(1, len(within) // _TWIN_VALUES)]
         last = self.trace.batch - 1
         one, twin, other = (tensor.take(within + size * i).double() for i in (last, last - 1, 0))
         otherwise = (one - other).abs().mean()
         return float((one - twin).abs().mean() / otherwise) if otherwise > 1e-6 * one.abs().mean() else None
 
-    def _index(self, numel: int, device: torch.device) -> Tensor:
-        key = (numel, device)
-        if key not in self._indices:
-            self._indices[key] = kept_positions(numel).to(device)
-        return self._indices[key]
 
-
-def kept_positions(numel: int) -> Tensor:
+def kept_positions(numel: int, device: torch.device) -> Tensor:
     """``(n,)`` int64: where the values that a snapshot keeps stand in a flattened tensor of so many elements."""
     if numel <= _VALUES:
-        return torch.arange(numel, device="cpu")
+        return torch.arange(numel, device=device)
     # Not evenly spaced: that would see the same column of every image.
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(numel, (_VALUES,), generator=generator, device="cpu").sort().values
+    return torch.randint(numel, (_VALUES,), generator=generator, device="cpu").sort().values.to(device)
 
 
 def _is_one_hot(x: Tensor) -> bool:
     """Zero but for a single element along some dimension (not looked for in tensors too large to be gates)."""
     if x.numel() > 1 << 16 or x.ndim < 2:
         return False
-    nonzero = (x.abs() >= 1e-4) if x.dtype != torch.bool else x
+    nonzero = x.float().abs() >= 1e-4
     return any(x.shape[d] > 1 and bool((nonzero.sum(d) == 1).all()) for d in range(1, x.ndim))
