@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import _compat
 from .discovery import BatchSource
-from .discovery.inputs import is_strided, parameter_names
+from .discovery.inputs import is_strided, positional_names
 from .errors import CMIMError, CMIMWarning, warn_once
 from .passes import BINARY, LATENT, Call, Pass, Pickup, Tap, current_error
 from .sampling import Schedule
@@ -77,7 +77,7 @@ class Capture:
         self.running: dict[int, Pass] = {}
         self._waiting: dict[int, Pass] = {}
         self._handles: list[RemovableHandle] = []
-        names = parameter_names(model)
+        names = positional_names(model)
         #: Which positional input of the model is its mask; past all of them where none is.
         self._mask_at = names.index("attention_mask") if "attention_mask" in names else sys.maxsize
         self._plan: dict[str, dict[int, list[Pickup]]] = defaultdict(lambda: defaultdict(list))

@@ -36,7 +36,7 @@ class Tap:
         name: of the binarization, as :func:`find_binary_activations` gives it.
         channels: channels of a_B.
         latent_channels: channels of what it is contrasted with: a_F, or the teacher's activation.
-        module: qualified name of the module that binarizes.
+        module, call: qualified name of the module that binarizes, and which call of it.
         binary, latent: where a_B and a_F are picked up; no latent where a teacher stands in for it.
         layouts: how both are read.
     """
@@ -45,6 +45,7 @@ class Tap:
     channels: int
     latent_channels: int
     module: str
+    call: int
     binary: Site
     latent: Site | None
     layouts: tuple[Layout, Layout]
@@ -58,8 +59,16 @@ class Tap:
     def of(cls, found: BinaryActivation) -> Tap:
         """The tap of a binary activation that can be tapped."""
         assert found.binary and found.binary_layout and found.latent_layout
-        layouts = (found.binary_layout, found.latent_layout)
-        return cls(found.name, found.channels, found.latent_channels, found.module, found.binary, found.latent, layouts)
+        return cls(
+            found.name,
+            found.channels,
+            found.latent_channels,
+            found.module,
+            found.call,
+            found.binary,
+            found.latent,
+            layouts=(found.binary_layout, found.latent_layout),
+        )
 
 
 class Pair:

@@ -47,7 +47,7 @@ class Teacher:
                 f"teacher_modules={{tap name: teacher module name}}. The teacher's modules: {list(known)[1:]}."
             )
         # Of each tap: the module's name, the module, and which call of it: the same as of the module that binarizes.
-        self._sources = [(names[tap.name], known[names[tap.name]], tap.binary.call) for tap in taps]
+        self._sources = [(names[tap.name], known[names[tap.name]], tap.call) for tap in taps]
         try:
             activations = self._run(*as_inputs(example_input))
         except CMIMError:

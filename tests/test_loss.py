@@ -602,6 +602,24 @@ def test_the_mask_of_the_model_is_read_where_it_comes_by_position():
     assert masked_loss(padding) == masked_loss(attention_mask=padding) != masked_loss()
 
 
+class AnyInputs(Attending):
+    def forward(self, *inputs: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return super().forward(inputs[0], attention_mask)
+
+
+def test_a_mask_that_comes_by_its_name_alone_is_not_looked_for_by_position():
+    torch.manual_seed(0)
+    model, token_types = AnyInputs(), torch.tensor([[0, 0, 0, 1, 1]] * 3)
+    cmim = CMIM(model, (SENTENCES, token_types))
+    losses = []
+    for arguments in ((SENTENCES, token_types), (SENTENCES,)):
+        model(*arguments)
+        draws = cmim.draws.clone()
+        losses.append(cmim(model).item())
+        cmim.draws.copy_(draws)
+    assert losses[0] == losses[1]
+
+
 def test_an_attention_mask_of_floats_is_told_for_it_may_be_additive():
     with pytest.warns(CMIMWarning, match="attention_mask of floats is not read: pass mask="):
         masked_loss(attention_mask=torch.zeros(3, 5))

@@ -170,6 +170,31 @@ def test_an_activation_that_is_called_twice_is_paired_call_by_call(other, module
     assert a_loss(model, cmim).isfinite()
 
 
+class SharedBlock(nn.Module):
+    """One module runs both layers: it binarizes in its own forward, and hands the codes to another child each time."""
+
+    class Block(nn.Module):
+        def __init__(self, activation):
+            super().__init__()
+            self.activation = activation
+            self.convs = nn.ModuleList([nn.Conv2d(4, 8, 1), nn.Conv2d(8, 6, 1)])
+
+        def forward(self, x, layer):
+            return self.convs[layer](self.activation(x))
+
+    def __init__(self, activation):
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(2, 4, 1), self.Block(activation)
+
+    def forward(self, x):
+        return self.block(self.block(self.stem(x), 0), 1).mean((2, 3))
+
+
+def test_the_call_of_the_teachers_module_is_that_of_the_module_that_binarizes():
+    cmim = CMIM(SharedBlock(Binary().forward), X, teacher=SharedBlock(torch.relu))
+    assert [(tap.module, tap.channels, tap.latent_channels) for tap in cmim.taps] == [("block", 4, 8), ("block", 8, 6)]
+
+
 def test_of_a_module_whose_weight_has_one_dimension_the_output_is_taken():
     model = nn.Sequential(nn.Conv2d(2, 4, 1), Binary(), nn.Conv2d(4, 3, 4), nn.Flatten())
     other = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.ReLU())

@@ -38,7 +38,7 @@ class BinaryActivation:
             is binarized. "#2", "#3", ... tell apart what this does not: further calls of a shared module.
         channels: channels of the binary tensor (0 where unknown).
         reason: why it cannot be tapped, None where it can.
-        module: qualified name of that module ("" for the model itself).
+        module, call: qualified name of that module ("" for the model itself), and which call of it, from 0.
         binary, latent: where a_B and a_F are picked up.
         binary_layout, latent_layout, latent_channels: how they are read.
         aligned: whether both have the same number of positions.
@@ -48,6 +48,7 @@ class BinaryActivation:
     channels: int
     reason: str | None
     module: str
+    call: int = 0
     binary: Site | None = None
     latent: Site | None = None
     binary_layout: Layout | None = None
@@ -148,7 +149,7 @@ def _described(history: History, b: Binarization) -> _Found:
         spatial = sites.spatial_dims(shape, b.consumer, b.operand)
         reason = sites.reason_against_shapes(history, b, binary, latent, spatial)
     if reason is not None or b.latent is None:
-        return _Found(BinaryActivation("", 0, reason, module), place)
+        return _Found(BinaryActivation("", 0, reason, module, call), place)
     scores = sites.is_of_activations(b.consumer, b.operand)
     layout = Layout(spatial, shape[0] != history.trace.batch, scores)
     latent_layout = Layout(spatial, latent_shape[0] != history.trace.batch, scores)
@@ -157,6 +158,7 @@ def _described(history: History, b: Binarization) -> _Found:
         channels=layout.channels(shape),
         reason=None,
         module=module,
+        call=call,
         binary=history.trace.counted(binary.site),
         latent=history.trace.counted(latent.site),
         binary_layout=layout,

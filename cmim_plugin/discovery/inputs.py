@@ -76,12 +76,13 @@ class BatchSource:
         return None
 
 
-def parameter_names(model: nn.Module) -> list[str]:
-    """Names of the inputs of a model's forward, in order; none where they cannot be told."""
+def positional_names(model: nn.Module) -> list[str]:
+    """Names of the inputs that a model's forward takes by position, in order; none where they cannot be told."""
     try:
-        return list(inspect.signature(model.forward).parameters)
+        parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):
         return []
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
 
 def batch_sources(model: nn.Module, inputs: Inputs, stated: int | None = None) -> dict[int, BatchSource]:
@@ -98,7 +99,7 @@ def batch_sources(model: nn.Module, inputs: Inputs, stated: int | None = None) -
             places[tensor.size(0)].append((path, 0))
     if stated is not None and stated not in places:
         places[stated] = [(path, t.shape.index(stated)) for path, t in tensors if not t.is_nested and stated in t.shape]
-    names = parameter_names(model)
+    names = positional_names(model)
     sources = {}
     for size, found in places.items():
         # In training an input may come by keyword that came by position in the example, and the reverse.
