@@ -29,8 +29,8 @@ _all_gather_single = getattr(dist, "all_gather_single", None)
 
 
 def is_no_training_step() -> bool:
-    """Whether a forward pass now is none: this thread runs a backward pass (a checkpoint is recomputed), a torch.func
-    transform, forward-mode differentiation, torch.jit.trace or torch.export.
+    """Whether a forward pass now is no training step: this thread runs a backward pass (a checkpoint is recomputed), a
+    torch.func transform, forward-mode differentiation, torch.jit.trace or torch.export.
 
     Without one of them: False. Recomputation is then captured as a pass that nobody asks for; in a transform capturing
     fails with a message of torch's; what is traced or exported holds our operations.

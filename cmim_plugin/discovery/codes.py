@@ -89,7 +89,7 @@ def is_split_by_threshold(values: Tensor, pattern: Tensor, index: Tensor, shape:
     """
     signed = (pattern != 0) & values.isfinite()
     values, is_high, place = values[signed].float(), pattern[signed] > 0, torch.unravel_index(index[signed], shape)
-    for shared in _groupings(len(shape))[:6]:
+    for shared in _groupings(len(shape), by_position=False):
         group = torch.zeros_like(is_high, dtype=torch.int64)
         if shared:
             group = torch.stack([place[d] for d in shared], 1).unique(dim=0, return_inverse=True)[1]
@@ -110,10 +110,15 @@ def _is_larger(values: Tensor, is_high: Tensor, group: Tensor, groups: int) -> T
     return least >= most.scatter_reduce(0, group[~is_high], values[~is_high], "amax")
 
 
-def _groupings(ndim: int) -> list[tuple[int, ...]]:
-    """Dimensions by which the two values may differ, from one group to many."""
+def _groupings(ndim: int, by_position: bool = True) -> list[tuple[int, ...]]:
+    """Dimensions by which the two values may differ, from one group to many.
+
+    ``by_position``: also by all but the channels.
+    """
     last = ndim - 1
-    wanted = [(), (0,), (1,), (last,), (0, 1), (0, last), tuple(range(last)), (0, *range(2, ndim))]
+    wanted: list[tuple[int, ...]] = [(), (0,), (1,), (last,), (0, 1), (0, last)]
+    if by_position:
+        wanted += [tuple(range(last)), (0, *range(2, ndim))]
     return list(dict.fromkeys(shared for shared in wanted if len(set(shared)) == len(shared) < ndim))
 
 

@@ -158,7 +158,7 @@ def _clear_size(sizes: list[int], first: Trace | None) -> int:
     )
 
 
-# From the number of a pass: its inputs, how many samples these have, and whether the last two are equal.
+# Takes the number of a pass. Returns its inputs, how many samples these have, and whether the last two are equal.
 _Attempt = Callable[[int], tuple[Inputs, int, bool]]
 
 
@@ -169,6 +169,8 @@ def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_A
         return attempts
 
     def with_twins(size: int, n: int) -> tuple[Inputs, int, bool]:
+        """Of an example of 1, 2, 3, 4 or 64 samples and the least ``size``, the first pass has 2, 2, 3, 4 or 4 samples,
+        the others 3, 3, 3, 4 or 5."""
         # One sample is two for the sake of batch normalization; two are three, that two of them can be equal.
         filled = inputs if batch == size else resampled(inputs, source, [0, 0] if batch == 1 else range(size))
         # One sample more where the model may take it: what is as long as the batch by accident then is not.

@@ -103,7 +103,7 @@ class Snapshot:
 
     @cached_property
     def code(self) -> tuple[int, bytes] | None:
-        """The same where the patterns are, of any shape, also where the two codes changed places."""
+        """Equal where the patterns are, whatever the shapes, also where the two codes changed places."""
         if self.pattern is None:
             return None
         first = next((sign for sign in self.pattern.tolist() if sign), 1)
@@ -210,7 +210,7 @@ def record(model: nn.Module, inputs: Inputs, batch: int, twins: bool = False) ->
 
 
 def _positions() -> tuple[Any, Any]:
-    """Of the generators that draw single numbers."""
+    """Where the generators stand that draw single numbers: Python's and numpy's."""
     numpy = sys.modules.get("numpy")
     return random.getstate(), None if numpy is None else numpy.random.get_state()[2]
 
@@ -226,7 +226,7 @@ class _Recorder(TorchFunctionMode):
         self._parameters = {id(p) for p in model.parameters()}
         # Modules being run, and which call of each.
         self._scopes: list[tuple[str, int]] = []
-        # Of each tensor object: whether it depends on the model's input, and what it held last.
+        # Whether each tensor object depends on the model's input, and what it held last.
         self._from_input: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
         self._last: MutableMapping[Tensor, Snapshot] = WeakTensorKeyDictionary()
         self._kept_positions = cache(kept_positions)
