@@ -261,7 +261,7 @@ class CMIM(nn.Module):
         """What each tap keeps of its latent, over held-out data: see :class:`Report`. Nothing of the training moves.
 
         The model runs in eval mode without gradients. The negatives are the other instances of the batch, and every
-        report looks at the same positions, without the padding that the model's ``attention_mask`` tells. On several
+        report looks at the same positions, of which padding by the model's ``attention_mask`` is left out. On several
         ranks each reports its own data. Bound and retrieval need trained heads: to look into a network that was trained
         without CMIM, attach one and train its heads alone first.
 

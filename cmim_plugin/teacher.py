@@ -94,7 +94,11 @@ class Teacher:
             why = "The teacher is in training mode: leave it out of model.train(), or call teacher.eval()."
             to.lose(None, FAILED, why)
             return
-        activations = self._run(args, kwargs)
+        try:
+            activations = self._run(args, kwargs)
+        except Exception as error:  # not left to `attempt`, which catches nothing in compiled code
+            to.lose(None, FAILED, str(error) if isinstance(error, CMIMError) else f"{type(error).__name__}: {error}")
+            return
         for k in to.scheduled:
             to.attempt(k, partial(to.take, k, LATENT, activations[k]))
 

@@ -44,7 +44,7 @@ def path_to(own: nn.Module | None, model: nn.Module) -> list[nn.Module]:
         CMIMError: it is neither that model nor a wrapper around it.
     """
     _refuse_replicas(model)
-    path = _path(own, model)
+    path = None if own is None else _path(own, model)
     if path is None:
         raise CMIMError(
             f"This CMIM is attached to another model than the {type(model).__name__} passed in: pass the model that "
@@ -53,7 +53,7 @@ def path_to(own: nn.Module | None, model: nn.Module) -> list[nn.Module]:
     return path
 
 
-def _path(own: nn.Module | None, model: nn.Module) -> list[nn.Module] | None:
+def _path(own: nn.Module, model: nn.Module) -> list[nn.Module] | None:
     if model is own:
         return [model]
     inner = (getattr(model, name, None) for name in _INNER)

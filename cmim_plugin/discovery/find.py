@@ -127,7 +127,7 @@ def _found_in(trace: Trace, others: list[Trace]) -> list[_Found]:
             described = _described(history, b)
             if described.activation.tapped and b.latent is not None and value.two_valued:
                 # Of one tensor, for branches may be alike only as they are initialised.
-                pair = value.code, tuple(b.latent.value.values.tolist()), id(origin(b.latent).value)
+                pair = value.code, tuple(b.latent.value.values.nan_to_num().tolist()), id(origin(b.latent).value)
                 if pair in pairs:
                     continue  # query, key and value binarize one latent to the same codes
                 pairs.add(pair)

@@ -50,6 +50,7 @@ class History:
     def __init__(self, trace: Trace, others: list[Trace]) -> None:
         self.trace = trace
         self.others = others
+        self._terms: dict[Sighting, list[Sighting]] = {}
         #: Code -> calls that made it out of something that is not two-valued.
         self._binarizing: dict[tuple[int, bytes] | None, list[Event]] = defaultdict(list)
         for event in trace.events:
@@ -77,6 +78,11 @@ class History:
 
     def terms(self, operand: Sighting, depth: int = 0) -> list[Sighting]:
         """The binary tensors that an operand is the sum of; itself if it is binary; none otherwise."""
+        if operand not in self._terms:  # branches meet again
+            self._terms[operand] = self._terms_of(operand, depth)
+        return self._terms[operand]
+
+    def _terms_of(self, operand: Sighting, depth: int) -> list[Sighting]:
         # Two-valued in all passes: not a coincidence. A sign may be constant in some of them.
         if operand.value.two_valued and all(s.value.two_valued or s.value.constant for s in self.again(operand)):
             return [operand]
@@ -95,7 +101,7 @@ class History:
         inner = [(a, self.terms(a, depth + 1)) for a in arguments]
         if any(not found and a.requires_grad and a.distinct * 8 > size for a, found in inner):
             return []  # a sum with something continuous
-        return [term for _, found in inner for term in found]
+        return list(dict.fromkeys(term for _, found in inner for term in found))
 
     def _maker(self, source: Sighting) -> Event | None:
         """The last call before the source that made its codes."""
@@ -165,8 +171,13 @@ def _sources(sighting: Sighting, like: Callable[[Snapshot], bool]) -> list[Sight
     """The first tensor in the graph of which ``like`` is true on the way to this one; of several parts, one of each."""
     sources: list[Sighting] = []
     line = [sighting]
+    seen: set[tuple[Snapshot, Event | None]] = set()
     while line:
         current = line.pop()
+        key = current.value, current.producer
+        if key in seen:
+            continue  # branches that meet again
+        seen.add(key)
         before = [a for a in current.given() if like(a.value) and (a.value.in_graph or not current.value.in_graph)]
         # A scale of each sample has two values where there are two samples.
         before = [a for a in before if a.distinct * 4 > a.value.numel] or before
