@@ -176,6 +176,11 @@ class Pass:
         self._elements: dict[Any, tuple[Tensor, Tensor]] = {}
         self._zeros: dict[Any, Tensor] = {}
 
+    @property
+    def padding(self) -> Tensor | None:
+        """The mask, as far as it can be read: one of floats may be additive."""
+        return None if self.mask is None or self.mask.is_floating_point() else self.mask
+
     def pick_up(self, pickups: Sequence[Pickup], kind: str, tree: Any) -> None:
         """Take the rows of those activations that are picked up at sites of this kind."""
         for p in pickups:
@@ -197,9 +202,6 @@ class Pass:
 
     def attempt(self, tap: int | None, action: Callable[[], None]) -> None:
         """Do something for a tap (None: for the pass). What goes wrong is kept, and the model goes on."""
-        if torch.compiler.is_compiling():
-            action()
-            return
         was_muted, self.muted = self.muted, True
         try:
             action()

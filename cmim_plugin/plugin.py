@@ -344,10 +344,9 @@ def _mask_of(cmim: CMIM, captured: Pass, mask: Tensor | None) -> Tensor | None:
         return None
     if mask is not None or cmim.instances == "image" or captured.mask is None:
         return mask
-    if captured.mask.is_floating_point():
+    if captured.padding is None:
         warn_once(cmim, "An attention_mask of floats is not read: pass mask=, zero or False for padding.")
-        return None
-    return captured.mask
+    return captured.padding
 
 
 def _listing(cmim: CMIM, other: str) -> str:

@@ -251,7 +251,7 @@ def measure(
     seen: list[Tensor] = []
 
     def observer(running: Pass, k: int, activation: Tensor) -> None:
-        tallies[k].count_codes(activation, _mask(running), draws, len(seen))
+        tallies[k].count_codes(activation, running.padding, draws, len(seen))
 
     run_first = None if teacher is None else teacher.deliver
     capture = Capture(model, contrast.taps, schedule, batch_source, observer, run_first)
@@ -347,7 +347,7 @@ class _Tally:
             self.astray = self.astray or any(rows is not None for rows in pair.rows)
             return
         binary, latent = pair.sides
-        mask = _mask(captured)
+        mask = captured.padding
         if mask is not None and pair.index is not None:
             counts = mask_of(pair, mask.to(binary.device))
             binary, latent = binary[counts], latent[counts]
@@ -375,11 +375,6 @@ class _Tally:
             dead=int((self.higher == 0).sum()),
             saturated=int((self.higher == self.positions).sum()),
         )
-
-
-def _mask(captured: Pass) -> Tensor | None:
-    """Which tokens count, by the ``attention_mask`` that the model was given."""
-    return None if captured.mask is None or captured.mask.is_floating_point() else captured.mask
 
 
 def _retrieved(z_b: Tensor, z_f: Tensor) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .discovery.inputs import as_inputs, tensors_in
 from .errors import CMIMError
-from .passes import BINARY, FAILED, LATENT, Pass, Tap
+from .passes import BINARY, LATENT, Pass, Tap
 
 
 class Teacher:
@@ -91,14 +91,8 @@ class Teacher:
     def deliver(self, to: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run the teacher on a batch and hand its activations over as the latent side."""
         if self.model.training:
-            why = "The teacher is in training mode: leave it out of model.train(), or call teacher.eval()."
-            to.lose(None, FAILED, why)
-            return
-        try:
-            activations = self._run(args, kwargs)
-        except Exception as error:  # not left to `attempt`, which catches nothing in compiled code
-            to.lose(None, FAILED, str(error) if isinstance(error, CMIMError) else f"{type(error).__name__}: {error}")
-            return
+            raise CMIMError("The teacher is in training mode: leave it out of model.train(), or call teacher.eval().")
+        activations = self._run(args, kwargs)
         for k in to.scheduled:
             to.attempt(k, partial(to.take, k, LATENT, activations[k]))
 
