@@ -35,9 +35,8 @@ T = TypeVar("T")
 class Schedule:
     """How a network is trained. Each optimizer follows a cosine to zero, step by step.
 
-    fast: with bf16 autocast: torch.compile's mode ("default" is its usual one), or "graph" for
-        steps that are recorded in a CUDA graph and replayed, operation by operation as in eager mode; None for eager
-        float32
+    fast: with bf16 autocast: torch.compile's mode ("default" is its usual one), or "graph" for steps that are recorded
+        in a CUDA graph and replayed, operation by operation as in eager mode; None for eager float32
     eval_every: epochs from test to test; the last epoch is always tested
     """
 

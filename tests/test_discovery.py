@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cmim_plugin import CMIM, CMIMError, find_binary_activations
+from networks import Binary
 
 
 class Sign(torch.autograd.Function):
@@ -73,6 +74,43 @@ BINARY_WEIGHTS = {
 def test_a_binary_weight_of_as_many_rows_as_samples_is_no_activation(width, function):
     (found,) = find_binary_activations(Net(function, width), X)
     assert (found.reason, found.channels, found.binary_layout.scores) == (None, 8, False)
+
+
+MEETING = {
+    "sums": lambda a, b: (a + a, b),
+    "joins": lambda a, b: (torch.cat([a, a], 1)[:, :8], b),
+    "choices": lambda a, b: (torch.where(a > b, a, b), torch.where(a > b, b, a)),
+    "sums of several values": lambda a, b: (a + a.roll(1, 1), b),
+}
+
+
+@pytest.mark.parametrize("layer", MEETING.values(), ids=MEETING)
+def test_branches_that_meet_again_many_times_are_each_followed_once(layer):
+    """Each twice as often as the one before it would be 2**30 times."""
+
+    def function(x, weight):
+        a, b = Sign.apply(x), Sign.apply(x.roll(1, 1))
+        for _ in range(30):
+            a, b = layer(a, b)
+        return F.conv2d(a, weight[:, :, None, None])
+
+    assert find_binary_activations(Net(function, 8), X)
+
+
+def test_layers_that_binarize_one_latent_are_one_tap_also_where_it_holds_nan():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Linear(16, 16)
+            self.branches = nn.ModuleList(nn.Sequential(Binary(), nn.Linear(16, 16)) for _ in range(3))
+
+        def forward(self, x):
+            latent = torch.where(x[..., :1].isnan(), x[..., :1], self.stem(x))
+            return sum(branch(latent) for branch in self.branches)
+
+    x = torch.randn(8, 10, 16)
+    x[3, 7:] = torch.nan
+    assert [found.name for found in find_binary_activations(Branches(), x)] == ["branches.0.0"]
 
 
 def test_a_ternary_activation_is_listed_and_not_tapped():

@@ -503,8 +503,10 @@ def test_flips_against_something_else_are_refused():
     report = cmim.report(model, HELD_OUT)
     with pytest.raises(CMIMError, match="found a dict"):
         report.flips({})
+    loader = iter(HELD_OUT)
     with pytest.raises(CMIMError, match="found a float"):
-        cmim.report(model, HELD_OUT, since=0.5)
+        cmim.report(model, loader, since=0.5)
+    assert next(loader) is HELD_OUT[0]
     cmim.remove()
     first, second = (CMIM(model, X, taps=[tap.name]) for tap in cmim.taps[:1]), None
     first = next(first).report(model, HELD_OUT)

@@ -127,6 +127,20 @@ def test_a_teacher_in_training_mode_is_refused_by_the_loss_and_not_by_the_models
     assert a_loss(model, cmim).item() > 0
 
 
+def test_a_teacher_that_raises_beside_a_compiled_model_is_told_by_the_loss_and_not_by_the_models_forward():
+    torch._dynamo.reset()
+    model, other = network(), teacher()
+    cmim = CMIM(model, X, teacher=other)
+
+    def broken(module, args):
+        raise ValueError("broken")
+
+    other.register_forward_pre_hook(broken)
+    assert torch.compile(model, backend="aot_eager")(X).isfinite().all()
+    with pytest.raises(CMIMError, match="ValueError: broken"):
+        cmim(model)
+
+
 def test_a_teacher_that_fails_is_told_by_the_loss_and_not_by_the_models_forward():
     model, other = network(), teacher()
     cmim = CMIM(model, X, teacher=other)
