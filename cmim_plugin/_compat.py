@@ -29,8 +29,8 @@ _all_gather_single = getattr(dist, "all_gather_single", None)
 
 
 def is_no_training_step() -> bool:
-    """Whether a forward pass now is no training step: this thread runs a backward pass (a checkpoint is recomputed), a
-    torch.func transform, forward-mode differentiation, torch.jit.trace or torch.export.
+    """Whether this thread is within a backward pass (a checkpoint is recomputed), a torch.func transform, forward-mode
+    differentiation, torch.jit.trace or torch.export: a forward pass is then none of a training step.
 
     Without one of them: False. Recomputation is then captured as a pass that nobody asks for; in a transform capturing
     fails with a message of torch's; what is traced or exported holds our operations.
@@ -77,11 +77,6 @@ def base_of(tensor: Tensor) -> Tensor | None:
     In every release as ``Tensor._base``.
     """
     return getattr(tensor, "_base", None)
-
-
-def forward_pre_hooks(module: nn.Module) -> list[Any]:
-    """The hooks that run before a module's forward. Without it: none, and a second plug-in on it is not refused."""
-    return list(getattr(module, "_forward_pre_hooks", {}).values())
 
 
 def running_calls(module: nn.Module) -> int:

@@ -1,7 +1,8 @@
 """Hooks on the model: one forward pass becomes rows of a_B and a_F, tap by tap.
 
 The hooks change nothing that the model returns, and raise nothing: what goes wrong is kept in the :class:`Pass`, and
-raised when the loss is asked for. They learn nothing: where each activation is picked up was decided in the dry run.
+raised when the loss is asked for. Where each activation is picked up was decided in the dry run. A pass changes one
+setting, and for good: once a part of the model ran compiled, every pass captures all taps.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ from .sampling import Schedule
 # After this number of training passes in a row without a loss we warn. (An adversarial attack takes dozens.)
 _FORGOTTEN = 100
 _FORGOTTEN_WARNING = (
-    f"CMIM captured {_FORGOTTEN} forward passes and was asked for no loss. Add cmim(model) to the loss of each "
-    "training step, or call cmim.remove()."
+    f"{_FORGOTTEN} forward passes ran with gradients, and cmim(model) was called after none of them. Add cmim(model) "
+    "to the loss of each training step, or call cmim.remove()."
 )
+# Those that were ever attached and are still in use: two plug-ins on one model are refused.
+_CAPTURES: weakref.WeakSet[Capture] = weakref.WeakSet()
 
 
 class Capture:
@@ -98,6 +101,7 @@ class Capture:
         if gone:
             raise CMIMError(f"The model has no module {', '.join(gone)} any more: build a new CMIM.")
         self.attached = True
+        _CAPTURES.add(self)
         root = _RootHook(self, model)
         # Registered first and last: all other hooks of the model run inside the pass.
         self._handles.append(model.register_forward_pre_hook(root.enter, prepend=True, with_kwargs=True))
@@ -133,7 +137,8 @@ class Capture:
         # As transformers has it: (samples, tokens), zero for padding. Others by that name are not ours to read.
         if not isinstance(mask, Tensor) or not is_strided(mask) or mask.ndim != 2 or len(mask) != batch_size:
             mask = None
-        started = Pass(self.taps, scheduled, draws, model.training, batch_size, mask, self.observer)
+        device = self.schedule.draws.device
+        started = Pass(self.taps, scheduled, draws, device, model.training, batch_size, mask, self.observer)
         started.open.append(Call(hook, ()))
         thread = _thread()
         waiting = None if torch.compiler.is_compiling() else self._waiting.get(thread)
@@ -174,6 +179,11 @@ class Capture:
     def hooked(self) -> bool:
         """Whether all hooks are still on the model: other code may have cleared some."""
         return all(map(_is_on, self._handles))
+
+    @property
+    def holds(self) -> bool:
+        """Whether some hooks of a forward pass are still on the model."""
+        return any(map(_is_on, self._handles[:-1]))
 
     def forget(self) -> None:
         """The pass of this thread that waits gives no loss."""
@@ -387,15 +397,10 @@ def attached_to(model: nn.Module) -> bool:
 
     Not: on another model that shares modules with this one, where the two do not meet.
     """
-    for module in model.modules():
-        for hook in _compat.forward_pre_hooks(module):
-            owner = getattr(hook, "__self__", None)
-            if isinstance(owner, _Hook) and owner.capture is not None and owner.serves(module):
-                other = owner.capture.model_ref()
-                if other is not None and (_has(other, model) or _has(model, other)):
-                    return True
+    for capture in list(_CAPTURES):
+        other = capture.model_ref()
+        if other is not None and capture.holds:
+            both = {id(model), id(other)}
+            if both <= set(map(id, other.modules())) or both <= set(map(id, model.modules())):
+                return True
     return False
-
-
-def _has(model: nn.Module, part: nn.Module) -> bool:
-    return any(module is part for module in model.modules())

@@ -136,8 +136,6 @@ class Contrast(nn.Module):
         self.register_buffer("_loaded", torch.full((len(taps), 2), math.nan, dtype=torch.float32, device="cpu"))
         #: A state was loaded.
         self.was_loaded = False
-        #: Several ranks started from the same state.
-        self.synced = False
         #: Tap -> where its last loss is.
         self.last: dict[int, tuple[Losses, int]] = {}
         self._steps = 0
@@ -169,30 +167,23 @@ class Contrast(nn.Module):
     def embed(self, captured: Pass, labels: Tensor | None, mask: Tensor | None) -> Embedded:
         """The embeddings of what a pass captured, with the label and the mask of each row; on several ranks, of all."""
         pairs = {k: captured.pairs[k] for k in captured.scheduled if captured.pairs[k].complete}
-        device = self.heads.weights.device
-        for k, pair in pairs.items():
-            check_rows(self.taps[k], *pair.sides, device)
-        complete = list(pairs.values())
-        first = complete[0] if complete else None
-        if labels is not None:
-            labels = labels if first is None else _checked_labels(labels, first).to(device)
-            of_rows = [labels_of(pair, labels, self.taps[k].name) for k, pair in pairs.items()]
-            labels = torch.cat(of_rows) if of_rows else labels.to(device).new_zeros(0)
-        if mask is not None:
-            mask = mask if first is None else _checked_mask(mask, first).to(device)
-            self._warn_of_unmasked(pairs, mask)
-            of_rows = [mask_of(pair, mask) for pair in pairs.values()]
-            mask = torch.cat(of_rows) if of_rows else mask.to(device).new_zeros(0, dtype=torch.bool)
-
-        together = self.synced and distributed.ranks() > 1
+        together = distributed.ranks() > 1
         weights = distributed.averaged(self.heads.weights) if together else self.heads.weights
-        if pairs:
-            z = self.heads(list(pairs), [pair.sides for pair in pairs.values()], weights)
-        else:
+        if not pairs:
             # No rows, but a graph: other ranks may have some, and wait for this one in the backward pass.
             tap = self.taps[0]
             nothing = weights.new_zeros(0, tap.channels), weights.new_zeros(0, tap.latent_channels)
-            z = self.heads([0], [nothing], weights)
+            embedded = Embedded(self.heads([0], [nothing], weights), None, None, dict.fromkeys(captured.scheduled, 0))
+            return embedded.of_all_ranks() if together else embedded
+        first = next(iter(pairs.values()))
+        if labels is not None:
+            labels = _checked_labels(labels, first).to(weights.device)
+            labels = torch.cat([labels_of(pair, labels, self.taps[k].name) for k, pair in pairs.items()])
+        if mask is not None:
+            mask = _checked_mask(mask, first).to(weights.device)
+            self._warn_of_unmasked(pairs, mask)
+            mask = torch.cat([mask_of(pair, mask) for pair in pairs.values()])
+        z = self.heads(list(pairs), [pair.sides for pair in pairs.values()], weights)
         counts = {k: len(pairs[k].sides[0]) if k in pairs else 0 for k in captured.scheduled}
         embedded = Embedded(z, labels, mask, counts)
         return embedded.of_all_ranks() if together else embedded
@@ -202,8 +193,9 @@ class Contrast(nn.Module):
             if pair.tokens not in (0, mask.shape[1]):
                 warn_once(
                     self,
-                    f"The mask has {mask.shape[1]} tokens a sample, tap {self.taps[k].name} has {pair.tokens}: there "
-                    "all of them count, padding too. Pass a mask with as many tokens, or leave the tap out with taps=.",
+                    f"The mask has {mask.shape[1]} tokens a sample, tap {self.taps[k].name} has {pair.tokens}. It is "
+                    "not applied to this tap, whose padding counts. Pass a mask with as many tokens, or leave the tap "
+                    "out with taps=.",
                 )
 
     def _losses(self, taps: list[int], z_b: Tensor, z_f: Tensor, labels: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -307,17 +299,6 @@ class Contrast(nn.Module):
         self.was_loaded = True
 
 
-def check_rows(tap: Tap, binary: Tensor, latent: Tensor, device: torch.device) -> None:
-    """Refuse rows that heads on this device cannot embed, or that do not pair up."""
-    if binary.device != device:
-        raise CMIMError(
-            f"The activations are on {binary.device}, the heads on {device}: "
-            f"call cmim.to({str(binary.device)!r}), or attach after moving the model."
-        )
-    if len(binary) != len(latent):
-        raise CMIMError(f"Tap {tap.name} has {len(binary)} rows on the binary side and {len(latent)} on the other.")
-
-
 # -- what is given for samples or positions, for each row ------------------------------------------------------------
 
 
@@ -343,7 +324,8 @@ def _checked_mask(mask: Tensor, pair: Pair) -> Tensor:
 
 def _has_integers(value: Any, batch: int) -> bool:
     """Whether this is a tensor of integers or booleans with an entry for each sample."""
-    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch and not value.is_floating_point()
+    integers = isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex()
+    return integers and value.ndim > 0 and len(value) == batch
 
 
 def _described(value: Any) -> str:

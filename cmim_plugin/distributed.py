@@ -1,7 +1,8 @@
 """Several ranks that compute one loss: as one process would on the whole batch.
 
 Every rank gathers the embeddings of all, and computes the same loss from them. The gradient of its own rows is then at
-hand without another exchange. DistributedDataParallel and FSDP *average* gradients over the ranks, hence the factor.
+hand without another exchange. It is multiplied by the number of ranks, for DistributedDataParallel and FSDP divide by
+it.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def gather(rows: Tensor, counts: tuple[tuple[int, ...], ...]) -> Tensor:
         counts: rows of each tap, on each rank.
 
     Returns:
-        ``(R of all ranks, ...)``, with gradients to the rows of this rank: times the number of ranks.
+        ``(R of all ranks, ...)``, with gradients to the rows of this rank, multiplied by the number of ranks.
     """
     return _Gather.apply(rows, counts)
 

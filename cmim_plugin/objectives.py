@@ -40,8 +40,8 @@ class _Objective:
             z_b, z_f: ``(..., n, D)`` embeddings, floating point, usually of unit length. float16 and bfloat16 are
                 computed in float32, whatever autocast says.
             temperature: divides the inner products.
-            labels: ``(..., n)`` integers. Pairs with the same label are not negatives; below zero is no label. An
-                anchor that has no negative left contributes zero.
+            labels: ``(..., n)`` integers. Candidates with the label of the anchor are not its negatives; below zero is
+                no label. An anchor that has no negative left contributes zero.
             mask: ``(..., n)`` bool, False for rows that are neither anchors nor negatives (padding).
             queue_b, queue_f: ``(..., Q, D)`` further candidates, negatives only: ``queue_f`` for binary anchors,
                 ``queue_b`` for full-precision anchors.
@@ -219,7 +219,7 @@ def _check(
     for name, given, kind in (("labels", labels, "integers"), ("mask", mask, "bool")):
         if given is None:
             continue
-        fits = given.dtype == torch.bool if name == "mask" else not given.is_floating_point()
+        fits = given.dtype == torch.bool if name == "mask" else not given.is_floating_point() | given.is_complex()
         if given.shape != z_b.shape[:-1] or not fits:
             raise CMIMError(
                 f"{name} must be {kind} of shape {tuple(z_b.shape[:-1])}, one a row; "

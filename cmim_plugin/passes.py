@@ -21,8 +21,8 @@ from .errors import CMIMError, warn_once
 from .sampling import BackwardRule, indices_among, sampled, upper_half
 
 BINARY, LATENT = 0, 1
-# What became of a tap that adds nothing to the loss. FAILED: the loss is refused. EXCUSED: it cannot be trained, and
-# the loss is refused where no other tap is left. MISSED: this pass went another way, the next one may not.
+# Why a tap adds nothing to the loss. FAILED: cmim(model) raises. EXCUSED: it warns, and raises where no tap is left.
+# MISSED, the forward did not reach the tap: it warns.
 FAILED, EXCUSED, MISSED = "failed", "excused", "missed"
 # Below this, a latent was masked: float16 has -65504, and many write -10000.
 _MASKED = -5000.0
@@ -82,7 +82,7 @@ class Pair:
         batch_size: samples of the batch.
         windows: whether a sample is cut into several rows of the first dimension.
         tokens: of a sample, 0 where its positions are no sequence.
-        lost: FAILED, EXCUSED or MISSED, and why, where the tap adds nothing to the loss.
+        left_out: FAILED, EXCUSED or MISSED, and why, where the tap adds nothing to the loss.
     """
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ class Pair:
         self.batch_size = 0
         self.windows = False
         self.tokens = 0
-        self.lost: tuple[str, str] | None = None
+        self.left_out: tuple[str, str] | None = None
 
     @property
     def complete(self) -> bool:
@@ -135,6 +135,7 @@ class Pass:
         taps: all of them.
         scheduled: which are captured.
         draws: ``(len(scheduled), n)`` int64 random numbers to choose positions by; None to pool over all positions.
+        device: of the heads.
         training: whether the model is in training mode.
         batch_size: samples in the batch, where the inputs tell.
         mask: ``(B, tokens)``, the mask that the model itself was given.
@@ -146,6 +147,7 @@ class Pass:
         taps: Sequence[Tap],
         scheduled: Sequence[int],
         draws: Tensor | None,
+        device: torch.device,
         training: bool,
         batch_size: int | None = None,
         mask: Tensor | None = None,
@@ -154,6 +156,7 @@ class Pass:
         self.taps = taps
         self.scheduled = tuple(scheduled)
         self.random = None if draws is None else upper_half(draws)
+        self.device = device
         self.training = training
         self.batch_size = batch_size
         self.mask = mask
@@ -177,8 +180,8 @@ class Pass:
         self._zeros: dict[Any, Tensor] = {}
 
     @property
-    def padding(self) -> Tensor | None:
-        """The mask, as far as it can be read: one of floats may be additive."""
+    def usable_mask(self) -> Tensor | None:
+        """The mask, if it holds integers or booleans. One of floats may be additive, of 0 and minus infinity."""
         return None if self.mask is None or self.mask.is_floating_point() else self.mask
 
     def pick_up(self, pickups: Sequence[Pickup], kind: str, tree: Any) -> None:
@@ -190,15 +193,7 @@ class Pass:
     def _take_at(self, p: Pickup, tree: Any) -> None:
         for key in p.site.path:
             tree = tree[key]
-        if isinstance(tree, Tensor):
-            self.take(p.tap, p.side, tree)
-        else:
-            self.lose(
-                p.tap,
-                FAILED,
-                f"the forward went another way than in the dry run: a tensor was expected, found a "
-                f"{type(tree).__name__}. Attach again with an example_input like the training batches",
-            )
+        self.take(p.tap, p.side, tree)
 
     def attempt(self, tap: int | None, action: Callable[[], None]) -> None:
         """Do something for a tap (None: for the pass). What goes wrong is kept, and the model goes on."""
@@ -206,16 +201,17 @@ class Pass:
         try:
             action()
         except Exception as error:
-            self.lose(tap, FAILED, str(error) if isinstance(error, CMIMError) else f"{type(error).__name__}: {error}")
+            why = str(error) if isinstance(error, CMIMError) else f"{type(error).__name__}: {error}"
+            self.leave_out(tap, FAILED, why)
         finally:
             self.muted = was_muted
 
-    def lose(self, tap: int | None, how: str, why: str) -> None:
+    def leave_out(self, tap: int | None, how: str, why: str) -> None:
         """A tap (None: the pass) adds nothing to the loss. Not by an exception: torch 2.6 does not compile those."""
         if tap is None:
             self.failure = self.failure or why
         else:
-            self.pairs[tap].lost = self.pairs[tap].lost or (how, why)
+            self.pairs[tap].left_out = self.pairs[tap].left_out or (how, why)
 
     def close(self, hook: object) -> Call | None:
         """The innermost call of a hook's module ends, with all that was opened within it."""
@@ -245,20 +241,20 @@ class Pass:
 
         Args:
             plugin: what the warnings are remembered for.
-            may_reach_none: whether a pass that reached no tap is one by chance: layers are skipped at random.
+            may_reach_none: accept a pass that reached no tap, as random skipping of layers can make it.
 
         Raises:
             CMIMError: something went wrong, or nothing is left to train.
         """
         lines = self.troubles()
-        self._leave_out_miscounted()
-        lost = [pair.lost[0] for pair in self.pairs.values() if pair.lost]
+        self._check_counts()
+        left_out = [pair.left_out[0] for pair in self.pairs.values() if pair.left_out]
         reached = any(pair.complete for pair in self.pairs.values())
-        if self.failure or FAILED in lost or (EXCUSED in lost and not reached):
+        if self.failure or FAILED in left_out or (EXCUSED in left_out and not reached):
             raise CMIMError("\n".join(["The forward pass could not be captured.", *lines]))
         for k, pair in self.pairs.items():
             if not pair.complete:
-                self.lose(k, MISSED, "the forward pass did not reach it")
+                self.leave_out(k, MISSED, "the forward pass did not reach it")
         lines = self.troubles()
         if not reached and not may_reach_none:
             raise CMIMError(
@@ -270,19 +266,19 @@ class Pass:
 
     def troubles(self) -> list[str]:
         """What went wrong, a line each."""
-        of_taps = [f"Tap {self.taps[k].name}: {pair.lost[1]}." for k, pair in self.pairs.items() if pair.lost]
+        of_taps = [f"Tap {self.taps[k].name}: {pair.left_out[1]}." for k, pair in self.pairs.items() if pair.left_out]
         return [self.failure, *of_taps] if self.failure else of_taps
 
-    def _leave_out_miscounted(self) -> None:
-        """Where a module or function was called another number of times than in the dry run, and the sides of a tap are
-        not of one call, which of them belong together is not known."""
+    def _check_counts(self) -> None:
+        """Leave out the taps whose two sides may not belong together. That is so where a function was called more or
+        less often than in the dry run, or a module was and the sides are not picked up in one call."""
         for k, pair in self.pairs.items():
             tap = self.taps[k]
             sites = [site for site in (tap.binary, tap.latent) if site is not None]
             other_calls = any(self.calls.get(site.module, 0) != site.calls for site in sites)
             if pair.complete and (k in self.miscounted or (other_calls and not tap.in_one_call)):
                 pair.rows = [None, None]
-                self.lose(
+                self.leave_out(
                     k,
                     MISSED,
                     "a function or module was called more or less often than in the dry run: which latent is its own "
@@ -295,13 +291,13 @@ class Pass:
         if rows:
             self.backward.ask_for_one_pass(rows[0])
 
-    def take(self, k: int, side: int, x: Tensor) -> None:
+    def take(self, k: int, side: int, x: Any) -> None:
         """Take the rows of one side of a tap out of its activation."""
         tap, pair = self.taps[k], self.pairs[k]
         layout = tap.layouts[side]
         trouble = self._trouble(tap, pair, side, x)
         if trouble is not None:
-            self.lose(k, *trouble)
+            self.leave_out(k, *trouble)
             return
         if side == BINARY and self.observer is not None:
             self.observer(self, k, x)
@@ -320,9 +316,19 @@ class Pass:
             rows = sampled(x, elements, self._zero(x), self.backward)
         pair.rows[side] = _unmasked(rows, side, layout)
 
-    def _trouble(self, tap: Tap, pair: Pair, side: int, x: Tensor) -> tuple[str, str] | None:
+    def _trouble(self, tap: Tap, pair: Pair, side: int, x: Any) -> tuple[str, str] | None:
         """Why the rows of an activation cannot be taken: FAILED or EXCUSED, and a message."""
         layout = tap.layouts[side]
+        if not isinstance(x, Tensor):
+            return FAILED, (
+                f"the forward went another way than in the dry run: a tensor was expected, found a {type(x).__name__}. "
+                "Attach again with an example_input like the training batches"
+            )
+        if x.device != self.device:
+            return FAILED, (
+                f"it is on {x.device}, the heads are on {self.device}: call cmim.to({str(x.device)!r}), or attach "
+                "after moving the model"
+            )
         if side == BINARY and self.observer is None and not x.requires_grad:
             return EXCUSED, (
                 "its binary activation came without a gradient. Layers that were frozen do that (nothing is left to "
@@ -342,19 +348,15 @@ class Pass:
         if layout.windowed and len(x) and (not self.batch_size or len(x) % self.batch_size):
             samples = self.batch_size or "an unknown number of"
             return FAILED, f"its {len(x)} rows are not a whole number of windows for each of {samples} samples"
-        if self.random is None:
-            return None
-        if x.device != self.random.device:
-            return FAILED, (
-                f"it is on {x.device}, the heads are on {self.random.device}: call cmim.to({str(x.device)!r}), or "
-                "attach after moving the model"
-            )
+        other = pair.rows[1 - side]
         total = layout.positions(x.shape)
-        if pair.rows[1 - side] is not None and pair.total != total:
+        if self.random is not None and other is not None and pair.total != total:
             return FAILED, (
                 f"its two sides have {pair.total} and {total} positions in this batch, and cannot be paired position "
                 'by position. Leave it out with taps=, or use instances="image"'
             )
+        if self.random is None and other is not None and not layout.windowed and len(other) != len(x):
+            return FAILED, f"its two sides have {len(other)} and {len(x)} samples in this batch"
         return None
 
     def _positions(self, k: int, layout: Layout, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -401,6 +403,6 @@ class _Unmask(torch.autograd.Function):
 
 
 def current_error() -> int:
-    """The id of the exception that is being handled. torch calls hooks with ``always_call`` while it handles that of
-    the forward: an id that changed during a call means that the call raised."""
+    """The id of the exception that is being handled, 0 for none. torch runs ``always_call`` hooks while it handles the
+    exception of the forward: if the id changed between two hooks of a call, the call raised."""
     return 0 if torch.compiler.is_compiling() else id(sys.exc_info()[1])

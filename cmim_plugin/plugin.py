@@ -42,8 +42,9 @@ class CMIM(nn.Module):
         loss += cmim(model)
 
     The heads train themselves: each loss first takes a step of Adam with the gradient that the last backward pass left.
-    There is nothing to add to an optimizer, and :meth:`parameters` is empty. The loss is ``weight * sum_k w_k L_k`` in
-    nats, with ``w_k`` proportional to ``layer_decay ** (K - 1 - k)`` and of sum 1.
+    There is nothing to add to an optimizer, and :meth:`parameters` is empty. The loss, in nats, is
+    ``weight * sum_k w_k L_k`` over the ``K`` taps in forward order, ``k = 0`` first. ``L_k`` is what the objective
+    gives for a tap, and ``w_k`` is ``layer_decay ** (K - 1 - k)``, divided by the sum of these.
 
     Args:
         model: the binary network, on the device that it trains on. Nothing of it is changed; it is not a submodule.
@@ -51,14 +52,16 @@ class CMIM(nn.Module):
         taps: None for all binary activations found; names of taps (as :func:`find_binary_activations` gives them); or
             ``(name, module) -> bool``, asked for each one found.
         weight: what the loss is multiplied by. May be changed at any time: ``cmim.weight = ...``.
-        instances: what is one sample of the contrast: "position" (a random sample of the positions or tokens of the
-            batch: a local binary code against its own latent) or "image" (pooled over space: the paper's reading).
+        instances: what is contrasted with what. "position": the channels at single pixels or tokens, of which
+            ``num_positions`` are drawn at random from the batch. "image": those of whole samples, averaged over their
+            positions (the paper's reading).
         num_positions: positions per tap and step, for ``instances="position"``; of all ranks together.
         taps_per_step: contrast this number of taps a step, in turn: the mean gradient is that of all, and the cost does
             not grow with depth. None contrasts all; compiled code and CUDA graphs always do.
-        objective: ``InfoNCE()``, the default, or ``NCE(num_samples=len(dataset))``. Or any function called like them,
-            of the embeddings of several taps side by side, ``(taps, n, D)``, that returns their losses, ``(taps,)``;
-            with a method ``bound(loss, num_negatives)`` if it gives one.
+        objective: ``InfoNCE()``, the default, or ``NCE(num_samples=len(dataset))``, or a function of your own. It is
+            called as ``f(z_b, z_f, temperature=..., labels=...)`` with the embeddings of several taps, ``(taps, n, D)``
+            each, and returns their losses, ``(taps,)``. It gets ``mask`` where there is one, and ``queue_b``,
+            ``queue_f`` and ``queue_labels`` with a queue. A method ``bound(loss, num_negatives)`` gives the bounds.
         temperature: divides the inner products of the embeddings.
         embed_dim: width ``D`` of the embeddings. None for 128, or 64 or 32 where the heads would hold more than a fifth
             of the network's parameters and more than 250,000.
@@ -104,8 +107,7 @@ class CMIM(nn.Module):
         if attached_to(model):
             raise CMIMError("A CMIM is attached to this model already: call remove() on it first.")
 
-        discovery = discover(model, example_input, batch_size)
-        found = discovery.found
+        found, batch_source = discover(model, example_input, batch_size)
         if instances == "position" and teacher is None:
             misaligned = 'its latent has another number of positions: only instances="image" can contrast them'
             found = tuple(replace(f, reason=misaligned) if f.tapped and not f.aligned else f for f in found)
@@ -136,7 +138,9 @@ class CMIM(nn.Module):
         self.schedule = Schedule(len(tapped), taps_per_step, positions, generator)
         self.to(next((p.device for p in model.parameters()), torch.device("cpu")))
         run_first = None if self._teacher is None else self._teacher.deliver
-        self._capture = Capture(model, tapped, self.schedule, discovery.batch, run_first=run_first)
+        self._capture = Capture(model, tapped, self.schedule, batch_source, run_first=run_first)
+        # Whether all ranks started from the same state.
+        self._synced = False
         self._sync()
         self._capture.attach()
         # A plug-in that is thrown away takes its hooks with it.
@@ -155,33 +159,33 @@ class CMIM(nn.Module):
     # -- the loss ------------------------------------------------------------------------------------------------
 
     def forward(self, model: nn.Module, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """The weighted loss of the model's last forward pass with gradients, which is used up by it.
+        """The weighted loss of the model's last forward pass with gradients. One pass gives one loss.
 
-        A pass in eval mode does not take the place of one in training mode that waits (in eager models).
+        A pass in eval mode does not replace one in training mode whose loss was not asked for yet (in eager models).
 
         Args:
             model: the model that was attached to, as it is or wrapped (DDP, FSDP, torch.compile, Fabric, ...).
             labels: ``(B,)`` integer classes of the batch, or for positions ``(B, *spatial)`` of its pixels, at any
                 resolution. Pairs of the same class are then not contrasted; below zero is no label.
-            mask: ``(B, tokens)``, zero or False for padding, which is then no instance. None for the ``attention_mask``
-                that the model itself was given by that name, if there was one of integers or booleans; it is not read
-                where there is a queue.
+            mask: ``(B, tokens)``, zero or False for padding, which is then left out. None for the ``attention_mask`` of
+                integers or booleans that the model itself was given by that name, if there was one. Not with a queue or
+                ``instances="image"``: the model's is not read there, and one passed here is an error.
 
         Returns:
             0-d float32, with gradients to heads and network. Zero, with its graph, where the batch has no negatives.
-            On several ranks the same number on each: that of the batches of all ranks, taken together.
+            On several ranks the same number on each: the loss over the batches of all of them.
 
         Raises:
             CMIMError: nothing was captured, or something could not be, and why; another model; labels or a mask of the
                 wrong shape; the hooks were removed or are paused.
         """
         captured = self._captured(model)
-        mask = _mask_of(self, captured, mask)
+        mask = _mask_for_loss(self, captured, mask)
         self._sync()
         self.heads.step()
         # On two lines: in one, torch.compile of torch 2.6 keeps the bound method of the first call and compiles anew.
-        contrast = self.contrast(captured, labels, mask)
-        return self._weighted(contrast, captured)
+        value = self.contrast(captured, labels, mask)
+        return self._finished(value, captured)
 
     def _captured(self, model: nn.Module) -> Pass:
         """The pass to take the loss of."""
@@ -192,22 +196,22 @@ class CMIM(nn.Module):
             captured.ask_for_one_pass()
         return captured
 
-    def _weighted(self, contrast: Tensor, captured: Pass) -> Tensor:
-        """The loss of all taps, estimated from those that were captured; and on to the next step."""
+    def _finished(self, value: Tensor, captured: Pass) -> Tensor:
+        """The weighted loss, scaled from the taps of this step to all. Warns where that is due, and ends the step."""
         if not torch.compiler.is_compiling():
             if not self.schedule.step and self._capture.model_was_loaded:
                 self.contrast.tell_of_new_heads()
             if isinstance(self.weight, Tensor) or self.weight:
                 self.contrast.tell_of_idle_heads()
         self.schedule.advance()
-        return self.weight * len(self.taps) / len(captured.scheduled) * contrast
+        return self.weight * len(self.taps) / len(captured.scheduled) * value
 
     def _sync(self) -> None:
         """Start from the state of rank 0, as soon as there are several ranks."""
-        if not self.contrast.synced and distributed.ranks() > 1:
+        if not self._synced and distributed.ranks() > 1:
             was_loaded = self.contrast.was_loaded
             distributed.start_alike(self, self.heads.weights.device)
-            self.contrast.synced, self.contrast.was_loaded = True, was_loaded
+            self._synced, self.contrast.was_loaded = True, was_loaded
 
     # -- figures -------------------------------------------------------------------------------------------------
 
@@ -336,7 +340,7 @@ class CMIM(nn.Module):
 # -- helpers ---------------------------------------------------------------------------------------------------------
 
 
-def _mask_of(cmim: CMIM, captured: Pass, mask: Tensor | None) -> Tensor | None:
+def _mask_for_loss(cmim: CMIM, captured: Pass, mask: Tensor | None) -> Tensor | None:
     """The mask that the user gave, else that which the model itself was given."""
     if len(cmim.contrast.queues):
         if mask is not None:
@@ -344,9 +348,9 @@ def _mask_of(cmim: CMIM, captured: Pass, mask: Tensor | None) -> Tensor | None:
         return None
     if mask is not None or cmim.instances == "image" or captured.mask is None:
         return mask
-    if captured.padding is None:
+    if captured.usable_mask is None:
         warn_once(cmim, "An attention_mask of floats is not read: pass mask=, zero or False for padding.")
-    return captured.padding
+    return captured.usable_mask
 
 
 def _listing(cmim: CMIM, other: str) -> str:

@@ -94,7 +94,7 @@ class PublishedCMIM(CMIM):
             self.remove()
             raise
         # Again, with the bank.
-        self.contrast.synced = False
+        self._synced = False
         self._sync()
 
     @classmethod
@@ -112,7 +112,7 @@ class PublishedCMIM(CMIM):
         captured = self._captured(model)
         self._sync()
         self.heads.step()
-        return self._weighted(self.bank(self.contrast, captured, indices), captured)
+        return self._finished(self.bank(self.contrast, captured, indices), captured)
 
 
 class MemoryBank(nn.Module):
@@ -162,8 +162,10 @@ class MemoryBank(nn.Module):
     def forward(self, contrast: Contrast, captured: Pass, indices: Tensor) -> Tensor:
         """The weighted sum of the losses of all taps, 0-d."""
         indices = self._checked(captured, indices)
+        # In the place of labels: embed() brings them to the rows, in the order of all ranks.
         embedded = contrast.embed(captured, indices, None)
-        assert embedded.labels is not None
+        if embedded.labels is None:
+            return embedded.z.sum()  # a zero with a graph, where no rank has rows
         rows = (side.split(list(embedded.counts.values())) for side in (*embedded.z, embedded.labels))
         total = embedded.z.new_zeros(())
         for k, z_b, z_f, of_rows in zip(embedded.counts, *rows, strict=True):
@@ -171,9 +173,10 @@ class MemoryBank(nn.Module):
                 # In half precision, exp(s / temperature) would be another number.
                 with torch.autocast(z_b.device.type, enabled=False):
                     loss = self._loss(k, z_b, z_f, of_rows, contrast.temperature)
+                # Of the batch an anchor has itself alone, and the others out of the bank.
                 contrast.last[k] = Losses([k], loss.detach()[None], 1, self.num_negatives), 0
                 total = total + contrast.layer_weights[k] * loss
-        return total if any(embedded.counts.values()) else embedded.z.sum()  # a zero with a graph
+        return total
 
     def _checked(self, captured: Pass, indices: Tensor) -> Tensor:
         """Indices of the batch of a pass, int64, on the device of the bank."""

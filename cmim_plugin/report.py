@@ -35,7 +35,7 @@ from .text import table
 # To compare with another report, each batch leaves the codes at so many positions of each tap, and so many values of
 # each input; all batches leave about so many codes of a tap, one byte each.
 _KEPT, _MOST_CODES = 64, 2**20
-# Scores no further apart are equal: clipped latents are often the very same.
+# Scores this close are a tie: clipping makes many latents the very same.
 _NOISE = 1e-6
 
 
@@ -50,7 +50,7 @@ class TapReport:
             batches, each counted by its instances. None for an objective of the user's own.
         ceiling: what the bound can be at most, in nats: the logarithm of the number of candidates.
         retrieval: how often the embedding of an a_B is nearest to that of its own a_F among those of the batch, in %;
-            ``k`` of them at the same distance count as one in ``k``.
+            a tie of ``k`` of them counts ``1 / k``.
         plus: share of the higher code, of all positions and channels, in [0, 1].
         dead, saturated: channels whose code was always the lower, always the higher one.
         flips: share of the codes that differ from an earlier report, in [0, 1]; None without one.
@@ -83,7 +83,8 @@ class Report:
         samples, batches: how many were seen.
         instances: what one sample of the contrast was, "position" or "image".
         rank, ranks: whose data this is.
-        heads_trained: False where the heads have taken no step yet: bound and retrieval then say nothing.
+        heads_trained: False where the heads' own Adam has taken no step yet: bound and retrieval then say nothing. True
+            with ``heads_lr=0``: whether somebody else trained the heads is not known.
     """
 
     taps: tuple[TapReport, ...]
@@ -251,7 +252,7 @@ def measure(
     seen: list[Tensor] = []
 
     def observer(running: Pass, k: int, activation: Tensor) -> None:
-        tallies[k].count_codes(activation, running.padding, draws, len(seen))
+        tallies[k].count_codes(activation, running.usable_mask, draws, len(seen))
 
     run_first = None if teacher is None else teacher.deliver
     capture = Capture(model, contrast.taps, schedule, batch_source, observer, run_first)
@@ -347,7 +348,7 @@ class _Tally:
             self.astray = self.astray or any(rows is not None for rows in pair.rows)
             return
         binary, latent = pair.sides
-        mask = captured.padding
+        mask = captured.usable_mask
         if mask is not None and pair.index is not None:
             counts = mask_of(pair, mask.to(binary.device))
             binary, latent = binary[counts], latent[counts]

@@ -144,8 +144,8 @@ class BackwardRule:
     """What is asked of the backward passes of one forward pass.
 
     Attributes:
-        one_pass_to: a leaf, as a node of the graph. The gradients of the contrast and of the network's loss must come
-            to it in one backward pass, else it raises. None: no such rule.
+        one_pass_to: the graph node of a leaf, or None for no rule. The gradients of the contrast and of the network's
+            loss must come to the leaf in one backward pass; where they come in two, the second raises CMIMError.
     """
 
     one_pass_to: Any = None

@@ -84,9 +84,6 @@ ABSENT = {
     ),
     "forward_ad._current_level": lambda patch: patch.setattr(_compat, "forward_ad", SimpleNamespace()),
     "Module._call_impl": lambda patch: patch.setattr(_compat, "nn", SimpleNamespace(Module=object)),
-    "Module._forward_pre_hooks": lambda patch: patch.setattr(
-        _compat, "forward_pre_hooks", lambda module, of=_compat.forward_pre_hooks: of(SimpleNamespace())
-    ),
     "Tensor._base": lambda patch: patch.setattr(
         _compat, "base_of", lambda tensor, of=_compat.base_of: of(SimpleNamespace())
     ),

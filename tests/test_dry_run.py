@@ -193,12 +193,12 @@ INPUTS = {
 @pytest.mark.parametrize("build, example, samples", INPUTS.values(), ids=INPUTS)
 def test_every_kind_of_input_is_given_to_the_model_as_it_may_be(build, example, samples):
     model = build()
-    found = discover(model, example)
+    found, source = discover(model, example)
     expected = 1 if not any(isinstance(m, BinaryConv) for m in model.modules()) else 2
-    assert [f.tapped for f in found.found] == [True] * expected, found.found
+    assert [f.tapped for f in found] == [True] * expected, found
     args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
     args = (args,) if isinstance(args, torch.Tensor) else args
-    assert found.batch.of(args, kwargs) == samples
+    assert source.of(args, kwargs) == samples
 
 
 def test_the_first_pass_gets_the_example_itself():
@@ -234,7 +234,7 @@ def test_a_forward_that_fails_on_the_example_is_told():
 
 
 def test_the_number_of_samples_is_read_by_position_and_by_keyword():
-    source = discover(Text(), {"ids": torch.zeros(4, 9, dtype=torch.long)}).batch
+    _, source = discover(Text(), {"ids": torch.zeros(4, 9, dtype=torch.long)})
     assert source.of((torch.zeros(7, 2),), {}) == source.of((), {"ids": torch.zeros(7, 2)}) == 7
     assert source.of((), {}) is None and source.of((None,), {}) is None
 

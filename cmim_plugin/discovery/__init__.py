@@ -1,7 +1,7 @@
 """Find the binary activations of a model by a dry run: read ``find.py`` first."""
 
 from .codes import is_two_valued
-from .find import BinaryActivation, Discovery, discover, find_binary_activations
+from .find import BinaryActivation, discover, find_binary_activations
 from .history import is_one_call
 from .inputs import BatchSource
 from .layout import Layout
@@ -10,7 +10,6 @@ from .trace import Site
 __all__ = [
     "BatchSource",
     "BinaryActivation",
-    "Discovery",
     "Layout",
     "Site",
     "discover",

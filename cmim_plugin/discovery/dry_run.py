@@ -148,7 +148,7 @@ def _awaken(model: nn.Module) -> None:
 def _clear_size(sizes: list[int], first: Trace | None) -> int:
     """The number of samples: the only one possible, or the rows that most convolutions and matrix products receive."""
     received = [e.arguments[0] for e in first.events if e.weighted and e.arguments] if first is not None else []
-    rows = Counter(s.value.shape[0] for s in received if len(s.value.shape) > 1 and s.from_input)
+    rows = Counter(s.held.shape[0] for s in received if len(s.held.shape) > 1 and s.from_input)
     for size in sizes:
         if len(sizes) == 1 or 2 * rows[size] > sum(rows[other] for other in sizes):
             return size
@@ -169,9 +169,9 @@ def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_A
         return attempts
 
     def with_twins(size: int, n: int) -> tuple[Inputs, int, bool]:
-        """Of an example of 1, 2, 3, 4 or 64 samples and the least ``size``, the first pass has 2, 2, 3, 4 or 4 samples,
-        the others 3, 3, 3, 4 or 5."""
-        # One sample is two for the sake of batch normalization; two are three, that two of them can be equal.
+        """Examples of 1, 2, 3, 4 and 64 samples are run with 2, 2, 3, 4 and 4 samples in the first pass, and with 3, 3,
+        3, 4 and 5 in the others (for the least ``size``)."""
+        # Batch normalization needs two samples. The later passes repeat their last sample, and so need three.
         filled = inputs if batch == size else resampled(inputs, source, [0, 0] if batch == 1 else range(size))
         # One sample more where the model may take it: what is as long as the batch by accident then is not.
         different = size if size < batch else max(size - 1, 2)
@@ -196,5 +196,5 @@ def _may_show_more(model: nn.Module, traces: list[Trace]) -> bool:
     weighted = {name for name, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))}
     missing = bool(weighted.difference(*called))
     if all(t.calls == traces[0].calls for t in traces):
-        return missing and any(t.decides for t in traces)
+        return missing and any(t.draws_scalars for t in traces)
     return missing or not called[-1] | called[-2] <= set().union(*called[:-2])

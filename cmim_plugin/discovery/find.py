@@ -62,22 +62,12 @@ class BinaryActivation:
         return self.reason is None
 
 
-@dataclass(frozen=True)
-class Discovery:
-    """What a dry run found.
+def discover(
+    model: nn.Module, example_input: Any, batch_size: int | None = None
+) -> tuple[tuple[BinaryActivation, ...], BatchSource | None]:
+    """Every binary activation of ``model``, in forward order, and where the number of samples is read off its inputs.
 
-    Attributes:
-        found: the binary activations, in forward order.
-        batch: where the number of samples is read off the model's inputs in training; None where the user stated it
-            and no input has that size.
-    """
-
-    found: tuple[BinaryActivation, ...]
-    batch: BatchSource | None
-
-
-def discover(model: nn.Module, example_input: Any, batch_size: int | None = None) -> Discovery:
-    """Every binary activation of ``model``, and where the number of samples is read, without attaching anything.
+    The latter is None where the user stated it and no input has that size. Nothing is attached.
 
     Args:
         model: any module. It is run a few times in training mode, first on the example, then on inputs like it, and
@@ -94,14 +84,14 @@ def discover(model: nn.Module, example_input: Any, batch_size: int | None = None
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     for trace in traces[:1] + [t for t in traces[1:] if t.calls != traces[0].calls]:
         _merge(order, found, _found_in(trace, [other for other in traces if other is not trace]))
-    return Discovery(tuple(_named(found)), source)
+    return tuple(_named(found)), source
 
 
 def find_binary_activations(
     model: nn.Module, example_input: Any, *, batch_size: int | None = None
 ) -> list[BinaryActivation]:
     """Every binary activation of ``model``, in forward order, tappable or not: see :func:`discover`."""
-    return list(discover(model, example_input, batch_size).found)
+    return list(discover(model, example_input, batch_size)[0])
 
 
 @dataclass
@@ -121,22 +111,22 @@ def _found_in(trace: Trace, others: list[Trace]) -> list[_Found]:
     pairs = set()
     for event, operand in operands(trace):
         for b in history.binarizations(event, operand):
-            value = b.source.value
-            if id(value) in found or not (b.latent or operand).from_input:
+            codes = b.source.held
+            if id(codes) in found or not (b.latent or operand).from_input:
                 continue  # a weight, a mask or a learned token
             described = _described(history, b)
-            if described.activation.tapped and b.latent is not None and value.two_valued:
+            if described.activation.tapped and b.latent is not None and codes.two_valued:
                 # Of one tensor, for branches may be alike only as they are initialised.
-                pair = value.code, tuple(b.latent.value.values.nan_to_num().tolist()), id(origin(b.latent).value)
+                pair = codes.code, tuple(b.latent.held.values.nan_to_num().tolist()), id(origin(b.latent).held)
                 if pair in pairs:
                     continue  # query, key and value binarize one latent to the same codes
                 pairs.add(pair)
-            found[id(value)] = b.source.seq, described
-        few = 2 < operand.value.levels <= FEW_LEVELS and operand.value.numel >= _FEW_AMONG
+            found[id(codes)] = b.source.seq, described
+        few = 2 < operand.held.levels <= FEW_LEVELS and operand.held.numel >= _FEW_AMONG
         if few and operand.requires_grad and operand.from_input and not history.terms(operand):
-            reason = f"a {event.name} receives {operand.value.levels} values, not two"
+            reason = f"a {event.name} receives {operand.held.levels} values, not two"
             activation = BinaryActivation("", 0, reason, operand.site.module)
-            quantized[id(operand.value)] = _Found(activation, ("quantized", operand.site))
+            quantized[id(operand.held)] = _Found(activation, ("quantized", operand.site))
     return [f for _, f in sorted(found.values(), key=lambda entry: entry[0])] + list(quantized.values())
 
 
@@ -144,8 +134,8 @@ def _described(history: History, b: Binarization) -> _Found:
     module, call = sites.scope(history, b)
     place, reason = (module, b.source.site), sites.reason_against(history, b)
     if reason is None and b.latent is not None:
-        binary, latent = sites.cheapest(b.source.value.sightings, b.latent.value.sightings, module)
-        shape, latent_shape = binary.value.shape, latent.value.shape
+        binary, latent = sites.cheapest(b.source.held.sightings, b.latent.held.sightings, module)
+        shape, latent_shape = binary.held.shape, latent.held.shape
         spatial = sites.spatial_dims(shape, b.consumer, b.operand)
         reason = sites.reason_against_shapes(history, b, binary, latent, spatial)
     if reason is not None or b.latent is None:

@@ -32,13 +32,13 @@ class Binarization:
 
     Attributes:
         source: its first sighting.
-        call: the function call that made its two values out of something continuous, where that is known.
+        event: the function call that made its two values out of something continuous, where that is known.
         latent: the first sighting of a_F in the graph, None where there is none.
         consumer, operand: the product, and the argument of it.
     """
 
     source: Sighting
-    call: Event | None
+    event: Event | None
     latent: Sighting | None
     consumer: Event
     operand: Sighting
@@ -55,10 +55,10 @@ class History:
         self._binarizing: dict[tuple[int, bytes] | None, list[Event]] = defaultdict(list)
         for event in trace.events:
             for result in event.results:
-                size = result.value.numel
-                given = [a for a in event.arguments if a.value.numel == size and a.value is not result.value]
-                if result.value.two_valued and given and not any(a.value.two_valued for a in given):
-                    self._binarizing[result.value.code].append(event)
+                size = result.held.numel
+                given = [a for a in event.arguments if a.held.numel == size and a.held is not result.held]
+                if result.held.two_valued and given and not any(a.held.two_valued for a in given):
+                    self._binarizing[result.held.code].append(event)
 
     def again(self, sighting: Sighting) -> list[Sighting]:
         """What the other traces show at its site."""
@@ -69,12 +69,12 @@ class History:
         sources = [s for part in self.terms(operand) for s in _sources(part, lambda value: value.two_valued)]
         made = [(source, self._maker(source)) for source in sources]
         # Two samples normalized are exactly -1 and 1.
-        made = [(source, call) for source, call in made if call is None or call.name not in functions.NORMS]
-        if not made and operand.value.constant and operand.from_input and operand.requires_grad:
+        made = [(source, event) for source, event in made if event is None or event.name not in functions.NORMS]
+        if not made and operand.held.constant and operand.from_input and operand.requires_grad:
             source = _sources(operand, lambda value: value.constant and value.numel > 1)[0]
             made = [(source, _step(operand))]
-        for source, call in made:
-            yield Binarization(source, call, self._latent(source, call), consumer, operand)
+        for source, event in made:
+            yield Binarization(source, event, self._latent(source, event), consumer, operand)
 
     def terms(self, operand: Sighting, depth: int = 0) -> list[Sighting]:
         """The binary tensors that an operand is the sum of; itself if it is binary; none otherwise."""
@@ -84,12 +84,12 @@ class History:
 
     def _terms_of(self, operand: Sighting, depth: int) -> list[Sighting]:
         # Two-valued in all passes: not a coincidence. A sign may be constant in some of them.
-        if operand.value.two_valued and all(s.value.two_valued or s.value.constant for s in self.again(operand)):
+        if operand.held.two_valued and all(s.held.two_valued or s.held.constant for s in self.again(operand)):
             return [operand]
         event = operand.producer
         if event is None or depth > _DEPTH:
             return []
-        size, arguments = operand.value.numel, operand.given()
+        size, arguments = operand.held.numel, operand.given()
         if event.name in functions.MOVES:
             arguments = arguments[:1]
         elif event.name in functions.SCALINGS:
@@ -105,19 +105,19 @@ class History:
 
     def _maker(self, source: Sighting) -> Event | None:
         """The last call before the source that made its codes."""
-        calls = [e for e in self._binarizing.get(source.value.code, ()) if e.results[0].seq <= source.seq]
+        events = [e for e in self._binarizing.get(source.held.code, ()) if e.results[0].seq <= source.seq]
         # Sums rebuild codes in the detach trick (`sign(x).detach() - f(x).detach() + f(x)`); they do not make them.
-        return next((e for e in reversed(calls) if e.name not in functions.SUMS), calls[-1] if calls else None)
+        return next((e for e in reversed(events) if e.name not in functions.SUMS), events[-1] if events else None)
 
-    def _latent(self, source: Sighting, call: Event | None) -> Sighting | None:
+    def _latent(self, source: Sighting, event: Event | None) -> Sighting | None:
         """The first sighting of a_F in the graph."""
         line: list[Sighting] = []
-        if call is not None:
-            size = call.results[0].value.numel
-            line += [a for a in call.arguments if a.value.numel == size and a.value.continuous]
+        if event is not None:
+            size = event.results[0].held.numel
+            line += [a for a in event.arguments if a.held.numel == size and a.held.continuous]
         for sighting in line:
-            if sighting.value.in_graph:
-                return sighting.value.in_graph
+            if sighting.held.first_in_graph:
+                return sighting.held.first_in_graph
             if len(line) < _NEAR:
                 line += sighting.given(same_size=True)
         return self._separable(source)
@@ -127,14 +127,14 @@ class History:
 
         For codes that no call returned: they were assigned to a mask (BiBERT), or made outside torch.
         """
-        pattern = source.value.pattern
+        pattern = source.held.pattern
         if pattern is None:
             return None
         for s in reversed(self.trace.sightings[: source.seq]):
-            if s.in_graph and s.value.continuous and not s.value.two_valued and s.value.numel == source.value.numel:
-                high, low = s.value.values[pattern > 0], s.value.values[pattern < 0]
+            if s.in_graph and s.held.continuous and not s.held.two_valued and s.held.numel == source.held.numel:
+                high, low = s.held.values[pattern > 0], s.held.values[pattern < 0]
                 if len(high) and len(low) and (high.min() > low.max() or low.min() > high.max()):
-                    return s.value.in_graph
+                    return s.held.first_in_graph
         return None
 
     def pair_differs(self, codes: Sighting, latent: Sighting, layout: Layout) -> bool:
@@ -150,9 +150,9 @@ class History:
             alike = is_one_call(*sites) or [trace.counted(site) for site in sites] == counted
             if alike and all(site in trace.at for site in sites):
                 other, of_other = (trace.at[site] for site in sites)
-                if layout.channels(other.value.shape) != layout.channels(codes.value.shape):
+                if layout.channels(other.held.shape) != layout.channels(codes.held.shape):
                     return True
-                if is_sign and other.value.two_valued and not is_sign_of(trace, other, of_other):
+                if is_sign and other.held.two_valued and not is_sign_of(trace, other, of_other):
                     return True
         return False
 
@@ -174,15 +174,16 @@ def _sources(sighting: Sighting, like: Callable[[Snapshot], bool]) -> list[Sight
     seen: set[tuple[Snapshot, Event | None]] = set()
     while line:
         current = line.pop()
-        key = current.value, current.producer
+        key = current.held, current.producer
         if key in seen:
             continue  # branches that meet again
         seen.add(key)
-        before = [a for a in current.given() if like(a.value) and (a.value.in_graph or not current.value.in_graph)]
+        outside = current.held.first_in_graph is None
+        before = [a for a in current.given() if like(a.held) and (outside or a.held.first_in_graph)]
         # A scale of each sample has two values where there are two samples.
-        before = [a for a in before if a.distinct * 4 > a.value.numel] or before
+        before = [a for a in before if a.distinct * 4 > a.held.numel] or before
         line += reversed(before)
-        sources += [] if before else current.value.sightings[:1]
+        sources += [] if before else current.held.sightings[:1]
     return sources
 
 
@@ -193,10 +194,10 @@ def _step(operand: Sighting) -> Event | None:
         event, given = sighting.producer, sighting.given(same_size=True)
         if event is None:
             continue
-        if event.name in functions.STEPS and any(a.value.continuous for a in given):
+        if event.name in functions.STEPS and any(a.held.continuous for a in given):
             return event
         if len(line) < _FAR:
-            line += [a for a in given if a.value.constant or event.name in functions.SUMS | functions.DETACHES]
+            line += [a for a in given if a.held.constant or event.name in functions.SUMS | functions.DETACHES]
     return None
 
 
@@ -222,13 +223,13 @@ def is_sign_of(trace: Trace, codes: Sighting, latent: Sighting) -> bool:
     Drawn codes are accepted where the latent's mean rank differs between the two by 5 % of all ranks. For 2,048 codes
     that have nothing to do with the latent, it differs by 1.3 % (standard deviation).
     """
-    values, pattern, numel = latent.value.values, codes.value.pattern, latent.value.numel
-    if pattern is None or codes.value.numel != numel:
+    values, pattern, numel = latent.held.values, codes.held.pattern, latent.held.numel
+    if pattern is None or codes.held.numel != numel:
         return False
-    if is_split_by_threshold(values, pattern, kept_positions(numel, values.device), latent.value.shape):
+    if is_split_by_threshold(values, pattern, kept_positions(numel, values.device), latent.held.shape):
         return True
     drawn = [e for e in trace.events if latent.seq <= e.seq <= codes.seq and e.name in functions.RANDOM]
-    if not any(result.value.numel == numel for event in drawn for result in event.results):
+    if not any(result.held.numel == numel for event in drawn for result in event.results):
         return False
     ranks = values.argsort().argsort() / len(values)
     # Of no ranks, the mean is NaN.

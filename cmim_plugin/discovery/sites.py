@@ -22,23 +22,23 @@ _ALIKE = 0.4
 
 def reason_against(history: History, b: Binarization) -> str | None:
     """Why this is nothing to tap, None where it is."""
-    value = b.source.value
+    codes = b.source.held
     if not any(_is_layer(event) for event in history.trace.events if event.seq <= b.source.seq):
         return "it is the network's input that is binarized, not an activation"
-    if not value.in_graph:
+    if not codes.first_in_graph:
         before = history.trace.sightings[: b.source.seq]
         return NO_GRADIENT if any(s.requires_grad and s.from_input for s in before) else FROZEN
-    if value.one_hot:
+    if codes.one_hot:
         return "it is one-hot: a choice, not a code"
     if b.latent is None:
-        if value.constant:
+        if codes.constant:
             return "it held one value only in the dry run, and the call that binarizes is not known: a dead sign"
         return "no tensor in the graph was found that it is the sign of"
-    latent = b.latent.value
-    if value.pattern is not None:
-        if latent.numel == value.numel and bool(latent.values[value.pattern == 0].any()):
+    latent = b.latent.held
+    if codes.pattern is not None:
+        if latent.numel == codes.numel and bool(latent.values[codes.pattern == 0].any()):
             return "it has three values: its zeros are not only signs of zero"
-        if not is_sign_of(history.trace, b.source if b.call is None else b.call.results[0], b.latent):
+        if not is_sign_of(history.trace, b.source if b.event is None else b.event.results[0], b.latent):
             return "no threshold splits its latent into its two values"
     return None
 
@@ -46,7 +46,7 @@ def reason_against(history: History, b: Binarization) -> str | None:
 def _is_layer(event: Event) -> bool:
     """Whether it is a trained product or lookup."""
     if event.name in ("getitem", "index_select"):  # a table that is looked up by the input
-        return event.weighted and any(a.from_input and not a.value.values.is_floating_point() for a in event.arguments)
+        return event.weighted and any(a.from_input and not a.held.values.is_floating_point() for a in event.arguments)
     return event.weighted and (event.name in CONVOLUTIONS or event.name in PRODUCTS | OTHER_LAYERS)
 
 
@@ -58,20 +58,20 @@ def reason_against_shapes(
     if any(trace.time_major for trace in (history.trace, *history.others)):
         return "its first dimension is time, not the batch: a layer without batch_first takes it so"
     for side in (binary, latent):
-        rows = side.value.shape[0] if side.value.shape else 0
-        shapes = f"{tuple(side.value.shape)} for {batch} samples"
+        rows = side.held.shape[0] if side.held.shape else 0
+        shapes = f"{tuple(side.held.shape)} for {batch} samples"
         if not rows or rows % batch:
             return f"the batch is not its first dimension, or is mixed with another: {shapes}"
-        apart = [s.value.apart for s in (side, *history.again(side)) if s.value.apart is not None]
+        apart = [s.held.twin_distance for s in (side, *history.again(side)) if s.held.twin_distance is not None]
         if rows != batch and not apart:
             return f"which rows belong to one sample could not be seen: {shapes}; try an example of random values"
         if rows != batch and min(apart) >= _ALIKE:
             return f"the rows of one sample do not follow each other in its first dimension: {shapes}"
     dims = CONVOLUTIONS.get(b.consumer.name)
-    if dims is not None and len(b.operand.value.shape) == 1 + dims:
+    if dims is not None and len(b.operand.held.shape) == 1 + dims:
         return "the convolution receives a single sample, without a batch dimension"
-    if spatial is not None and spatial >= len(latent.value.shape):
-        return f"its latent has another rank: {tuple(latent.value.shape)} for {tuple(binary.value.shape)}"
+    if spatial is not None and spatial >= len(latent.held.shape):
+        return f"its latent has another rank: {tuple(latent.held.shape)} for {tuple(binary.held.shape)}"
     if history.pair_differs(binary, latent, Layout(spatial)):
         return "its latent, or its number of channels, is another one from pass to pass: layers are skipped at random"
     return None
@@ -79,9 +79,9 @@ def reason_against_shapes(
 
 def scope(history: History, b: Binarization) -> tuple[str, int]:
     """The module in whose forward it happens, and which call of it."""
-    site = b.source.site if b.call is None else b.call.results[0].site
+    site = b.source.site if b.event is None else b.event.results[0].site
     name = site.module
-    if b.call is not None or site.kind != "input" or not name:
+    if b.event is not None or site.kind != "input" or not name:
         return name, site.call
     # What comes in was made by the module around: BiBERT's attention assigns to a mask, and a dropout gets the codes.
     before = history.trace.sightings[: b.source.seq]
@@ -98,12 +98,12 @@ def child(history: History, latent: Sighting, module: str, call: int) -> str:
     prefix = f"{module}." if module else ""
     current = latent
     for _ in range(_NEAR):
-        outputs = [s.site.module for s in current.value.sightings if s.site.kind == "output" and s.seq > since]
+        outputs = [s.site.module for s in current.held.sightings if s.site.kind == "output" and s.seq > since]
         names = [name for name in outputs if name.startswith(prefix) and name != module]
         if names:
             return min(names, key=len).removeprefix(prefix)
-        event, size = current.producer, current.value.numel
-        given = [a for a in current.given() if a.value.numel >= size and a.requires_grad]
+        event, size = current.producer, current.held.numel
+        given = [a for a in current.given() if a.held.numel >= size and a.requires_grad]
         if event is None or event.name in PRODUCTS or not given:
             break
         current = given[0]
@@ -111,9 +111,10 @@ def child(history: History, latent: Sighting, module: str, call: int) -> str:
 
 
 def cheapest(binaries: Sequence[Sighting], latents: Sequence[Sighting], module: str) -> tuple[Sighting, Sighting]:
-    """Where to pick a_B and a_F up: in one call or by plain hooks, by few functions, in the module that binarizes.
+    """Where to pick a_B and a_F up. Best are two sites in one call of a module, or two inputs and outputs of modules;
+    among those, as few function calls as can be; then sites of the module that binarizes.
 
-    Else one of them is the n-th call of a function in some forward, and a layer that is skipped shifts it alone.
+    Two calls are a risk: a layer that is skipped shifts the count of function calls on one side only.
     """
 
     def cost(pair: tuple[Sighting, Sighting]) -> tuple[Any, ...]:
@@ -132,7 +133,7 @@ def cheapest(binaries: Sequence[Sighting], latents: Sequence[Sighting], module: 
 def is_of_activations(consumer: Event, operand: Sighting) -> bool:
     """Whether it is a product of two activations of the same batch, as attention is."""
     others = [a for a in consumer.arguments if a is not operand and a.in_graph and a.from_input]
-    return consumer.name in PRODUCTS and any(a.value.shape[:1] == operand.value.shape[:1] for a in others)
+    return consumer.name in PRODUCTS and any(a.held.shape[:1] == operand.held.shape[:1] for a in others)
 
 
 def spatial_dims(shape: torch.Size, consumer: Event, operand: Sighting) -> int | None:
@@ -140,7 +141,7 @@ def spatial_dims(shape: torch.Size, consumer: Event, operand: Sighting) -> int |
 
     The channels are the dimension that is contracted with a weight: the last, or the first after the batch.
     """
-    received, name = operand.value.shape, consumer.name
+    received, name = operand.held.shape, consumer.name
     if name in CONVOLUTIONS:
         if len(shape) < 2 + CONVOLUTIONS[name]:
             return None

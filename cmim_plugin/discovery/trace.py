@@ -67,8 +67,8 @@ class Snapshot:
         constant: whether all its elements are equal.
         levels: how many values it has in all, 0 where they are not counted: it is constant, two-valued, or has many.
         one_hot: whether along some dimension it is zero but for a single element.
-        apart: how far the last two samples of the batch, which got the same input, are from each other, in distances
-            between different samples; None where that could not be seen.
+        twin_distance: the distance of the last two samples of the batch, which got the same input, divided by that of
+            different samples; None where that could not be seen.
         sightings: all of the tensor while it held this, in order.
     """
 
@@ -78,7 +78,7 @@ class Snapshot:
     constant: bool = False
     levels: int = 0
     one_hot: bool = False
-    apart: float | None = None
+    twin_distance: float | None = None
     sightings: list[Sighting] = field(default_factory=list)
 
     @property
@@ -97,7 +97,7 @@ class Snapshot:
         return self.values.is_floating_point() and not self.constant
 
     @property
-    def in_graph(self) -> Sighting | None:
+    def first_in_graph(self) -> Sighting | None:
         """The first sighting in the graph; within the forward of a custom autograd function gradients are disabled."""
         return next((s for s in self.sightings if s.in_graph), None)
 
@@ -118,13 +118,14 @@ class Sighting:
         seq: its place in the trace.
         in_graph: whether it required a gradient, with gradients enabled.
         from_input: whether it depends on the model's input.
+        held: what the tensor held.
         distinct: elements that are not repeated by expansion.
         event: the function call that returned it, None where none did.
     """
 
     seq: int
     site: Site
-    value: Snapshot
+    held: Snapshot
     requires_grad: bool
     in_graph: bool
     from_input: bool
@@ -134,13 +135,13 @@ class Sighting:
     @property
     def producer(self) -> Event | None:
         """The function call that returned this tensor with this value."""
-        return next((s.event for s in self.value.sightings if s.event and s.seq <= self.seq), None)
+        return next((s.event for s in self.held.sightings if s.event and s.seq <= self.seq), None)
 
     def given(self, same_size: bool = False) -> list[Sighting]:
         """What that call was given; not the tensor itself, as a function in place is given it."""
         event = self.producer
-        arguments = [a for a in (event.arguments if event else ()) if a.value is not self.value]
-        return [a for a in arguments if a.value.numel == self.value.numel] if same_size else arguments
+        arguments = [a for a in (event.arguments if event else ()) if a.held is not self.held]
+        return [a for a in arguments if a.held.numel == self.held.numel] if same_size else arguments
 
 
 @dataclass(eq=False)
@@ -167,7 +168,7 @@ class Trace:
 
     Attributes:
         calls, functions: how often each module is called, and each function in each call of a module.
-        decides: single random numbers were drawn, as random structure does.
+        draws_scalars: single random numbers were drawn, as a model that skips layers at random does.
         time_major: a recurrent layer or attention takes for time what is as long as the batch.
     """
 
@@ -176,7 +177,7 @@ class Trace:
     events: list[Event] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
     functions: dict[tuple[str, int], Counter[Any]] = field(default_factory=lambda: defaultdict(Counter))
-    decides: bool = False
+    draws_scalars: bool = False
     time_major: bool = False
 
     @cached_property
@@ -205,7 +206,7 @@ def record(model: nn.Module, inputs: Inputs, batch: int, twins: bool = False) ->
             stack.callback(module.register_forward_hook(recorder.leave, always_call=True).remove)
         stack.enter_context(recorder)
         model(*inputs[0], **inputs[1])
-    recorder.trace.decides |= before != _positions()
+    recorder.trace.draws_scalars |= before != _positions()
     return recorder.trace
 
 
@@ -226,7 +227,7 @@ class _Recorder(TorchFunctionMode):
         self._parameters = {id(p) for p in model.parameters()}
         # Modules being run, and which call of each.
         self._scopes: list[tuple[str, int]] = []
-        # Whether each tensor object depends on the model's input, and what it held last.
+        # Whether each tensor object depends on the model's input, and what it held at last.
         self._from_input: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
         self._last: MutableMapping[Tensor, Snapshot] = WeakTensorKeyDictionary()
         self._kept_positions = cache(kept_positions)
@@ -285,7 +286,7 @@ class _Recorder(TorchFunctionMode):
 
     def _drawn(self, numbers: Tensor) -> None:
         """Single random numbers are noted; of many, the last two samples get the same where they are equal."""
-        self.trace.decides |= numbers.numel() == 1
+        self.trace.draws_scalars |= numbers.numel() == 1
         rows, rest = divmod(len(numbers) if numbers.ndim else 0, self.trace.batch)
         if self._twins and rows and not rest and numbers.is_floating_point():  # not a permutation
             with _compat.unseen():
@@ -328,27 +329,27 @@ class _Recorder(TorchFunctionMode):
 
     def _snapshot(self, tensor: Tensor) -> Snapshot:
         """What the tensor holds now; the very same object as last time while that has not changed."""
-        last, held = self._last.get(tensor), tensor.detach()
-        index = self._kept_positions(held.numel(), held.device)
-        values = held.take(index)
+        last, data = self._last.get(tensor), tensor.detach()
+        index = self._kept_positions(data.numel(), data.device)
+        values = data.take(index)
         # The version counter does not move for `x.data = ...`: only the values tell.
-        if last is not None and last.shape == held.shape and same(last.values, values):
+        if last is not None and last.shape == data.shape and same(last.values, values):
             return last
-        snapshot = self._last[tensor] = Snapshot(held.shape, values)
+        snapshot = self._last[tensor] = Snapshot(data.shape, values)
         some = set(values[:64].tolist())
-        if len(some) == 1 and is_constant(held):
+        if len(some) == 1 and is_constant(data):
             snapshot.constant = True
         elif not self._from_input[tensor]:
             pass  # a weight: nothing asks for its codes, and these take half of the time
-        elif (pattern := sign_pattern(held, index)) is not None:
-            snapshot.pattern, snapshot.one_hot = pattern, _is_one_hot(held)
+        elif (pattern := sign_pattern(data, index)) is not None:
+            snapshot.pattern, snapshot.one_hot = pattern, _is_one_hot(data)
         elif len(some) <= FEW_LEVELS and values.unique().numel() <= FEW_LEVELS:
-            snapshot.levels = held.unique().numel()
-        if self._twins and held.is_floating_point():
-            snapshot.apart = self._apart(held)
+            snapshot.levels = data.unique().numel()
+        if self._twins and data.is_floating_point():
+            snapshot.twin_distance = self._twin_distance(data)
         return snapshot
 
-    def _apart(self, tensor: Tensor) -> float | None:
+    def _twin_distance(self, tensor: Tensor) -> float | None:
         size, rest = divmod(tensor.numel(), self.trace.batch)
         if rest:
             return None
