@@ -22,6 +22,7 @@ from .inputs import (
     as_inputs,
     batch_sources,
     is_offsets,
+    points_into_batch,
     resampled,
     says_only_shapes,
     tensors_in,
@@ -164,7 +165,7 @@ _Attempt = Callable[[int], tuple[Inputs, int, bool]]
 
 def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_Attempt]:
     """What to run, the best first."""
-    attempts: list[_Attempt] = [lambda n: (varied(inputs, n), batch, False), lambda n: (inputs, batch, False)]
+    attempts: list[_Attempt] = [lambda n: (varied(inputs, n, source), batch, False), lambda n: (inputs, batch, False)]
     if source is None or is_offsets(inputs, source):
         return attempts
 
@@ -176,11 +177,12 @@ def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_A
         # One sample more where the model may take it: what is as long as the batch by accident then is not.
         different = size if size < batch else max(size - 1, 2)
         twins = [*range(different), different - 1]
-        other = varied(filled, n)
+        other = varied(filled, n, source)
         return (resampled(other, source, twins), len(twins), True) if n else (other, size, False)
 
     every = max(batch, 2)  # a model may take no other number
-    return [partial(with_twins, size) for size in sorted({min(every, _SAMPLES), every})] + attempts
+    few = every if points_into_batch(inputs, source, _SAMPLES) else min(every, _SAMPLES)
+    return [partial(with_twins, size) for size in sorted({few, every})] + attempts
 
 
 def _traces(model: nn.Module, attempt: _Attempt, made: list[Trace]) -> list[Trace]:

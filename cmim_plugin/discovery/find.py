@@ -6,7 +6,8 @@ From some traces of the model, in this order:
    followed back (``history.py``) through padding, reshaping, dropout and scaling to a_B, and from there to the function
    call that made its two values out of something continuous. What that was given is a_F; the module whose forward it is
    in names the tap.
-2. *Sites* (``sites.py``): where each of the two is picked up in training, and how it is read.
+2. *Sites* (``sites.py``): where each of the two is picked up in training.
+3. *Channels* (``channels.py``): which dimensions of it the product contracts.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from . import sites
+from .channels import is_of_activations, spatial_dims
 from .dry_run import dry_run
 from .history import Binarization, History, operands, origin
 from .inputs import BatchSource
@@ -136,11 +138,11 @@ def _described(history: History, b: Binarization) -> _Found:
     if reason is None and b.latent is not None:
         binary, latent = sites.cheapest(b.source.held.sightings, b.latent.held.sightings, module)
         shape, latent_shape = binary.held.shape, latent.held.shape
-        spatial = sites.spatial_dims(shape, b.consumer, b.operand)
-        reason = sites.reason_against_shapes(history, b, binary, latent, spatial)
+        spatial, reason = spatial_dims(b.source, b.consumer, b.operand)
+        reason = sites.reason_against_shapes(history, binary, latent, spatial) or reason
     if reason is not None or b.latent is None:
         return _Found(BinaryActivation("", 0, reason, module, call), place)
-    scores = sites.is_of_activations(b.consumer, b.operand)
+    scores = is_of_activations(b.consumer, b.operand)
     layout = Layout(spatial, shape[0] != history.trace.batch, scores)
     latent_layout = Layout(spatial, latent_shape[0] != history.trace.batch, scores)
     activation = BinaryActivation(

@@ -16,10 +16,9 @@ PRODUCTS = _names(
     "matmul rmatmul bmm mm mv dot addmm addmv addbmm baddbmm einsum inner tensordot bilinear chain_matmul sparse_mm "
     "linalg_matmul linalg_multi_dot linalg_vecdot scaled_dot_product_attention multi_head_attention_forward"
 )
-#: Layers that take an input and return an activation, beside convolutions and products.
-OTHER_LAYERS = _names(
-    "linear embedding embedding_bag lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"
-)
+#: Trained layers beside convolutions, whose input is their first argument.
+LAYERS = _names("linear lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")
+LOOKUPS = _names("embedding embedding_bag")
 SUMS = _names("add radd iadd sub rsub isub")
 SCALINGS = _names("mul rmul imul multiply div divide true_divide truediv itruediv")
 JOINS = _names("cat concat concatenate stack hstack vstack")
@@ -29,6 +28,10 @@ MOVES = _names(
     "contiguous clone to type_as type float half bfloat16 double dropout pad unfold getitem chunk split unbind "
     "expand expand_as roll"
 )
+#: Views with the same elements in the same order, then in another order of the dimensions, then some of the elements.
+RESHAPES = _names("view view_as reshape reshape_as flatten unflatten squeeze unsqueeze ravel")
+REORDERS = _names("permute transpose t T mT H mH swapaxes swapdims movedim moveaxis adjoint")
+SELECTIONS = _names("getitem select unbind chunk split narrow expand expand_as diagonal")
 DETACHES = _names("detach data")
 #: Calls that make few values of many, whatever they are given.
 STEPS = _names(

@@ -111,16 +111,18 @@ class History:
 
     def _latent(self, source: Sighting, event: Event | None) -> Sighting | None:
         """The first sighting of a_F in the graph."""
-        line: list[Sighting] = []
-        if event is not None:
-            size = event.results[0].held.numel
-            line += [a for a in event.arguments if a.held.numel == size and a.held.continuous]
+        if event is None:
+            return self._separable(source)
+        codes, found = event.results[0], []
+        line = [a for a in event.arguments if a.held.numel == codes.held.numel and a.held.continuous]
         for sighting in line:
             if sighting.held.first_in_graph:
-                return sighting.held.first_in_graph
-            if len(line) < _NEAR:
+                found.append(sighting.held.first_in_graph)
+            elif len(line) < _NEAR:
                 line += sighting.given(same_size=True)
-        return self._separable(source)
+        # Not a threshold or a scale that was expanded to its size.
+        signed = (latent for latent in found if is_sign_of(self.trace, codes, latent))
+        return next(signed, found[0] if found else self._separable(source))
 
     def _separable(self, source: Sighting) -> Sighting | None:
         """The last tensor before the source that a threshold splits into its codes.
@@ -160,7 +162,8 @@ class History:
 def origin(sighting: Sighting) -> Sighting:
     """The tensor that this one is computed from by functions of nothing else, parameters included."""
     while (event := sighting.producer) is not None:
-        given = [a for a in sighting.given() if a.from_input]
+        # A view of a parameter, as in `x + bias.view(1, -1, 1, 1)`, is an argument, and no parameter any more.
+        given = [a for a in sighting.given() if a.from_input or a.requires_grad]
         if len(given) != 1 or len(event.shapes) > len(event.arguments):
             break
         sighting = given[0]
@@ -182,6 +185,8 @@ def _sources(sighting: Sighting, like: Callable[[Snapshot], bool]) -> list[Sight
         before = [a for a in current.given() if like(a.held) and (outside or a.held.first_in_graph)]
         # A scale of each sample has two values where there are two samples.
         before = [a for a in before if a.distinct * 4 > a.held.numel] or before
+        if current.producer is not None and current.producer.name in functions.SCALINGS:  # nor is a gate a code
+            before = [a for a in before if a.distinct == current.held.numel] or before
         line += reversed(before)
         sources += [] if before else current.held.sightings[:1]
     return sources
@@ -209,7 +214,7 @@ def is_one_call(binary: Site, latent: Site) -> bool:
 def operands(trace: Trace) -> Iterator[tuple[Event, Sighting]]:
     """The products of a trace, with each argument that may be an activation."""
     for event in trace.events:
-        if event.name in functions.CONVOLUTIONS or event.name == "linear":
+        if event.name in functions.CONVOLUTIONS or event.name in functions.LAYERS:
             # The first tensor of it where the input is a tuple: a value with its scale (brevitas).
             first = [s for s in event.arguments if s.site.path[:2] in ((0, 0), (1, "input"))][:1]
             yield from ((event, s) for s in first)

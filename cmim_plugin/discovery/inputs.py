@@ -145,14 +145,27 @@ def says_only_shapes(inputs: Inputs) -> bool:
     return any(_is_dense(t) and (_is_stand_in(t) or _is_uniform(t)) for _, t in tensors_in(inputs))
 
 
-def varied(inputs: Inputs, seed: int) -> Inputs:
+def points_into_batch(inputs: Inputs, source: BatchSource, samples: int) -> bool:
+    """Whether an input that has not one entry a sample may hold numbers of samples beyond the first ``samples``.
+
+    As the edges of a graph do, or regions with the number of their image: they would point out of a smaller batch.
+    """
+    size = source.of(*inputs) or 0
+    others = [t for path, t in tensors_in(inputs) if path not in dict(source.places) and is_strided(t)]
+    return any(bool(((t >= samples) & (t < size) & (t == t.round())).any()) for t in others if not t.is_complex())
+
+
+def varied(inputs: Inputs, seed: int, source: BatchSource | None = None) -> Inputs:
     """The inputs with other values in the dense floating-point ones, everything else as it is.
 
     The values of a tensor change places. Noise comes in place of a constant: an example of zeros is a stand-in.
-    Masks, token ids, lengths, sparse, nested and complex tensors stay.
+    Masks, token ids, lengths, sparse, nested and complex tensors stay. So does what has not one entry a sample, where
+    something has: regions hold the numbers of their images.
     """
     tensors = [t for _, t in tensors_in(inputs)]
-    dense = [t for t in tensors if _is_dense(t)]
+    places = dict(source.places) if source is not None else {}
+    dense = [t for path, t in tensors_in(inputs) if path in places and _is_dense(t)]
+    dense = dense or [t for t in tensors if _is_dense(t)]
     dense = [t for t in dense if t.ndim > 1] or dense
     chosen = [t for t in dense if _has_many_values(t)]
     if not chosen and not any(t.ndim > 1 and not t.is_floating_point() for t in tensors):

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from .functions import CONVOLUTIONS, OTHER_LAYERS, PRODUCTS
+from .functions import CONVOLUTIONS, LAYERS, LOOKUPS, PRODUCTS
 from .history import Binarization, History, is_one_call, is_sign_of
 from .layout import Layout
 from .trace import Event, Sighting
@@ -47,12 +45,10 @@ def _is_layer(event: Event) -> bool:
     """Whether it is a trained product or lookup."""
     if event.name in ("getitem", "index_select"):  # a table that is looked up by the input
         return event.weighted and any(a.from_input and not a.held.values.is_floating_point() for a in event.arguments)
-    return event.weighted and (event.name in CONVOLUTIONS or event.name in PRODUCTS | OTHER_LAYERS)
+    return event.weighted and (event.name in CONVOLUTIONS or event.name in PRODUCTS | LAYERS | LOOKUPS)
 
 
-def reason_against_shapes(
-    history: History, b: Binarization, binary: Sighting, latent: Sighting, spatial: int | None
-) -> str | None:
+def reason_against_shapes(history: History, binary: Sighting, latent: Sighting, spatial: int | None) -> str | None:
     """Why both sides, where they are picked up, cannot be read sample by sample, None where they can."""
     batch = history.trace.batch
     if any(trace.time_major for trace in (history.trace, *history.others)):
@@ -67,9 +63,6 @@ def reason_against_shapes(
             return f"which rows belong to one sample could not be seen: {shapes}; try an example of random values"
         if rows != batch and min(apart) >= _ALIKE:
             return f"the rows of one sample do not follow each other in its first dimension: {shapes}"
-    dims = CONVOLUTIONS.get(b.consumer.name)
-    if dims is not None and len(b.operand.held.shape) == 1 + dims:
-        return "the convolution receives a single sample, without a batch dimension"
     if spatial is not None and spatial >= len(latent.held.shape):
         return f"its latent has another rank: {tuple(latent.held.shape)} for {tuple(binary.held.shape)}"
     if history.pair_differs(binary, latent, Layout(spatial)):
@@ -128,36 +121,3 @@ def cheapest(binaries: Sequence[Sighting], latents: Sequence[Sighting], module: 
         )
 
     return min(((b, f) for b in binaries for f in latents if b.in_graph and f.in_graph), key=cost)
-
-
-def is_of_activations(consumer: Event, operand: Sighting) -> bool:
-    """Whether it is a product of two activations of the same batch, as attention is."""
-    others = [a for a in consumer.arguments if a is not operand and a.in_graph and a.from_input]
-    return consumer.name in PRODUCTS and any(a.held.shape[:1] == operand.held.shape[:1] for a in others)
-
-
-def spatial_dims(shape: torch.Size, consumer: Event, operand: Sighting) -> int | None:
-    """:attr:`Layout.spatial` of a binary tensor of this shape, from how its consumer contracts it.
-
-    The channels are the dimension that is contracted with a weight: the last, or the first after the batch.
-    """
-    received, name = operand.held.shape, consumer.name
-    if name in CONVOLUTIONS:
-        if len(shape) < 2 + CONVOLUTIONS[name]:
-            return None
-        # A permutation turned (B, H, W, C) into a map.
-        channels_last = received[1] == shape[-1] != shape[1] and len(shape) == len(received)
-        return None if channels_last else CONVOLUTIONS[name]
-    if len(shape) < 3:
-        return None
-    if name == "linear":
-        contracted = {received[-1]}
-    elif is_of_activations(consumer, operand):
-        return None  # the features of a token are last
-    elif name in ("matmul", "rmatmul", "bmm", "mm"):
-        contracted = {received[-1] if operand.site.path == (0, 0) else received[-2]}
-    else:
-        contracted = {n for other in consumer.shapes if other != received for n in other}
-    # The channels themselves, with the kernel's places (unfold), or with all positions (flatten).
-    first = any(n % shape[1] == 0 for n in contracted)
-    return len(shape) - 2 if first and shape[-1] not in contracted else None

@@ -119,7 +119,7 @@ class Sighting:
         in_graph: whether it required a gradient, with gradients enabled.
         from_input: whether it depends on the model's input.
         held: what the tensor held.
-        distinct: elements that are not repeated by expansion.
+        strides: of the tensor.
         event: the function call that returned it, None where none did.
     """
 
@@ -129,8 +129,13 @@ class Sighting:
     requires_grad: bool
     in_graph: bool
     from_input: bool
-    distinct: int
+    strides: tuple[int, ...]
     event: Event | None = None
+
+    @property
+    def distinct(self) -> int:
+        """Elements that are not repeated by expansion."""
+        return torch.Size(n for n, step in zip(self.held.shape, self.strides, strict=True) if step).numel()
 
     @property
     def producer(self) -> Event | None:
@@ -152,6 +157,7 @@ class Event:
         shapes: of all tensor arguments, parameters too.
         weighted: a parameter, or what requires a gradient, is among them.
         arguments, results: its tensors before and after the call, without parameters.
+        equation: of ``torch.einsum``.
     """
 
     seq: int
@@ -159,6 +165,7 @@ class Event:
     shapes: list[torch.Size]
     weighted: bool
     arguments: list[Sighting]
+    equation: str = ""
     results: list[Sighting] = field(default_factory=list)
 
 
@@ -264,7 +271,8 @@ class _Recorder(TorchFunctionMode):
         shapes = [t.shape for t in tensors if not t.is_nested]
         weighted = any(t.requires_grad or id(t) in self._parameters for t in tensors)
         seq, arguments = len(self.trace.sightings), self._see((args, kwargs), "argument", func, nth)
-        event = Event(seq, name, shapes, weighted, arguments)
+        equation = args[0] if args and isinstance(args[0], str) else ""
+        event = Event(seq, name, shapes, weighted, arguments, equation)
         activations = [t for t in tensors if id(t) not in self._parameters]
         from_input = name not in SHAPE_ONLY and any(self._from_input[t] for t in activations)
         if self._twins and "drop" in name and "training" in kwargs:
@@ -320,7 +328,7 @@ class _Recorder(TorchFunctionMode):
                     tensor.requires_grad,
                     tensor.requires_grad and torch.is_grad_enabled(),
                     depends,
-                    torch.Size(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step).numel(),
+                    tensor.stride(),
                 )
                 snapshot.sightings.append(sighting)
                 self.trace.sightings.append(sighting)
