@@ -37,6 +37,7 @@ class Tap:
         channels: channels of a_B.
         latent_channels: channels of what it is contrasted with: a_F, or the teacher's activation.
         module, call: qualified name of the module that binarizes, and which call of it.
+        product: which of the operands of products within the module a_B is.
         binary, latent: where a_B and a_F are picked up; no latent where a teacher stands in for it.
         layouts: how both are read.
     """
@@ -46,6 +47,7 @@ class Tap:
     latent_channels: int
     module: str
     call: int
+    product: int
     binary: Site
     latent: Site | None
     layouts: tuple[Layout, Layout]
@@ -65,6 +67,7 @@ class Tap:
             found.latent_channels,
             found.module,
             found.call,
+            found.product,
             found.binary,
             found.latent,
             layouts=(found.binary_layout, found.latent_layout),
@@ -351,9 +354,10 @@ class Pass:
         other = pair.rows[1 - side]
         total = layout.positions(x.shape)
         if self.random is not None and other is not None and pair.total != total:
+            remedy = "Leave it out with taps=" if tap.latent else "Name another module with teacher_modules="
             return FAILED, (
                 f"its two sides have {pair.total} and {total} positions in this batch, and cannot be paired position "
-                'by position. Leave it out with taps=, or use instances="image"'
+                f'by position. {remedy}, or use instances="image"'
             )
         if self.random is None and other is not None and not layout.windowed and len(other) != len(x):
             return FAILED, f"its two sides have {len(other)} and {len(x)} samples in this batch"

@@ -68,8 +68,9 @@ class CMIM(nn.Module):
         heads_lr: learning rate of the heads' Adam. 0 leaves the training of ``cmim.heads.weights`` to you.
         queue_size: past embeddings kept per tap as further negatives, of the steps that contrasted it; 0 for none.
         layer_decay: in (0, 1]; below 1 the weights grow towards the output.
-        teacher: a full-precision network whose activations stand in for the latents; runs on the same inputs without
-            gradients, in eval mode, and is not kept in this module's state.
+        teacher: a full-precision network with the same modules. What its convolution receives in the place of a_B
+            stands in for a_F (the output, of a module within which no convolution or product runs). It runs on the
+            same inputs without gradients, in eval mode, and is not kept in this module's state.
         teacher_modules: tap name to teacher module name, for the taps whose module has another name in the teacher.
         batch_size: samples in ``example_input``, where its tensors leave that open.
 
@@ -333,8 +334,7 @@ class CMIM(nn.Module):
             f"CMIM: {count} of {len(self.found)} binary activations tapped{some}, one instance = one "
             f"{self.instances}, weight {float(self.weight):g}{'' if self._capture.attached else ', not attached'}"
         )
-        other = "its latent" if self._teacher is None else "the teacher's activation"
-        return f"{title}\n{_listing(self, other)}"
+        return f"{title}\n{_listing(self, self._teacher)}"
 
 
 # -- helpers ---------------------------------------------------------------------------------------------------------
@@ -353,11 +353,14 @@ def _mask_for_loss(cmim: CMIM, captured: Pass, mask: Tensor | None) -> Tensor | 
     return captured.usable_mask
 
 
-def _listing(cmim: CMIM, other: str) -> str:
-    """A table of all binary activations: what is contrasted with the latent (or ``other``), and why others are not."""
-    shares = {tap.name: (tap, w) for tap, w in zip(cmim.taps, cmim.contrast.layer_weights, strict=True)}
-    rows = [(tap.name, f"{tap.channels}", f"{w:.3f}", f"a_B against {other}") for tap, w in shares.values()]
-    rows += [(f.name, "-", "-", f.reason or "not chosen by taps=") for f in cmim.found if f.name not in shares]
+def _listing(cmim: CMIM, teacher: Teacher | None) -> str:
+    """A table of all binary activations: what they are contrasted with, and why others are not."""
+    rows = []
+    for k, (tap, share) in enumerate(zip(cmim.taps, cmim.contrast.layer_weights, strict=True)):
+        other = "its latent" if teacher is None else teacher.described(k)
+        rows.append((tap.name, f"{tap.channels}", f"{share:.3f}", f"a_B against {other}"))
+    tapped = {tap.name for tap in cmim.taps}
+    rows += [(f.name, "-", "-", f.reason or "not chosen by taps=") for f in cmim.found if f.name not in tapped]
     return table([("tap", "channels", "share", "what"), *folded(rows)])
 
 
@@ -373,7 +376,7 @@ def _chosen(
         raise CMIMError(
             f"No binary activation that can be tapped was found in this {type(model).__name__}. A binary activation is "
             "a tensor of two values, computed from the input with a gradient, that a convolution or a matrix product "
-            f"receives. Two-valued operands that came nearest:\n{listing}"
+            f"receives. Two-valued operands that came nearest:\n{listing}\nWhat is found, and what not: docs/taps.md."
         )
     if taps is None:
         return tappable

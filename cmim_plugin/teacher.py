@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,16 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .discovery.inputs import as_inputs, tensors_in
-from .errors import CMIMError
+from ._compat import force_eager
+from .discovery.history import operands
+from .discovery.inputs import as_inputs
+from .discovery.trace import Sighting, Trace, record
+from .errors import CMIMError, warn_once
 from .passes import BINARY, LATENT, Pass, Tap
 
 
 class Teacher:
     """A full-precision network that runs beside the binary one, without gradients, on the same input.
 
-    What is taken at a module of the teacher is what a convolution or linear layer would consume there: the *input* of a
-    module that has a weight of two or more dimensions, the *output* of any other (an activation).
+    It has the binary network's modules, by name. What stands in for the latent of a tap is what the teacher's
+    convolution or matrix product receives in the place of a_B: in the module of that name, the product of the same
+    number. It is the module's output where no product runs within it, as in a ReLU in the place of a sign.
 
     Args:
         model: the teacher. It is put into eval mode, here and nowhere else, and is not trained.
@@ -46,10 +50,9 @@ class Teacher:
                 f"The teacher has no module for these taps: {missing}. Say which it is with "
                 f"teacher_modules={{tap name: teacher module name}}. The teacher's modules: {list(known)[1:]}."
             )
-        # Of each tap: the module's name, the module, and which call of it: the same as of the module that binarizes.
-        self._sources = [(names[tap.name], known[names[tap.name]], tap.call) for tap in taps]
         try:
-            activations = self._run(*as_inputs(example_input))
+            with torch.no_grad(), force_eager():
+                trace = record(model, as_inputs(example_input), 0)
         except CMIMError:
             raise
         except Exception as error:
@@ -57,36 +60,56 @@ class Teacher:
                 f"The teacher's forward raised {type(error).__name__} on example_input: {error}. It runs on the inputs "
                 "of the binary network."
             ) from error
+        first_names = {module: name for name, module in model.named_modules()}
+        found = {tap: _in_place_of(tap, first_names[known[names[tap.name]]], trace) for tap in taps}
+        silent = [names[tap.name] for tap, activation in found.items() if activation is None]
+        if silent:
+            raise CMIMError(f"These modules of the teacher did not run in its forward: {silent}.")
+        activations = {tap: activation for tap, activation in found.items() if activation is not None}
+        binary = [tap.name for tap, activation in activations.items() if activation.held.two_valued]
+        if binary:
+            warn_once(self, f"The teacher's activations for these taps are binary themselves: {binary}.")
+        #: Where each activation is picked up.
+        self.sites = [activation.site for activation in activations.values()]
         #: The taps, with the teacher's activation in the latent's place.
-        self.taps = tuple(_taught(tap, x.shape) for tap, x in zip(taps, activations, strict=True))
+        self.taps = tuple(_taught(tap, activation.held.shape) for tap, activation in activations.items())
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The teacher's activation of each tap."""
-        calls = [0] * len(self._sources)
+        calls = [0] * len(self.sites)
         seen: dict[int, Tensor] = {}
 
-        def pick(k: int, wanted: int, module: nn.Module, inputs: Any, keywords: Any, output: Any) -> None:
+        def pick(k: int, tree: Any) -> None:
             # The first call stands in for a wanted one that does not come.
-            if calls[k] in (0, wanted):
-                weight = getattr(module, "weight", None)
-                source = (inputs, keywords) if isinstance(weight, Tensor) and weight.ndim >= 2 else output
-                seen[k] = next(t for _, t in tensors_in(source))
+            if calls[k] in (0, self.sites[k].call):
+                for key in self.sites[k].path:
+                    tree = tree[key]
+                seen[k] = tree
             calls[k] += 1
 
-        handles = [
-            module.register_forward_hook(partial(pick, k, call), with_kwargs=True)
-            for k, (_, module, call) in enumerate(self._sources)
-        ]
+        handles = []
+        for k, site in enumerate(self.sites):
+            module = self.model.get_submodule(site.module)
+            if site.kind == "input":
+                before = partial(_before, partial(pick, k))
+                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            else:
+                handles.append(module.register_forward_hook(partial(_after, partial(pick, k))))
         try:
             with torch.no_grad():
                 self.model(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
-        silent = [name for k, (name, _, _) in enumerate(self._sources) if k not in seen]
+        silent = [site.module for k, site in enumerate(self.sites) if k not in seen]
         if silent:
             raise CMIMError(f"These modules of the teacher did not run in its forward: {silent}.")
-        return [seen[k] for k in range(len(self._sources))]
+        return [seen[k] for k in range(len(self.sites))]
+
+    def described(self, k: int) -> str:
+        """What stands in for the latent of a tap, in words."""
+        site, tap = self.sites[k], self.taps[k]
+        return f"the teacher's {site.kind}" + ("" if site.module == tap.module else f" of {site.module}")
 
     def deliver(self, to: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run the teacher on a batch and hand its activations over as the latent side."""
@@ -95,6 +118,33 @@ class Teacher:
         activations = self._run(args, kwargs)
         for k in to.scheduled:
             to.attempt(k, partial(to.take, k, LATENT, activations[k]))
+
+
+def _before(pick: Callable[[Any], None], module: nn.Module, args: Any, kwargs: Any) -> None:
+    pick((args, kwargs))
+
+
+def _after(pick: Callable[[Any], None], module: nn.Module, args: Any, output: Any) -> None:
+    pick(output)
+
+
+def _in_place_of(tap: Tap, module: str, trace: Trace) -> Sighting | None:
+    """What the teacher has in the place of a_B, where a hook can pick it up; None where the module does not run."""
+    products = [s for _, s in operands(trace, module) if s.from_input]
+    if products:
+        number = 0 if len(products) == 1 else tap.product
+        received = products[number].held.sightings if number < len(products) else []
+        found = next((s for s in received if s.site.kind in ("input", "output")), None)
+        if found is None:
+            raise CMIMError(
+                f"The teacher's module {module!r} has nothing in the place of tap {tap.name}: product {number} of its "
+                f"{len(products)} convolutions and matrix products is missing, or receives what no module is given or "
+                "returns. Name another module with teacher_modules={tap name: teacher module name}: its output is "
+                "taken where it is no layer."
+            )
+        return found
+    outputs = [s for s in trace.sightings if (s.site.module, s.site.kind) == (module, "output")]
+    return next((s for s in outputs if s.site.call == tap.call), outputs[0] if outputs else None)
 
 
 def _taught(tap: Tap, shape: torch.Size) -> Tap:

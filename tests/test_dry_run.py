@@ -1061,3 +1061,89 @@ def test_an_example_that_the_forward_overwrites_is_put_back(samples):
     expected = example.clone()
     assert tapped(model, example) == ["encoder.2"]
     assert torch.equal(example, expected)
+
+
+@pytest.mark.parametrize(
+    "detached",
+    [lambda x: Sign.apply(x).detach(), lambda x: x.sign().data, lambda x: F.pad(Sign.apply(x).detach(), (1, 1))],
+)
+def test_codes_that_were_cut_off_the_graph_are_made_without_a_gradient(detached):
+    model = Of(
+        lambda m, x: m.last(detached(m.norm(m.first(x)))),
+        first=nn.Linear(8, 8),
+        norm=nn.LayerNorm(8),
+        last=nn.LazyLinear(4),
+    )
+    model(torch.randn(4, 8))
+    assert list(reasons(model, torch.randn(4, 8)).values()) == [
+        "it is made without a gradient (under no_grad or detached)"
+    ]
+
+
+@pytest.mark.parametrize("spatial", [True, False])
+def test_a_hard_gate_is_no_code(spatial):
+    def forward(m, x):
+        x = m.norm(m.first(x))
+        p = m.gate(x if spatial else x.mean((2, 3), keepdim=True)).sigmoid()
+        return m.last(Sign.apply(x) * ((p > 0.5).float() - p.detach() + p))
+
+    layers = {"first": nn.Conv2d(3, 16, 3), "norm": nn.BatchNorm2d(16), "last": nn.Conv2d(16, 16, 3)}
+    model = Of(forward, gate=nn.Conv2d(16, 1 if spatial else 16, 1), **layers)
+    found = find_binary_activations(model, torch.randn(4, 3, 12, 12))
+    assert [(f.tapped, f.channels) for f in found] == [(True, 16)]
+
+
+@pytest.mark.parametrize(
+    "binarize",
+    [lambda t, x: torch.copysign(t.expand_as(x), x), lambda t, x: torch.where(t.expand_as(x) < x, 1.0, -1.0)],
+)
+def test_a_scale_or_threshold_of_the_size_of_the_latent_is_not_the_latent(binarize):
+    def forward(m, x):
+        x, clipped = m.norm(m.first(x)), m.norm(m.first(x)).clamp(-1, 1)
+        return m.last(binarize(m.t, x).detach() - clipped.detach() + clipped)
+
+    parts = {"first": nn.Conv2d(3, 16, 3), "norm": nn.BatchNorm2d(16), "last": nn.Conv2d(16, 16, 3)}
+    model = Of(forward, t=nn.Parameter(0.1 + torch.rand(1, 16, 1, 1)), **parts)
+    cmim = CMIM(model, torch.randn(4, 3, 12, 12))
+    model(torch.randn(4, 3, 12, 12))
+    (captured,) = cmim._capture._waiting.values()
+    latent = captured.pairs[0].rows[1]
+    assert not (latent == latent[0]).all()
+
+
+@pytest.mark.parametrize(
+    "shift", [lambda b: b, lambda b: b.view(1, 1, -1), lambda b: b[None, None], lambda b: b.expand(1, 1, 16)]
+)
+def test_trained_shifts_of_one_latent_make_taps_of_their_own(shift):
+    def forward(m, x):
+        x = m.norm(m.first(x))
+        return sum(m.layers[i](Sign.apply(x + shift(m.shifts[i]))) for i in range(3))
+
+    parts = {
+        "first": nn.Linear(5, 16),
+        "norm": nn.LayerNorm(16),
+        "layers": nn.ModuleList(nn.Linear(16, 8) for _ in range(3)),
+    }
+    model = Of(forward, shifts=nn.ParameterList(torch.zeros(16) for _ in range(3)), **parts)
+    assert len(tapped(model, torch.randn(4, 9, 5))) == 3
+
+
+def test_what_points_into_the_batch_stays_within_it():
+    def forward(m, x, edges):
+        largest.append((len(x), int(edges.max())))
+        return m.last(torch.zeros(len(x), 8).index_add(0, edges[1], m.encoder(x)[edges[0]]))
+
+    largest = []
+    model = Of(forward, encoder=encoder(), last=nn.Linear(8, 2))
+    assert tapped(model, (torch.randn(30, 8), torch.randint(30, (2, 64)))) == ["encoder.2"]
+    assert all(last < nodes for nodes, last in largest)
+
+
+def test_regions_keep_the_numbers_of_their_images():
+    def forward(m, images, regions):
+        seen.append(regions[:, 0].clone())
+        return m.net(images) + regions[:, 1:].mean()
+
+    seen, regions = [], torch.cat([torch.arange(8.0).repeat(2)[:, None], 50 * torch.rand(16, 4)], 1)
+    assert len(tapped(Of(forward, net=net()), (torch.randn(8, 3, 8, 8), regions))) == 2
+    assert all(torch.equal(numbers, regions[:, 0]) for numbers in seen)

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from cmim_plugin import CMIM, CMIMError, find_binary_activations
+from cmim_plugin import CMIM, CMIMError, CMIMWarning, find_binary_activations
 from networks import (
     METHODS,
     Binary,
@@ -42,7 +43,7 @@ def test_a_teacher_matched_by_name_stands_in_for_the_latents_and_stays_as_it_was
     before = copy.deepcopy(other.state_dict())
     cmim = CMIM(model, X, teacher=other, instances=instances)
     assert [(tap.channels, tap.latent_channels) for tap in cmim.taps] == [(4, 8), (4, 8)]
-    assert "teacher's activation" in str(cmim)
+    assert "a_B against the teacher's output" in str(cmim)
     loss = a_loss(model, cmim)
     loss.backward()
     assert loss.item() > 0 and model.conv1.weight.grad.any()
@@ -206,7 +207,75 @@ class SharedBlock(nn.Module):
 
 def test_the_call_of_the_teachers_module_is_that_of_the_module_that_binarizes():
     cmim = CMIM(SharedBlock(Binary().forward), X, teacher=SharedBlock(torch.relu))
-    assert [(tap.module, tap.channels, tap.latent_channels) for tap in cmim.taps] == [("block", 4, 8), ("block", 8, 6)]
+    assert [(tap.module, tap.channels, tap.latent_channels) for tap in cmim.taps] == [("block", 4, 4), ("block", 8, 8)]
+
+
+class Conv(nn.Module):
+    """A convolution whose parameter has a name of its own, and that may binarize its input."""
+
+    def __init__(self, channels, out, activation):
+        super().__init__()
+        self.kernel = nn.Parameter(0.1 * torch.randn(out, channels, 3, 3))
+        self.activation = activation
+
+    def forward(self, x):
+        return F.conv2d(self.activation(x), self.kernel, padding=1)
+
+
+class TwoSigns(nn.Module):
+    """A block that binarizes in its own forward, twice; the plain one has a convolution more behind them."""
+
+    def __init__(self, activation, more=0):
+        super().__init__()
+        self.norm, self.conv1, self.conv2 = nn.BatchNorm2d(4), nn.Conv2d(4, 8, 1), nn.Conv2d(8, 4, 1)
+        self.after = nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(more)))
+        self.activation = activation
+
+    def forward(self, x):
+        return x + self.after(self.conv2(self.activation(self.conv1(self.activation(self.norm(x))))))
+
+
+def of(*layers):
+    return nn.Sequential(nn.Conv2d(2, 4, 1), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda activation, more: Conv(4, 4, activation),
+        TwoSigns,
+    ],
+    ids=["a convolution of their own", "signs in the forward of a block"],
+)
+def test_what_stands_in_for_a_latent_is_what_the_teachers_product_receives(build):
+    seen = []
+
+    def relu(x):
+        seen.append(x.relu())
+        return seen[-1]
+
+    torch.manual_seed(0)
+    model, other = of(build(Binary().forward, 0)), of(build(relu, 2))
+    x = torch.randn(6, 2, 4, 4)
+    if isinstance(other[1], Conv):
+        # Made within the forward: no hook can pick it up.
+        with pytest.raises(CMIMError, match=r"'1' has nothing in the place of tap 1.*teacher_modules="):
+            CMIM(model, x, teacher=other)
+        other[1].activation = nn.ReLU()
+        other[1].activation.register_forward_hook(lambda module, args, output: seen.append(output))
+    cmim = CMIM(model, x, teacher=other, num_positions=10**4)
+    seen.clear()
+    model(x)
+    (captured,) = cmim._capture._waiting.values()
+    assert len(seen) == len(cmim.taps) == len(captured.pairs)
+    for k, activation in enumerate(seen):
+        assert torch.equal(captured.pairs[k].rows[1], activation.permute(0, 2, 3, 1).flatten(0, 2))
+    assert cmim(model).isfinite()
+
+
+def test_a_teacher_that_is_binary_itself_is_told():
+    with pytest.warns(CMIMWarning, match=r"activations for these taps are binary themselves: \['layer1.0.binary'"):
+        CMIM(network(), X, teacher=network(seed=1))
 
 
 def test_of_a_module_whose_weight_has_one_dimension_the_output_is_taken():

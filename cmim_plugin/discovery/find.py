@@ -44,6 +44,7 @@ class BinaryActivation:
         binary, latent: where a_B and a_F are picked up.
         binary_layout, latent_layout, latent_channels: how they are read.
         aligned: whether both have the same number of positions.
+        product: which of the operands of products within the module a_B is, 0 where none of them is.
     """
 
     name: str
@@ -57,6 +58,7 @@ class BinaryActivation:
     latent_layout: Layout | None = None
     latent_channels: int = 0
     aligned: bool = True
+    product: int = 0
 
     @property
     def tapped(self) -> bool:
@@ -145,6 +147,7 @@ def _described(history: History, b: Binarization) -> _Found:
     scores = is_of_activations(b.consumer, b.operand)
     layout = Layout(spatial, shape[0] != history.trace.batch, scores)
     latent_layout = Layout(spatial, latent_shape[0] != history.trace.batch, scores)
+    within = [s for _, s in operands(history.trace, module) if s.from_input]
     activation = BinaryActivation(
         name="",
         channels=layout.channels(shape),
@@ -157,6 +160,7 @@ def _described(history: History, b: Binarization) -> _Found:
         latent_layout=latent_layout,
         latent_channels=latent_layout.channels(latent_shape),
         aligned=layout.positions(shape) == latent_layout.positions(latent_shape),
+        product=within.index(b.operand) if b.operand in within else 0,
     )
     return _Found(activation, place, sites.child(history, b.latent, module, call))
 

@@ -181,11 +181,13 @@ def _sources(sighting: Sighting, like: Callable[[Snapshot], bool]) -> list[Sight
         if key in seen:
             continue  # branches that meet again
         seen.add(key)
-        outside = current.held.first_in_graph is None
+        outside, event = current.held.first_in_graph is None, current.producer
         before = [a for a in current.given() if like(a.held) and (outside or a.held.first_in_graph)]
+        if event is not None and event.name in functions.DETACHES and any(a.in_graph for a in event.arguments):
+            before = []  # cut off the graph: what it was made of gets no gradient from here
         # A scale of each sample has two values where there are two samples.
         before = [a for a in before if a.distinct * 4 > a.held.numel] or before
-        if current.producer is not None and current.producer.name in functions.SCALINGS:  # nor is a gate a code
+        if event is not None and event.name in functions.SCALINGS:  # nor is a gate a code
             before = [a for a in before if a.distinct == current.held.numel] or before
         line += reversed(before)
         sources += [] if before else current.held.sightings[:1]
@@ -211,9 +213,11 @@ def is_one_call(binary: Site, latent: Site) -> bool:
     return (binary.module, binary.call) == (latent.module, latent.call)
 
 
-def operands(trace: Trace) -> Iterator[tuple[Event, Sighting]]:
-    """The products of a trace, with each argument that may be an activation."""
+def operands(trace: Trace, module: str = "") -> Iterator[tuple[Event, Sighting]]:
+    """The products of a trace within a module, with each argument that may be an activation."""
     for event in trace.events:
+        if module and not f"{event.module}.".startswith(f"{module}."):
+            continue
         if event.name in functions.CONVOLUTIONS or event.name in functions.LAYERS:
             # The first tensor of it where the input is a tuple: a value with its scale (brevitas).
             first = [s for s in event.arguments if s.site.path[:2] in ((0, 0), (1, "input"))][:1]

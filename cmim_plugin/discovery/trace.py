@@ -154,6 +154,7 @@ class Event:
     """One torch function call.
 
     Attributes:
+        module: qualified name of the module whose forward called it.
         shapes: of all tensor arguments, parameters too.
         weighted: a parameter, or what requires a gradient, is among them.
         arguments, results: its tensors before and after the call, without parameters.
@@ -162,6 +163,7 @@ class Event:
 
     seq: int
     name: str
+    module: str
     shapes: list[torch.Size]
     weighted: bool
     arguments: list[Sighting]
@@ -272,7 +274,7 @@ class _Recorder(TorchFunctionMode):
         weighted = any(t.requires_grad or id(t) in self._parameters for t in tensors)
         seq, arguments = len(self.trace.sightings), self._see((args, kwargs), "argument", func, nth)
         equation = args[0] if args and isinstance(args[0], str) else ""
-        event = Event(seq, name, shapes, weighted, arguments, equation)
+        event = Event(seq, name, self._scopes[-1][0], shapes, weighted, arguments, equation)
         activations = [t for t in tensors if id(t) not in self._parameters]
         from_input = name not in SHAPE_ONLY and any(self._from_input[t] for t in activations)
         if self._twins and "drop" in name and "training" in kwargs:

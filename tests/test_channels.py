@@ -1,0 +1,115 @@
+"""The channels of a binary tensor are the dimension that its product contracts, whatever the lengths are."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cmim_plugin import find_binary_activations
+
+
+class Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.where(x >= 0, 1.0, -1.0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+sign = Sign.apply
+
+
+class Net(nn.Module):
+    """A trained layer and a norm, then ``function`` of this module and their activation, of 16 channels."""
+
+    def __init__(self, layer, norm, function):
+        super().__init__()
+        self.layer, self.norm, self.function = layer, norm, function
+        self.weight = nn.Parameter(0.1 * torch.randn(16, 16))
+        self.conv1, self.conv2, self.linear = nn.Conv1d(16, 16, 1), nn.Conv2d(16, 16, 1), nn.Linear(16, 16)
+        self.flat = nn.Linear(16 * 9, 4)
+
+    def forward(self, x):
+        return self.function(self, self.norm(self.layer(x)))
+
+
+def maps(function, width=16):
+    return Net(nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), function), torch.randn(4, 3, width, width)
+
+
+def signals(function, length=16):
+    return Net(nn.Conv1d(3, 16, 1), nn.BatchNorm1d(16), function), torch.randn(4, 3, length)
+
+
+def tokens(function, length=16):
+    return Net(nn.Linear(3, 16), nn.LayerNorm(16), function), torch.randn(4, length, 3)
+
+
+def shuffled(m, x):
+    return m.conv2(sign(x).unflatten(1, (4, 4)).transpose(1, 2).flatten(1, 2))
+
+
+def keys(m, x):
+    query, key = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in (x, x + 1))
+    return query @ sign(key.transpose(-2, -1))
+
+
+# Name -> network and input, and where the channels of its binary tensor are: 1 or -1 for the dimension, and how many.
+PRODUCTS = {
+    "einsum": (maps(lambda m, x: torch.einsum("bchw,oc->bohw", sign(x), m.weight)), 1, 16),
+    "einsum with dots": (tokens(lambda m, x: torch.einsum("...c,oc->...o", sign(x), m.weight)), -1, 16),
+    "einsum without a result": (tokens(lambda m, x: torch.einsum("bnc,co", sign(x), m.weight)), -1, 16),
+    "a permuted map": (maps(lambda m, x: m.conv2(sign(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))), -1, 16),
+    "a copied permutation": (
+        maps(lambda m, x: m.conv2(sign(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).clone())),
+        -1,
+        16,
+    ),
+    "a weight from the left": (signals(lambda m, x: m.weight @ sign(x)), 1, 16),
+    "a signal for a linear layer": (signals(lambda m, x: m.linear(sign(x).transpose(1, 2))), 1, 16),
+    "tokens for a convolution": (tokens(lambda m, x: m.conv1(sign(x).mT)), -1, 16),
+    "tokens as a map": (tokens(lambda m, x: m.conv2(sign(x).transpose(1, 2).reshape(4, 16, 4, 4))), -1, 16),
+    "a signal as a map": (signals(lambda m, x: m.conv2(sign(x).unsqueeze(2)), 20), 1, 16),
+    "joined heads": (tokens(lambda m, x: m.linear(sign(x.unflatten(-1, (4, 4))).flatten(2))), -1, 4),
+    "heads first": (
+        tokens(lambda m, x: m.linear(sign(x.unflatten(-1, (4, 4)).transpose(1, 2)).transpose(1, 2).flatten(2)), 4),
+        -1,
+        4,
+    ),
+    "a flattened map": (maps(lambda m, x: m.flat(sign(x).flatten(1)), 3), 1, 16),
+    "shuffled channels": (maps(shuffled), 1, 16),
+    "a padded, scaled slice": (maps(lambda m, x: m.conv2(0.5 * F.pad(sign(x), (1, 1, 1, 1))[..., 1:])), 1, 16),
+    "transposed keys": (tokens(keys, 9), 1, 16),
+}
+
+
+@pytest.mark.parametrize("made, dim, channels", PRODUCTS.values(), ids=PRODUCTS)
+def test_channels_are_what_the_product_contracts(made, dim, channels):
+    (found,) = find_binary_activations(*made)
+    assert found.tapped, found.reason
+    assert (found.channels, found.binary_layout.spatial is None) == (channels, dim == -1)
+
+
+def test_channels_that_are_neither_last_nor_next_to_the_batch_are_refused():
+    def frames(m, x):
+        return m.conv2(sign(x.transpose(1, 2)).flatten(0, 1))
+
+    video = Net(nn.Conv3d(3, 16, 1), nn.BatchNorm3d(16), frames)
+    (found,) = find_binary_activations(video, torch.randn(4, 3, 5, 8, 8))
+    assert found.reason == "its channels are dimension 2 of (4, 5, 16, 8, 8): neither the last nor next to the batch"
+
+
+@pytest.mark.parametrize("layer", [nn.GRU, nn.LSTM, nn.RNN])
+def test_codes_of_a_recurrent_layer_are_tapped(layer):
+    class Recurrent(Net):
+        def forward(self, x):
+            return self.function(sign(self.norm(self.layer(x))))[0]
+
+    model = Recurrent(nn.Linear(3, 16), nn.LayerNorm(16), layer(16, 8, batch_first=True))
+    (found,) = find_binary_activations(model, torch.randn(4, 7, 3))
+    assert (found.reason, found.channels) == (None, 16)
+    model.function = layer(16, 8)
+    (found,) = find_binary_activations(model, torch.randn(4, 7, 3))
+    assert "time, not the batch" in found.reason
