@@ -25,6 +25,7 @@ _mode_stack_length = getattr(torch._C, "_len_torch_function_stack", None)
 _pop_mode = getattr(torch._C, "_pop_torch_function_stack", None)
 _push_mode = getattr(torch._C, "_push_on_torch_function_stack", None)
 _will_execute = getattr(torch._C, "_will_engine_execute_node", None)
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
 _all_gather_single = getattr(dist, "all_gather_single", None)
 
 
@@ -156,3 +157,21 @@ def unseen() -> contextlib.AbstractContextManager[Any]:
     time in the dry run.
     """
     return getattr(torch._C, "DisableTorchFunction", contextlib.nullcontext)()
+
+
+def unrecorded() -> contextlib.AbstractContextManager[Any]:
+    """Operations called within are not recorded by selective activation checkpointing: when it recomputes, it would
+    return their results in the place of the model's own.
+
+    ``torch.utils.checkpoint._CachingTorchDispatchMode`` and ``torch.utils._python_dispatch._disable_current_modes`` are
+    in torch 2.6 to 2.14. Without them, nothing is done.
+    """
+    if torch.compiler.is_compiling() or _dispatch_modes is None or not _dispatch_modes():
+        return contextlib.nullcontext()
+    from torch.utils import _python_dispatch, checkpoint
+
+    recorder = getattr(checkpoint, "_CachingTorchDispatchMode", ())
+    modes: list[Any] = getattr(_python_dispatch, "_get_current_dispatch_mode_stack", list)()
+    if not any(isinstance(mode, recorder) for mode in modes):
+        return contextlib.nullcontext()
+    return getattr(_python_dispatch, "_disable_current_modes", contextlib.nullcontext)()

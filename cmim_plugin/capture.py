@@ -143,7 +143,7 @@ class Capture:
         thread = _thread()
         waiting = None if torch.compiler.is_compiling() else self._waiting.get(thread)
         # A pass in eval mode does not take the place of one in training mode that waits.
-        if waiting is not None and (started.training or not waiting.training):
+        if waiting is not None and (started.training or not waiting.training or waiting.backward.network_only):
             self.forget()  # now, for it holds the activations of its graph
         self.running[thread] = started
         self._forget_dead_threads()
@@ -231,7 +231,7 @@ class Capture:
             "enabled, before each cmim(model). (Not captured: a pass under torch.no_grad(), one that raised, one "
             "through model.forward(x) or a replica of nn.DataParallel, one of a model that was compiled and run before "
             "CMIM was attached (attach first, or call torch._dynamo.reset()), one of a model whose hooks other code "
-            "cleared (attach again).)"
+            "cleared (attach again), one before cmim.paused().)"
         )
 
     def _forget_dead_threads(self) -> None:
@@ -288,7 +288,8 @@ class _RootHook(_Hook):
         if not self.will_close():
             capture.forget()  # else cmim(model) would give the loss of an older pass
         elif capture.observer is not None or (torch.is_grad_enabled() and not _compat.is_no_training_step()):
-            capture.begin(module, args, kwargs or {}, self)
+            with _compat.unrecorded():
+                capture.begin(module, args, kwargs or {}, self)
 
     def _is_nested(self, running: Pass, module: nn.Module) -> bool:
         """Whether the forward that starts is called by the one whose pass is open."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from . import distributed
 from .errors import CMIMError, warn_once
-from .heads import Heads
+from .heads import Heads, grouped
 from .negatives import Queue
 from .objectives import count_negatives
 from .passes import Pair, Pass, Tap
@@ -151,12 +150,9 @@ class Contrast(nn.Module):
         """
         embedded = self.embed(captured, labels, mask)
         # Taps with as many rows and as full a queue are one call of the objective.
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for k, count in embedded.counts.items():
-            if count:
-                groups[count, self._queued(k)].append(k)
+        counted = [k for k, count in embedded.counts.items() if count]
         sums = []
-        for taps in groups.values():
+        for _, taps in grouped(counted, [(embedded.counts[k], self._queued(k)) for k in counted]):
             losses = self._losses(taps, *embedded.side_by_side(taps))
             layer_weights = torch.cat([self._layer_weights[k : k + 1] for k in taps])
             sums.append(losses.dot(layer_weights.to(losses.dtype)))
@@ -246,13 +242,13 @@ class Contrast(nn.Module):
                 found[tap.name] = {name: value for name, value in values if not value.isnan()}
         return found
 
-    def scalars(self, weight: float, all_taps: bool) -> dict[str, float]:
+    def scalars(self, weight: float | Tensor, all_taps: bool) -> dict[str, float]:
         """See :meth:`cmim_plugin.CMIM.scalars`."""
         metrics = self.metrics()
         known = [(metrics[t.name], w) for t, w in zip(self.taps, self.layer_weights, strict=True) if t.name in metrics]
         found = {}
         if known:
-            found["cmim/loss"] = weight * sum(w * float(m["loss"]) for m, w in known) / sum(w for _, w in known)
+            found["cmim/loss"] = float(weight) * sum(w * float(m["loss"]) for m, w in known) / sum(w for _, w in known)
         bounds = {name: float(m["bound"]) for name, m in metrics.items() if "bound" in m}
         if bounds:
             found |= {"cmim/bound": sum(bounds.values()) / len(bounds), "cmim/worst_bound": min(bounds.values())}
@@ -277,7 +273,8 @@ class Contrast(nn.Module):
             warn_once(
                 self,
                 f"{count} losses were asked for, and no gradient came back to the heads. Is cmim(model) part of what "
-                "backward() is called on?",
+                "backward() is called on? autograd.grad() and backward(inputs=...) leave the heads out: name "
+                "cmim.heads.weights among the inputs.",
             )
         bounds = [float(m["bound"]) for m in self.metrics().values() if "bound" in m]
         if count == _CHECK_HEADS_AT[-1] and bounds and max(bounds) < _LEAST_BOUND:
@@ -304,10 +301,11 @@ class Contrast(nn.Module):
 
 def _checked_labels(labels: Tensor, pair: Pair) -> Tensor:
     """Labels of the batch that the pair comes from."""
-    wanted = f"{pair.batch_size} integers, one a sample of the batch, or a map of them for each"
-    if pair.index is None:
-        wanted = f'{pair.batch_size} integers, one an image (instances="image")'
     if not _has_integers(labels, pair.batch_size) or (pair.index is None and labels.ndim > 1):
+        # Written here only: a size that is formatted is a constant to torch.compile.
+        wanted = f"{pair.batch_size} integers, one a sample of the batch, or a map of them for each"
+        if pair.index is None:
+            wanted = f'{pair.batch_size} integers, one an image (instances="image")'
         raise CMIMError(f"labels must be {wanted}; found {_described(labels)}.")
     return labels
 

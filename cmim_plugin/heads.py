@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -16,8 +15,20 @@ from .errors import CMIMError
 
 # Projections much shorter than this are not stretched to unit length: that would blow their gradient up.
 _SHORTEST = 1e-6
-# Adam's (Kingma and Ba 2015, arXiv 1412.6980). Epsilon is smaller: a small weight of the loss must not slow them down.
+# Adam's (Kingma and Ba 2015, arXiv 1412.6980). Epsilon is smaller, for the entries of a gradient of length 1 are small.
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-12
+
+
+def grouped(items: Iterable[int], keys: Iterable[Any]) -> list[tuple[Any, list[int]]]:
+    """Items of equal keys, in order. Not by a dict: a size that is hashed is a constant to torch.compile."""
+    groups: list[tuple[Any, list[int]]] = []
+    for item, key in zip(items, keys, strict=True):
+        same = next((group for known, group in groups if known == key), None)
+        if same is None:
+            groups.append((key, [item]))
+        else:
+            same.append(item)
+    return groups
 
 
 class Heads(nn.Module):
@@ -95,17 +106,15 @@ class Heads(nn.Module):
         weights = self.weights if weights is None else weights
         sides = [(rows[i][side], self._slices[tap][side]) for side in (0, 1) for i, tap in enumerate(taps)]
         # Sides with as many channels and rows are one batched product.
-        groups: dict[torch.Size, list[int]] = defaultdict(list)
-        for position, (x, _) in enumerate(sides):
-            groups[x.shape].append(position)
-        order = [position for group in groups.values() for position in group]
+        groups = grouped(range(len(sides)), [x.shape for x, _ in sides])
+        order = [position for _, group in groups for position in group]
         # The heads of the chosen sides, group by group, (their channels, D). index_select copies, and the graph keeps
         # the copy: a later step cannot change what a backward pass reads.
         chosen = weights.index_select(0, torch.cat([self._rows[sides[p][1]] for p in order]))
-        per_group = chosen.split([len(group) * width for (_, width), group in groups.items()])
+        per_group = chosen.split([len(group) * width for (_, width), group in groups])
         projected = []
         with torch.autocast(weights.device.type, enabled=False):
-            for ((_, width), group), of_group in zip(groups.items(), per_group, strict=True):
+            for ((_, width), group), of_group in zip(groups, per_group, strict=True):
                 x = torch.stack([sides[p][0] for p in group]).to(weights.dtype)
                 projected.append((x @ of_group.view(len(group), width, -1)).flatten(0, 1))
             z = torch.cat(projected)  # (rows of all sides, D), group by group
@@ -126,7 +135,8 @@ class Heads(nn.Module):
         """One step of Adam with the gradient that was left since the last one, which is then used up.
 
         A gradient that is zero, since no backward pass came, or not finite, since a GradScaler overflowed, is skipped.
-        The device decides that: the host waits for nothing. The scale of the gradient does not matter to Adam.
+        The device decides that: the host waits for nothing. The gradient is divided by its length, the sum of its
+        absolute values: Adam's moments would outlive a change of its scale, by a GradScaler or by the loss's weight.
         """
         if not self.lr:
             return
@@ -141,7 +151,7 @@ class Heads(nn.Module):
         size = torch.linalg.vector_norm(grad, 1)
         # size.fmod(size) is 0 for a finite number above zero; for 0, infinity and NaN it is NaN, and skip is 1.
         skip = size.fmod(size).nan_to_num(1.0).to(torch.float32)
-        adam_step(self.weights, grad, self.exp_avg, self.exp_avg_sq, self.steps, skip, self.lr)
+        adam_step(self.weights, grad, self.exp_avg, self.exp_avg_sq, self.steps, size.to(torch.float32), skip, self.lr)
         grad.zero_()
 
     def _become_leaf(self) -> None:
@@ -180,11 +190,18 @@ class Heads(nn.Module):
 
 
 # An operator, for torch.compile does not trace the fused kernel.
-@torch.library.custom_op("cmim_plugin::adam_step", mutates_args=("weights", "exp_avg", "exp_avg_sq", "steps"))
+@torch.library.custom_op("cmim_plugin::adam_step", mutates_args=("weights", "grad", "exp_avg", "exp_avg_sq", "steps"))
 def adam_step(
-    weights: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, steps: Tensor, skip: Tensor, lr: float
+    weights: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    steps: Tensor,
+    scale: Tensor,
+    skip: Tensor,
+    lr: float,
 ) -> None:
-    """One step of Adam in place, in one kernel; none where ``skip``, 0-d float32, is 1."""
+    """One step of Adam in place, in one kernel, with ``grad / scale``; none where ``skip``, 0-d float32, is 1."""
     adam(
         [weights],
         [grad],
@@ -193,6 +210,7 @@ def adam_step(
         [],
         [steps],
         fused=True,
+        grad_scale=scale,
         found_inf=skip,
         amsgrad=False,
         beta1=_BETA1,

@@ -202,7 +202,8 @@ class Pass:
         """Do something for a tap (None: for the pass). What goes wrong is kept, and the model goes on."""
         was_muted, self.muted = self.muted, True
         try:
-            action()
+            with _compat.unrecorded():
+                action()
         except Exception as error:
             why = str(error) if isinstance(error, CMIMError) else f"{type(error).__name__}: {error}"
             self.leave_out(tap, FAILED, why)

@@ -146,9 +146,11 @@ class BackwardRule:
     Attributes:
         one_pass_to: the graph node of a leaf, or None for no rule. The gradients of the contrast and of the network's
             loss must come to the leaf in one backward pass; where they come in two, the second raises CMIMError.
+        network_only: a backward pass came without the contrast: most likely the graph is used up.
     """
 
     one_pass_to: Any = None
+    network_only = False
 
     def ask_for_one_pass(self, x: Tensor) -> None:
         """From now on, to the first leaf that ``x`` was computed from."""
@@ -237,6 +239,7 @@ class AddSampledGradient:
                 "averages the gradients of the first only. Add the losses: (loss + cmim(model)).backward()."
             )
         if sampled is None:
+            self.rule.network_only = True
             return None
         if alone:
             grad = grad.contiguous() if grad.numel() > 1 else grad.clone()

@@ -135,7 +135,8 @@ class Reference:
         self.adam = torch.optim.Adam([self.weights], lr, eps=1e-12)
 
     def step(self, cmim: CMIM) -> None:
-        self.weights.grad = cmim.heads.weights.grad.detach().clone()
+        grad = cmim.heads.weights.grad.detach()
+        self.weights.grad = grad / grad.abs().sum().float()
         self.adam.step()
 
     def agrees(self, cmim: CMIM) -> None:
