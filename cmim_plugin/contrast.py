@@ -72,18 +72,33 @@ class Embedded:
     mask: Tensor | None
     counts: dict[int, int]
 
-    def of_all_ranks(self) -> Embedded:
-        """The same with the rows of all ranks, in the order that one process would have them in."""
-        given = [self.labels is not None, self.mask is not None]
-        told = distributed.counts_of_all([*self.counts.values(), *given], self.z.device)
-        counts = tuple(of_rank[:-2] for of_rank in told)
+    def of_all_ranks(self, taps: int, loads: int) -> Embedded:
+        """The same with the rows of all ranks, in the order that one process would have them in.
+
+        Args:
+            taps: how many there are in all.
+            loads: how often this rank loaded a state since all ranks started from one.
+
+        Raises:
+            CMIMError: on every rank, where some of them loaded a state and others did not.
+        """
+        given = [self.labels is not None, self.mask is not None, loads]
+        # As many numbers on each rank, whatever taps it contrasts.
+        own = [*self.counts.values(), *[0] * (taps - len(self.counts)), *given]
+        told = distributed.counts_of_all(own, self.z.device)
+        if len({of_rank[-1] for of_rank in told}) > 1:
+            raise CMIMError(
+                "The ranks do not have the same state: load cmim's state_dict on every rank. Loads on rank 0, 1, ...: "
+                f"{[of_rank[-1] for of_rank in told]}."
+            )
+        counts = tuple(of_rank[: len(self.counts)] for of_rank in told)
         z = distributed.gather(self.z.transpose(0, 1), counts).transpose(0, 1)
         # A rank may have neither where others have: a model gets no attention_mask for a batch without padding.
         labels = mask = None
-        if any(of_rank[-2] for of_rank in told):
+        if any(of_rank[-3] for of_rank in told):
             labels = self.labels if self.labels is not None else self.z.new_full(self.z.shape[1:2], -1)
             labels = distributed.gather(labels.to(torch.int64), counts)
-        if any(of_rank[-1] for of_rank in told):
+        if any(of_rank[-2] for of_rank in told):
             mask = self.mask if self.mask is not None else self.z.new_ones(self.z.shape[1:2])
             mask = distributed.gather(mask.to(torch.uint8), counts).bool()
         return Embedded(z, labels, mask, {k: sum(of_tap) for k, *of_tap in zip(self.counts, *counts, strict=True)})
@@ -133,8 +148,8 @@ class Contrast(nn.Module):
         self.register_buffer("_layer_weights", weights, persistent=False)
         # The metrics of a loaded state, until there are new ones.
         self.register_buffer("_loaded", torch.full((len(taps), 2), math.nan, dtype=torch.float32, device="cpu"))
-        #: A state was loaded.
-        self.was_loaded = False
+        #: How often a state was loaded, and how often since all ranks started from one state.
+        self.loads = self.loads_since_sync = 0
         #: Tap -> where its last loss is.
         self.last: dict[int, tuple[Losses, int]] = {}
         self._steps = 0
@@ -170,7 +185,7 @@ class Contrast(nn.Module):
             tap = self.taps[0]
             nothing = weights.new_zeros(0, tap.channels), weights.new_zeros(0, tap.latent_channels)
             embedded = Embedded(self.heads([0], [nothing], weights), None, None, dict.fromkeys(captured.scheduled, 0))
-            return embedded.of_all_ranks() if together else embedded
+            return embedded.of_all_ranks(len(self.taps), self.loads_since_sync) if together else embedded
         first = next(iter(pairs.values()))
         if labels is not None:
             labels = _checked_labels(labels, first).to(weights.device)
@@ -182,7 +197,7 @@ class Contrast(nn.Module):
         z = self.heads(list(pairs), [pair.sides for pair in pairs.values()], weights)
         counts = {k: len(pairs[k].sides[0]) if k in pairs else 0 for k in captured.scheduled}
         embedded = Embedded(z, labels, mask, counts)
-        return embedded.of_all_ranks() if together else embedded
+        return embedded.of_all_ranks(len(self.taps), self.loads_since_sync) if together else embedded
 
     def _warn_of_unmasked(self, pairs: dict[int, Pair], mask: Tensor) -> None:
         for k, pair in pairs.items():
@@ -256,7 +271,7 @@ class Contrast(nn.Module):
 
     def tell_of_new_heads(self) -> None:
         """Warn where the model resumes from a state and the heads do not."""
-        if not self.was_loaded:
+        if not self.loads:
             warn_once(
                 self,
                 "The model loaded a state_dict, this CMIM did not: its heads start anew. To resume exactly, save "
@@ -293,7 +308,8 @@ class Contrast(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self.last.clear()
-        self.was_loaded = True
+        self.loads += 1
+        self.loads_since_sync += 1
 
 
 # -- what is given for samples or positions, for each row ------------------------------------------------------------

@@ -210,9 +210,9 @@ class CMIM(nn.Module):
     def _sync(self) -> None:
         """Start from the state of rank 0, as soon as there are several ranks."""
         if not self._synced and distributed.ranks() > 1:
-            was_loaded = self.contrast.was_loaded
+            loads = self.contrast.loads
             distributed.start_alike(self, self.heads.weights.device)
-            self._synced, self.contrast.was_loaded = True, was_loaded
+            self._synced, self.contrast.loads, self.contrast.loads_since_sync = True, loads, 0
 
     # -- figures -------------------------------------------------------------------------------------------------
 

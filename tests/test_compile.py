@@ -212,6 +212,25 @@ def test_a_compiled_loss_is_not_compiled_again_for_each_size_of_batch():
     assert graphs() == 0
 
 
+@pytest.mark.parametrize("instances", ["position", "image"])
+@pytest.mark.parametrize("labelled", [False, True], ids=["", "labels"])
+def test_a_compiled_step_is_not_compiled_again_for_each_size_of_batch(instances, labelled):
+    torch._dynamo.reset()
+    model, cmim = attached(num_positions=16, instances=instances)
+
+    @torch.compile(backend="eager")
+    def loss(x, y):
+        return model(x).sum() + cmim(model, labels=y if labelled else None)
+
+    y = torch.tensor([0, 1, 2, 0, 1, 2])
+    for size in (6, 6, 5, 6, 4):
+        loss(X[:size], y[:size]).backward()
+    counters.clear()
+    for size in (3, 6, 2):
+        loss(X[:size], y[:size]).backward()
+    assert graphs() == 0
+
+
 def test_a_compiled_forward_without_gradients_leaves_the_pass_that_waits():
     model, cmim = attached()
     compiled = torch.compile(model, backend="eager")

@@ -84,6 +84,13 @@ def test_ranks_that_trained_alone_agree_from_the_second_step_together(ranks):
         assert all(torch.equal(w, v) for w, v in zip(other["weights"], first["weights"], strict=True))
 
 
+def test_a_state_that_some_ranks_did_not_load_is_refused_on_all_of_them(ranks):
+    for rank in ranks:
+        said = rank["loaded on the first"]
+        assert "load cmim's state_dict on every rank" in said
+        assert str([1] + [0] * (len(ranks) - 1)) in said
+
+
 def test_two_backward_passes_are_refused_where_the_second_one_would_not_be_averaged(ranks):
     for rank in ranks:
         said = rank["two backward passes"]

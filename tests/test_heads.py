@@ -425,6 +425,19 @@ def test_heads_whose_weight_was_zero_until_now_are_not_told():
     assert warned == []
 
 
+def test_the_scale_of_the_loss_and_changes_of_it_do_not_matter_to_the_heads():
+    trained = []
+    for scales in ([1.0] * 6, [2.0**16, 2.0**16, 2.0**12, 1.0, 1e-3, 1e-3]):
+        model = network()
+        cmim = CMIM(model, X)
+        for scale in scales:
+            model(X)
+            (scale * cmim(model)).backward()
+        cmim.heads.step()
+        trained.append(cmim.heads.weights.detach())
+    torch.testing.assert_close(*trained, rtol=1e-5, atol=1e-6)
+
+
 def test_a_bound_that_is_zero_after_a_thousand_losses_is_told_once():
     warned = losses(1010, 1, same_codes=True)
     assert len(warned) == 1 and "After 1000 losses the bound of every tap is still zero" in warned[0]

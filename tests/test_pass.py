@@ -421,6 +421,14 @@ def test_a_copy_outlives_the_original_which_the_plug_in_does_not_keep_alive():
 # -- what was forgotten is told ------------------------------------------------------------------------------------
 
 
+def test_a_pass_in_eval_mode_takes_the_place_of_one_whose_loss_nobody_asked_for():
+    model = network()
+    cmim = CMIM(model, X)
+    model(X).sum().backward()  # warming up without CMIM
+    model.eval()  # to keep BatchNorm as it is
+    (model(X).sum() + cmim(model)).backward()
+
+
 def test_passes_without_a_loss_are_told_once_after_a_hundred():
     model = network()
     cmim = CMIM(model, X)

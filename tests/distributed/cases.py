@@ -246,6 +246,20 @@ def train_with_other_ways(rank: int, world: int, taps_per_step: int | None) -> d
     return {"losses": losses, "heads": cmim.heads.weights.detach(), "taps": len(cmim.metrics)}
 
 
+def load_on_the_first_rank_alone(rank: int) -> str:
+    """What the loss says then, with a state that contrasts all taps."""
+    model, cmim = attached("some taps", rank)
+    state = cmim.state_dict() | {"schedule._all_taps": torch.tensor(1)}
+    if rank == 0:
+        cmim.load_state_dict(state)
+    model(batch(0)[0])
+    try:
+        cmim(model)
+    except CMIMError as error:
+        return str(error)
+    return ""
+
+
 def main(out: Path) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
@@ -264,6 +278,7 @@ def main(out: Path) -> None:
         results[f"sharded {name}"] = train(name, *attached(name, rank), rank, world, shard=True)
     results["wrapped together"] = train_wrapped_together(rank, world)
     results["published"] = train_published(rank, world)
+    results["loaded on the first"] = load_on_the_first_rank_alone(rank)
     results["two backward passes"] = two_backward_passes(rank, world)
     results["other ways"] = train_with_other_ways(rank, world, None)
     results["other ways, one tap a step"] = train_with_other_ways(rank, world, 1)

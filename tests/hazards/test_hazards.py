@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import re
 import warnings
@@ -22,7 +23,12 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
 
 from cmim_plugin import CMIM, CMIMError, CMIMWarning, InfoNCE
 from hazards.nets import Activations, Binary, batch, equal, gradients, hooks_on, network
@@ -104,6 +110,34 @@ def test_reentrant_checkpointing_switched_on_later_is_refused(inside):
         cmim(model)
     model.reentrant = False
     assert works_as_if_new(model, cmim, (reference, CMIM(reference, X)))
+
+
+def all_but_norms(context, operation, *args, **kwargs):
+    recompute = operation == torch.ops.aten.native_group_norm.default
+    return CheckpointPolicy.PREFER_RECOMPUTE if recompute else CheckpointPolicy.MUST_SAVE
+
+
+@each_way
+def test_selective_checkpointing_saves_nothing_of_ours(inside):
+    class Shifted(Checkpointed):
+        def shifted(self, x):
+            for layer in self.body[1:]:
+                x = layer(x * 1.5 + 0.1)
+            return x
+
+        def forward(self, x):
+            x = self.body[0](x)
+            contexts = functools.partial(create_selective_checkpoint_contexts, all_but_norms)
+            selective = {"use_reentrant": False, "context_fn": contexts}
+            return self.shifted(x) if self.reentrant is None else checkpoint(self.shifted, x, **selective)
+
+    torch.manual_seed(0)
+    model, reference = Shifted(inside, reentrant=False), Shifted(inside, reentrant=None)
+    reference.load_state_dict(model.state_dict())
+    cmim, plain = CMIM(model, X), CMIM(reference, X)
+    step(model, cmim).backward()
+    step(reference, plain).backward()
+    assert equal(gradients(model, cmim), gradients(reference, plain))
 
 
 @pytest.mark.parametrize(
