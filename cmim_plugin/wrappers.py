@@ -48,8 +48,8 @@ def path_to(own: nn.Module | None, model: nn.Module) -> list[nn.Module]:
     if path is None:
         raise CMIMError(
             f"This CMIM is attached to another model than the {type(model).__name__} passed in: pass the model that "
-            "you attached to. A copy (copy.deepcopy, an EMA) is a plain model: attach a CMIM of its own to train it, or "
-            "to look into it with the state_dict of this one."
+            "you attached to. A copy (copy.deepcopy, an EMA) is a plain model: attach a CMIM of its own to train it, "
+            "or to look into it with the state_dict of this one."
         )
     return path
 
