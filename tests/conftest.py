@@ -1,5 +1,6 @@
 """What every test starts from: one seed, one thread, no window."""
 
+import gc
 import os
 
 import hypothesis
@@ -20,6 +21,12 @@ hypothesis.settings.load_profile("cmim")
 
 def pytest_addoption(parser):
     parser.addoption("--timm-record", help="where a whole sweep over timm's families leaves its result, a JSON file")
+
+
+def pytest_collection_finish():
+    """The garbage collector leaves out what was imported until now. Many tests collect, some of them many times."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
