@@ -165,7 +165,7 @@ class Contrast(nn.Module):
         """
         embedded = self.embed(captured, labels, mask)
         # Taps with as many rows and as full a queue are one call of the objective.
-        counted = [k for k, count in embedded.counts.items() if count]
+        counted = [k for k, count in embedded.counts.items() if count > 0]
         sums = []
         for _, taps in grouped(counted, [(embedded.counts[k], self._queued(k)) for k in counted]):
             losses = self._losses(taps, *embedded.side_by_side(taps))

@@ -23,11 +23,12 @@ def grouped(items: Iterable[int], keys: Iterable[Any]) -> list[tuple[Any, list[i
     """Items of equal keys, in order. Not by a dict: a size that is hashed is a constant to torch.compile."""
     groups: list[tuple[Any, list[int]]] = []
     for item, key in zip(items, keys, strict=True):
-        same = next((group for known, group in groups if known == key), None)
-        if same is None:
-            groups.append((key, [item]))
+        for known, group in groups:
+            if known == key:
+                group.append(item)
+                break
         else:
-            same.append(item)
+            groups.append((key, [item]))
     return groups
 
 

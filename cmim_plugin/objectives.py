@@ -207,7 +207,7 @@ def _check(
             "z_b and z_f must both be (..., instances, dimensions), row i of one belonging to row i of the other; "
             f"found {tuple(z_b.shape)} and {tuple(z_f.shape)}."
         )
-    if not z_b.shape[-2]:
+    if z_b.shape[-2] == 0:
         raise CMIMError("z_b and z_f are empty: there is no instance to contrast.")
     dtypes = {z_b.dtype, z_f.dtype}
     if not all(dtype.is_floating_point for dtype in dtypes) or (torch.float64 in dtypes and len(dtypes) > 1):
