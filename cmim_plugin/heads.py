@@ -149,10 +149,10 @@ class Heads(nn.Module):
             grad = grad.detach().clone()
             with torch.inference_mode(False):  # state_dict() may be called in inference mode
                 self.weights.grad = torch.zeros_like(self.weights)
-        size = torch.linalg.vector_norm(grad, 1)
+        size = torch.linalg.vector_norm(grad, 1).to(torch.float32)
         # size.fmod(size) is 0 for a finite number above zero; for 0, infinity and NaN it is NaN, and skip is 1.
-        skip = size.fmod(size).nan_to_num(1.0).to(torch.float32)
-        adam_step(self.weights, grad, self.exp_avg, self.exp_avg_sq, self.steps, size.to(torch.float32), skip, self.lr)
+        skip = size.fmod(size).nan_to_num(1.0)
+        adam_step(self.weights, grad, self.exp_avg, self.exp_avg_sq, self.steps, size, skip, self.lr)
         grad.zero_()
 
     def _become_leaf(self) -> None:

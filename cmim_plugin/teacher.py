@@ -16,6 +16,7 @@ from .discovery.inputs import as_inputs
 from .discovery.trace import Sighting, Trace, record
 from .errors import CMIMError, warn_once
 from .passes import BINARY, LATENT, Pass, Tap
+from .wrappers import unwrapped
 
 
 class Teacher:
@@ -38,7 +39,7 @@ class Teacher:
     def __init__(
         self, model: nn.Module, example_input: Any, taps: tuple[Tap, ...], modules: Mapping[str, str] | None
     ) -> None:
-        self.model = model.eval()
+        self.model = model = unwrapped(model).eval()
         names = {tap.name: (modules or {}).get(tap.name, tap.module) for tap in taps}
         unknown = sorted(set(modules or ()) - names.keys())
         if unknown:
@@ -84,7 +85,7 @@ class Teacher:
             if calls[k] in (0, self.sites[k].call):
                 for key in self.sites[k].path:
                     tree = tree[key]
-                seen[k] = tree
+                seen[k] = tree.clone()  # what follows may write into it
             calls[k] += 1
 
         handles = []
@@ -134,13 +135,15 @@ def _in_place_of(tap: Tap, module: str, trace: Trace) -> Sighting | None:
     if products:
         number = 0 if len(products) == 1 else tap.product
         received = products[number].held.sightings if number < len(products) else []
-        found = next((s for s in received if s.site.kind in ("input", "output")), None)
+        # The last one before the product: an earlier one may be written over, which an example of zeros does not show.
+        before = [s for s in received if s.site.kind in ("input", "output") and s.seq <= products[number].seq]
+        found = before[-1] if before else None
         if found is None:
             raise CMIMError(
                 f"The teacher's module {module!r} has nothing in the place of tap {tap.name}: product {number} of its "
                 f"{len(products)} convolutions and matrix products is missing, or receives what no module is given or "
-                "returns. Name another module with teacher_modules={tap name: teacher module name}: its output is "
-                "taken where it is no layer."
+                "returns. Name another module with teacher_modules={tap name: teacher module name} (its output is "
+                "taken where it is no layer), or leave the tap out with taps=."
             )
         return found
     outputs = [s for s in trace.sightings if (s.site.module, s.site.kind) == (module, "output")]

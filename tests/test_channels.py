@@ -29,7 +29,8 @@ class Net(nn.Module):
         self.layer, self.norm, self.function = layer, norm, function
         self.weight = nn.Parameter(0.1 * torch.randn(16, 16))
         self.conv1, self.conv2, self.linear = nn.Conv1d(16, 16, 1), nn.Conv2d(16, 16, 1), nn.Linear(16, 16)
-        self.flat = nn.Linear(16 * 9, 4)
+        self.flat, self.wide, self.patches = nn.Linear(16 * 9, 4), nn.Linear(32, 4), nn.Linear(64, 4)
+        self.deep, self.conv3 = nn.Conv2d(32, 4, 1), nn.Conv3d(16, 4, 1)
 
     def forward(self, x):
         return self.function(self, self.norm(self.layer(x)))
@@ -45,6 +46,10 @@ def signals(function, length=16):
 
 def tokens(function, length=16):
     return Net(nn.Linear(3, 16), nn.LayerNorm(16), function), torch.randn(4, length, 3)
+
+
+def vectors(function):
+    return Net(nn.Linear(3, 16), nn.LayerNorm(16), function), torch.randn(4, 3)
 
 
 def shuffled(m, x):
@@ -78,6 +83,34 @@ PRODUCTS = {
         -1,
         4,
     ),
+    "steps joined": (tokens(lambda m, x: m.wide(sign(x).reshape(4, 5, 32)), 10), -1, 16),
+    "patches joined": (
+        maps(
+            lambda m, x: m.patches(
+                sign(x.permute(0, 2, 3, 1)).reshape(4, 7, 2, 7, 2, 16).permute(0, 1, 3, 2, 4, 5).flatten(3)
+            ),
+            14,
+        ),
+        -1,
+        16,
+    ),
+    "space to depth": (
+        maps(lambda m, x: m.deep(sign(x).view(4, 16, 8, 4, 2).permute(0, 1, 4, 2, 3).reshape(4, 32, 8, 4)), 8),
+        1,
+        16,
+    ),
+    "windows by hand": (
+        maps(lambda m, x: m.flat(sign(x).unfold(2, 3, 1).unfold(3, 3, 1).permute(0, 2, 3, 1, 4, 5).flatten(3)), 8),
+        1,
+        16,
+    ),
+    "a stack of codes": (
+        maps(lambda m, x: m.conv3(torch.stack([sign(x), sign(x)], 2)), 8),
+        1,
+        16,
+    ),
+    "einsum of a list": (tokens(lambda m, x: torch.einsum("bnc,oc->bno", [sign(x), m.weight]), 10), -1, 16),
+    "a matrix that joins samples": (vectors(lambda m, x: torch.ones(4, 4) @ sign(x)), -1, 16),
     "a flattened map": (maps(lambda m, x: m.flat(sign(x).flatten(1)), 3), 1, 16),
     "shuffled channels": (maps(shuffled), 1, 16),
     "a padded, scaled slice": (maps(lambda m, x: m.conv2(0.5 * F.pad(sign(x), (1, 1, 1, 1))[..., 1:])), 1, 16),
@@ -113,3 +146,14 @@ def test_codes_of_a_recurrent_layer_are_tapped(layer):
     model.function = layer(16, 8)
     (found,) = find_binary_activations(model, torch.randn(4, 7, 3))
     assert "time, not the batch" in found.reason
+
+
+def test_a_long_way_from_the_product_is_followed_back():
+    def far(m, x):
+        x = sign(x)
+        for _ in range(1500):
+            x = x.unsqueeze(1).squeeze(1)
+        return m.linear(x)
+
+    (found,) = find_binary_activations(*tokens(far))
+    assert (found.reason, found.channels) == (None, 16)

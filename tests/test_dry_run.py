@@ -1147,3 +1147,9 @@ def test_regions_keep_the_numbers_of_their_images():
     seen, regions = [], torch.cat([torch.arange(8.0).repeat(2)[:, None], 50 * torch.rand(16, 4)], 1)
     assert len(tapped(Of(forward, net=net()), (torch.randn(8, 3, 8, 8), regions))) == 2
     assert all(torch.equal(numbers, regions[:, 0]) for numbers in seen)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(6, 6).triu(1).bool(), torch.ones(6, 6, dtype=torch.uint16)])
+def test_masks_of_any_type_beside_the_samples_are_taken(mask):
+    model = Of(lambda m, x, mask: m.encoder(x).sum() + mask.sum(), encoder=encoder())
+    assert tapped(model, (torch.randn(8, 8), mask)) == ["encoder.2"]

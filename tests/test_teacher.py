@@ -43,7 +43,7 @@ def test_a_teacher_matched_by_name_stands_in_for_the_latents_and_stays_as_it_was
     before = copy.deepcopy(other.state_dict())
     cmim = CMIM(model, X, teacher=other, instances=instances)
     assert [(tap.channels, tap.latent_channels) for tap in cmim.taps] == [(4, 8), (4, 8)]
-    assert "a_B against the teacher's output" in str(cmim)
+    assert "a_B against the teacher's" in str(cmim)
     loss = a_loss(model, cmim)
     loss.backward()
     assert loss.item() > 0 and model.conv1.weight.grad.any()
@@ -271,6 +271,35 @@ def test_what_stands_in_for_a_latent_is_what_the_teachers_product_receives(build
     for k, activation in enumerate(seen):
         assert torch.equal(captured.pairs[k].rows[1], activation.permute(0, 2, 3, 1).flatten(0, 2))
     assert cmim(model).isfinite()
+
+
+def test_what_the_teacher_overwrites_later_is_contrasted_as_its_product_received_it():
+    class Block(nn.Module):
+        def __init__(self, activation):
+            super().__init__()
+            self.conv, self.activation = nn.Conv2d(4, 4, 1), activation
+
+        def forward(self, x):
+            x = self.activation(x)
+            received.append(x.detach().clone())
+            y = self.conv(x)
+            return x.add_(y) if self.activation is torch.relu else x + y
+
+    received = []
+    model, other = of(Block(Binary().forward)), of(Block(torch.relu))
+    cmim = CMIM(model, X, teacher=nn.DataParallel(other), num_positions=10**4)
+    received.clear()
+    model(X)
+    (captured,) = cmim._capture._waiting.values()
+    assert torch.equal(captured.pairs[0].rows[1], received[0].permute(0, 2, 3, 1).flatten(0, 2))
+
+
+def test_a_teacher_may_draw_random_numbers():
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return torch.relu(x + 0.1 * torch.randn_like(x))
+
+    assert CMIM(of(Binary(), nn.Conv2d(4, 4, 1)), X, teacher=of(Noisy(), nn.Conv2d(4, 4, 1))).taps
 
 
 def test_a_teacher_that_is_binary_itself_is_told():

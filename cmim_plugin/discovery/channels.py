@@ -7,6 +7,7 @@ followed back, call by call, to the binary tensor. Lengths tell nothing: there m
 from __future__ import annotations
 
 from itertools import accumulate
+from math import prod
 
 import torch
 
@@ -24,13 +25,13 @@ def spatial_dims(source: Sighting, consumer: Event, operand: Sighting) -> tuple[
     if consumer.name in functions.CONVOLUTIONS and len(operand.held.shape) == 1 + functions.CONVOLUTIONS[consumer.name]:
         return None, "the convolution receives a single sample, without a batch dimension"
     contracted = _contracted(consumer, operand)
-    dims = _followed(operand, source, contracted, set())
-    if dims is None:  # a function in between hides what it does
+    dims = _followed(operand, source, contracted)
+    if dims is None:  # a function in between hides what it does: a guess
         dims = contracted if last == len(operand.held.shape) - 1 else {last}
     dims = dims - {0} or dims  # samples folded into groups
     if last > 1 and dims == set(range(1, last + 1)):
         return last - 1, None  # a map that was flattened for a linear layer
-    if last in dims:
+    if last in dims or dims == {0}:  # of a matrix that joins samples, as a graph's, the features are last
         return None, None
     if dims == set(range(1, max(dims) + 1)):
         return last - max(dims), None
@@ -56,13 +57,13 @@ def _is_transposed_key(consumer: Event, operand: Sighting) -> bool:
 
 def _contracted(consumer: Event, operand: Sighting) -> set[int]:
     """The dimensions of an operand that the product sums over."""
-    shape, name = operand.held.shape, consumer.name
+    shape, name, path = operand.held.shape, consumer.name, operand.site.path
     last = len(shape) - 1
     if name in functions.CONVOLUTIONS:
         return {1}
     if name == "einsum" and consumer.equation:
         terms, _, result = consumer.equation.replace(" ", "").partition("->")
-        before, _, after = terms.split(",")[operand.site.path[-1] - 1].partition("...")
+        before, _, after = terms.split(",")[path[-1] - (len(path) == 2)].partition("...")
         letters = [*enumerate(before), *enumerate(after, len(shape) - len(after))]
         kept = result or [letter for letter in terms if terms.count(letter) == 1]
         return {dim for dim, letter in letters if letter not in kept} or {last}
@@ -74,16 +75,21 @@ def _contracted(consumer: Event, operand: Sighting) -> set[int]:
     return {last}
 
 
-def _followed(sighting: Sighting, source: Sighting, dims: set[int], seen: set[int]) -> set[int] | None:
+def _followed(operand: Sighting, source: Sighting, dims: set[int]) -> set[int] | None:
     """Which dimensions of the source those of a later tensor are, None where a call on the way hides it."""
-    if sighting.held is source.held:
-        return dims
-    seen.add(id(sighting.held))
-    for argument in sighting.given():
-        before = _before(sighting, argument, dims) if id(argument.held) not in seen else None
-        found = _followed(argument, source, before, seen) if before else None
-        if found:
-            return found
+    line, seen = [(operand, dims)], {id(operand.held)}
+    while line:
+        current, dims = line.pop()
+        if current.held is source.held:
+            return dims
+        for argument in reversed(current.given()):
+            # What was there before the source was not made of it.
+            if argument.held.sightings[0].seq < source.seq or id(argument.held) in seen:
+                continue
+            before = _before(current, argument, dims)
+            if before:
+                seen.add(id(argument.held))
+                line.append((argument, before))
     return None
 
 
@@ -92,13 +98,15 @@ def _before(result: Sighting, argument: Sighting, dims: set[int]) -> set[int] | 
     name = result.producer.name if result.producer else ""
     old, new = argument.held.shape, result.held.shape
     if name in functions.RESHAPES and old.numel() == new.numel():
-        # Those that count the same elements, in the order that both share.
+        # Those that count the same elements, in the order that both share. One of which only a factor is among them
+        # was split: pixels or time steps that were put side by side. It counts where no other does.
         steps, new_steps = _steps(old), _steps(new)
-        return {
-            d
+        shared = {
+            d: prod(max(1, min(steps[d] * n, new_steps[i] * new[i]) // max(steps[d], new_steps[i])) for i in dims)
             for d, n in enumerate(old)
-            if n > 1 and any(steps[d] < new_steps[i] * new[i] and new_steps[i] < steps[d] * n for i in dims)
         }
+        whole = {d for d, n in enumerate(old) if shared[d] == n > 1}
+        return whole or {d for d in shared if shared[d] > 1}
     if name in functions.REORDERS or (name in functions.SELECTIONS and len(old) != len(new)):
         # Views: a dimension keeps its length and its stride.
         kept = [*zip(old, argument.strides, strict=True)]
@@ -106,6 +114,12 @@ def _before(result: Sighting, argument: Sighting, dims: set[int]) -> set[int] | 
         return {kept.index(dim) for dim in moved} if all(kept.count(dim) == 1 for dim in moved) else None
     if name == "unfold" and len(old) > len(new):  # blocks of a map
         return dims if dims == {1} else None
+    if name == "unfold" and len(old) < len(new):  # windows of one dimension, last
+        return {i for i in dims if i < len(old)}
+    if name == "stack":
+        places = [d for d in range(len(new)) if (*new[:d], *new[d + 1 :]) == (*old,)]
+        found = {frozenset(i - (i > d) for i in dims if i != d) for d in places}
+        return set(found.pop()) if len(found) == 1 else None
     return dims if len(old) == len(new) else None
 
 

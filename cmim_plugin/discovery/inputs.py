@@ -160,7 +160,8 @@ def points_into_batch(inputs: Inputs, source: BatchSource, samples: int) -> bool
     """
     size = source.of(*inputs) or 0
     others = [t for path, t in tensors_in(inputs) if path not in dict(source.places) and is_strided(t)]
-    return any(bool(((t >= samples) & (t < size) & (t == t.round())).any()) for t in others if not t.is_complex())
+    numbers = [t.double() for t in others if not t.is_complex()]
+    return any(bool(((t >= samples) & (t < size) & (t == t.round())).any()) for t in numbers)
 
 
 def varied(inputs: Inputs, seed: int, source: BatchSource | None = None) -> Inputs:

@@ -107,7 +107,8 @@ def cheapest(binaries: Sequence[Sighting], latents: Sequence[Sighting], module: 
     """Where to pick a_B and a_F up. Best are two sites in one call of a module, or two inputs and outputs of modules;
     among those, as few function calls as can be; then sites of the module that binarizes.
 
-    Two calls are a risk: a layer that is skipped shifts the count of function calls on one side only.
+    Two sides that are picked up in two calls may not belong together: a layer that is skipped shifts the count of
+    function calls on one side only.
     """
 
     def cost(pair: tuple[Sighting, Sighting]) -> tuple[Any, ...]:

@@ -297,8 +297,10 @@ class _Recorder(TorchFunctionMode):
     def _drawn(self, numbers: Tensor) -> None:
         """Single random numbers are noted; of many, the last two samples get the same where they are equal."""
         self.trace.draws_scalars |= numbers.numel() == 1
+        if not self._twins:
+            return
         rows, rest = divmod(len(numbers) if numbers.ndim else 0, self.trace.batch)
-        if self._twins and rows and not rest and numbers.is_floating_point():  # not a permutation
+        if rows and not rest and numbers.is_floating_point():  # not a permutation
             with _compat.unseen():
                 numbers.data[-rows:] = numbers.data[-2 * rows : -rows].clone()
 
