@@ -23,8 +23,9 @@ def pytest_addoption(parser):
     parser.addoption("--timm-record", help="where a whole sweep over timm's families leaves its result, a JSON file")
 
 
-def pytest_collection_finish():
-    """The garbage collector leaves out what was imported until now. Many tests collect, some of them many times."""
+@pytest.fixture(scope="module", autouse=True)
+def few_objects() -> None:
+    """The garbage collector leaves out what was there before these tests. Some of them collect many times."""
     gc.collect()
     gc.freeze()
 
