@@ -212,7 +212,7 @@ def test_a_compiled_loss_is_not_compiled_again_for_each_size_of_batch():
     assert graphs() == 0
 
 
-@pytest.mark.parametrize("instances", ["position", "image"])
+@pytest.mark.parametrize("instances", ["image", pytest.param("position", marks=pytest.mark.slow)])
 def test_a_compiled_step_with_labels_is_not_compiled_again_for_each_size_of_batch(instances):
     torch._dynamo.reset()
     model, cmim = attached(num_positions=16, instances=instances)
