@@ -397,7 +397,8 @@ def table(records: list[dict[str, Any]], value: str, device: str, arms: Sequence
                 cells.append("{:.3f} ({:.3f} to {:.3f})".format(found["ratio"], *found["interval"]))
         lines.append(f"| {' | '.join(cells)} |")
     last = records[-1]
-    note = f"{last['device']}, torch {last['versions']['torch']}, {last['date'][:10]}, commit {last['commit']}."
+    commits = ", ".join(dict.fromkeys(record["commit"] for record in records))
+    note = f"{last['device']}, torch {last['versions']['torch']}, {last['date'][:10]}, commit {commits}."
     return "\n".join([*lines, "", note])
 
 
