@@ -27,6 +27,7 @@ from .discovery.inputs import is_strided, positional_names
 from .errors import CMIMError, CMIMWarning, warn_once
 from .passes import BINARY, LATENT, Call, Pass, Pickup, Tap, current_error
 from .sampling import Schedule
+from .teacher import Teacher
 
 # After this number of training passes in a row without a loss we warn. (An adversarial attack takes dozens.)
 _FORGOTTEN = 100
@@ -48,7 +49,7 @@ class Capture:
         batch_source: where the number of samples is read off the model's inputs.
         observer: called with the pass, the tap and a_B as a whole. With it every pass is captured, in eval mode and
             without gradients too.
-        run_first: called with the pass and the inputs of the model, before the model runs.
+        teacher: runs on the inputs of the model, before the model does.
 
     Attributes:
         unasked: passes that were captured since a loss was asked for.
@@ -64,13 +65,13 @@ class Capture:
         schedule: Schedule,
         batch_source: BatchSource | None,
         observer: Callable[[Pass, int, Tensor], None] | None = None,
-        run_first: Callable[[Pass, tuple[Any, ...], dict[str, Any]], None] | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self.taps = taps
         self.schedule = schedule
         self.batch_source = batch_source
         self.observer = observer
-        self.run_first = run_first
+        self.teacher = teacher
         self.unasked = 0
         self.attached = False
         self.removed = False
@@ -147,9 +148,8 @@ class Capture:
             self.forget()  # now, for it holds the activations of its graph
         self.running[thread] = started
         self._forget_dead_threads()
-        run_first = self.run_first
-        if run_first is not None:
-            started.attempt(None, partial(run_first, started, args, kwargs))
+        if self.teacher is not None:
+            started.attempt(None, partial(self.teacher.deliver, started, args, kwargs))
 
     def end(self) -> None:
         """The pass of this thread has come to its end, and waits for its loss to be asked for."""
@@ -400,8 +400,10 @@ def attached_to(model: nn.Module) -> bool:
     """
     for capture in list(_CAPTURES):
         other = capture.model_ref()
-        if other is not None and capture.holds:
-            both = {id(model), id(other)}
-            if both <= set(map(id, other.modules())) or both <= set(map(id, model.modules())):
-                return True
+        if other is not None and capture.holds and (_has(other, model) or _has(model, other)):
+            return True
     return False
+
+
+def _has(model: nn.Module, part: nn.Module) -> bool:
+    return any(module is part for module in model.modules())

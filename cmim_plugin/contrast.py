@@ -15,7 +15,7 @@ from . import distributed
 from .errors import CMIMError, warn_once
 from .heads import Heads, grouped
 from .negatives import Queue
-from .objectives import count_negatives
+from .objectives import count_negatives, holds_integers
 from .passes import Pair, Pass, Tap
 
 # In the first steps we check that labels and mask leave a negative. The check waits for the device.
@@ -84,21 +84,22 @@ class Embedded:
         """
         given = [self.labels is not None, self.mask is not None, loads]
         # As many numbers on each rank, whatever taps it contrasts.
-        own = [*self.counts.values(), *[0] * (taps - len(self.counts)), *given]
+        own = [*given, *self.counts.values(), *[0] * (taps - len(self.counts))]
         told = distributed.counts_of_all(own, self.z.device)
-        if len({of_rank[-1] for of_rank in told}) > 1:
+        has_labels, has_mask, loaded, *_ = zip(*told, strict=True)  # by rank
+        if len(set(loaded)) > 1:
             raise CMIMError(
                 "The ranks do not have the same state: load cmim's state_dict on every rank. Loads on rank 0, 1, ...: "
-                f"{[of_rank[-1] for of_rank in told]}."
+                f"{list(loaded)}."
             )
-        counts = tuple(of_rank[: len(self.counts)] for of_rank in told)
+        counts = tuple(of_rank[len(given) :][: len(self.counts)] for of_rank in told)
         z = distributed.gather(self.z.transpose(0, 1), counts).transpose(0, 1)
         # A rank may have neither where others have: a model gets no attention_mask for a batch without padding.
         labels = mask = None
-        if any(of_rank[-3] for of_rank in told):
+        if any(has_labels):
             labels = self.labels if self.labels is not None else self.z.new_full(self.z.shape[1:2], -1)
             labels = distributed.gather(labels.to(torch.int64), counts)
-        if any(of_rank[-2] for of_rank in told):
+        if any(has_mask):
             mask = self.mask if self.mask is not None else self.z.new_ones(self.z.shape[1:2])
             mask = distributed.gather(mask.to(torch.uint8), counts).bool()
         return Embedded(z, labels, mask, {k: sum(of_tap) for k, *of_tap in zip(self.counts, *counts, strict=True)})
@@ -180,22 +181,20 @@ class Contrast(nn.Module):
         pairs = {k: captured.pairs[k] for k in captured.scheduled if captured.pairs[k].complete}
         together = distributed.ranks() > 1
         weights = distributed.averaged(self.heads.weights) if together else self.heads.weights
+        sides = {k: pair.sides for k, pair in pairs.items()}
         if not pairs:
             # No rows, but a graph: other ranks may have some, and wait for this one in the backward pass.
-            tap = self.taps[0]
-            nothing = weights.new_zeros(0, tap.channels), weights.new_zeros(0, tap.latent_channels)
-            embedded = Embedded(self.heads([0], [nothing], weights), None, None, dict.fromkeys(captured.scheduled, 0))
-            return embedded.of_all_ranks(len(self.taps), self.loads_since_sync) if together else embedded
-        first = next(iter(pairs.values()))
+            tap, labels, mask = self.taps[0], None, None
+            sides = {0: (weights.new_zeros(0, tap.channels), weights.new_zeros(0, tap.latent_channels))}
         if labels is not None:
-            labels = _checked_labels(labels, first).to(weights.device)
+            labels = _checked_labels(labels, next(iter(pairs.values()))).to(weights.device)
             labels = torch.cat([labels_of(pair, labels, self.taps[k].name) for k, pair in pairs.items()])
         if mask is not None:
-            mask = _checked_mask(mask, first).to(weights.device)
+            mask = _checked_mask(mask, next(iter(pairs.values()))).to(weights.device)
             self._warn_of_unmasked(pairs, mask)
             mask = torch.cat([mask_of(pair, mask) for pair in pairs.values()])
-        z = self.heads(list(pairs), [pair.sides for pair in pairs.values()], weights)
-        counts = {k: len(pairs[k].sides[0]) if k in pairs else 0 for k in captured.scheduled}
+        z = self.heads(list(sides), list(sides.values()), weights)
+        counts = {k: len(sides[k][0]) if k in pairs else 0 for k in captured.scheduled}
         embedded = Embedded(z, labels, mask, counts)
         return embedded.of_all_ranks(len(self.taps), self.loads_since_sync) if together else embedded
 
@@ -338,8 +337,7 @@ def _checked_mask(mask: Tensor, pair: Pair) -> Tensor:
 
 def _has_integers(value: Any, batch: int) -> bool:
     """Whether this is a tensor of integers or booleans with an entry for each sample."""
-    integers = isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex()
-    return integers and value.ndim > 0 and len(value) == batch
+    return isinstance(value, Tensor) and holds_integers(value) and value.ndim > 0 and len(value) == batch
 
 
 def _described(value: Any) -> str:

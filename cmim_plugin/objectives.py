@@ -187,6 +187,11 @@ def _negatives(n: int, labels: Tensor | None, queue_labels: Tensor | None, queue
     return negatives
 
 
+def holds_integers(tensor: Tensor) -> bool:
+    """Whether its numbers are integers or booleans."""
+    return not tensor.is_floating_point() and not tensor.is_complex()
+
+
 def _float32(numbers: Tensor | int) -> Tensor:
     # Not as_tensor: it moves a tensor to the default device.
     return numbers.float() if isinstance(numbers, Tensor) else torch.tensor(float(numbers), device="cpu")
@@ -219,7 +224,7 @@ def _check(
     for name, given, kind in (("labels", labels, "integers"), ("mask", mask, "bool")):
         if given is None:
             continue
-        fits = given.dtype == torch.bool if name == "mask" else not given.is_floating_point() | given.is_complex()
+        fits = given.dtype == torch.bool if name == "mask" else holds_integers(given)
         if given.shape != z_b.shape[:-1] or not fits:
             raise CMIMError(
                 f"{name} must be {kind} of shape {tuple(z_b.shape[:-1])}, one a row; "

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import _compat
 from .discovery import BinaryActivation, Layout, Site, is_one_call
+from .discovery.inputs import part_of
 from .errors import CMIMError, warn_once
 from .sampling import BackwardRule, indices_among, sampled, upper_half
 
@@ -194,9 +195,7 @@ class Pass:
                 self.attempt(p.tap, partial(self._take_at, p, tree))
 
     def _take_at(self, p: Pickup, tree: Any) -> None:
-        for key in p.site.path:
-            tree = tree[key]
-        self.take(p.tap, p.side, tree)
+        self.take(p.tap, p.side, part_of(tree, p.site.path))
 
     def attempt(self, tap: int | None, action: Callable[[], None]) -> None:
         """Do something for a tap (None: for the pass). What goes wrong is kept, and the model goes on."""
@@ -352,16 +351,17 @@ class Pass:
         if layout.windowed and len(x) and (not self.batch_size or len(x) % self.batch_size):
             samples = self.batch_size or "an unknown number of"
             return FAILED, f"its {len(x)} rows are not a whole number of windows for each of {samples} samples"
-        other = pair.rows[1 - side]
-        total = layout.positions(x.shape)
-        if self.random is not None and other is not None and pair.total != total:
+        other, total = pair.rows[1 - side], layout.positions(x.shape)
+        if other is None:
+            return None
+        if self.random is None and not layout.windowed and len(other) != len(x):
+            return FAILED, f"its two sides have {len(other)} and {len(x)} samples in this batch"
+        if self.random is not None and pair.total != total:
             remedy = "Leave it out with taps=" if tap.latent else "Name another module with teacher_modules="
             return FAILED, (
                 f"its two sides have {pair.total} and {total} positions in this batch, and cannot be paired position "
                 f'by position. {remedy}, or use instances="image"'
             )
-        if self.random is None and other is not None and not layout.windowed and len(other) != len(x):
-            return FAILED, f"its two sides have {len(other)} and {len(x)} samples in this batch"
         return None
 
     def _positions(self, k: int, layout: Layout, x: Tensor) -> tuple[Tensor, Tensor]:

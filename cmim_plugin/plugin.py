@@ -43,8 +43,8 @@ class CMIM(nn.Module):
 
     The heads train themselves: each loss first takes a step of Adam with the gradient that the last backward pass left.
     There is nothing to add to an optimizer, and :meth:`parameters` is empty. The loss, in nats, is
-    ``weight * sum_k w_k L_k`` over the ``K`` taps in forward order, ``k = 0`` first. ``L_k`` is what the objective
-    gives for a tap, and ``w_k`` is ``layer_decay ** (K - 1 - k)``, divided by the sum of these.
+    ``weight * sum_k w_k L_k``: ``L_k`` is what the objective gives for tap ``k`` of ``K``, in forward order from 0, and
+    ``w_k`` is ``layer_decay ** (K - 1 - k)``, divided by the sum of these.
 
     Args:
         model: the binary network, on the device that it trains on. Nothing of it is changed; it is not a submodule.
@@ -52,9 +52,8 @@ class CMIM(nn.Module):
         taps: None for all binary activations found; names of taps (as :func:`find_binary_activations` gives them); or
             ``(name, module) -> bool``, asked for each one found.
         weight: what the loss is multiplied by. May be changed at any time: ``cmim.weight = ...``.
-        instances: what is contrasted with what. "position": the channels at single pixels or tokens, of which
-            ``num_positions`` are drawn at random from the batch. "image": those of whole samples, averaged over their
-            positions (the paper's reading).
+        instances: what is contrasted. "position": the channels at single pixels or tokens, drawn at random from the
+            batch. "image": those of whole samples, averaged over their positions (the paper's reading).
         num_positions: positions per tap and step, for ``instances="position"``; of all ranks together.
         taps_per_step: contrast this number of taps a step, in turn: the mean gradient is that of all, and the cost does
             not grow with depth. None contrasts all; compiled code and CUDA graphs always do.
@@ -68,9 +67,9 @@ class CMIM(nn.Module):
         heads_lr: learning rate of the heads' Adam. 0 leaves the training of ``cmim.heads.weights`` to you.
         queue_size: past embeddings kept per tap as further negatives, of the steps that contrasted it; 0 for none.
         layer_decay: in (0, 1]; below 1 the weights grow towards the output.
-        teacher: a full-precision network with the same modules. What its convolution receives in the place of a_B
-            stands in for a_F (the output, of a module within which no convolution or product runs). It runs on the
-            same inputs without gradients, in eval mode, and is not kept in this module's state.
+        teacher: a full-precision network with the same modules. What its product receives in the place of a_B (the
+            output, of a module without products) stands in for a_F. It runs on the same inputs without gradients, in
+            eval mode, and is not kept in this module's state.
         teacher_modules: tap name to teacher module name, for the taps whose module has another name in the teacher.
         batch_size: samples in ``example_input``, where its tensors leave that open.
 
@@ -115,8 +114,7 @@ class CMIM(nn.Module):
         chosen = _chosen(found, taps, model)
         tapped = tuple(Tap.of(f) for f in (chosen if taps is not None else chosen[self._default_taps]))
         self._teacher = None if teacher is None else Teacher(teacher, example_input, tapped, teacher_modules)
-        if self._teacher is not None:
-            tapped = self._teacher.taps
+        tapped = tapped if self._teacher is None else self._teacher.taps
 
         #: All that was found, tapped or not and why.
         self.found: tuple[BinaryActivation, ...] = found
@@ -138,10 +136,8 @@ class CMIM(nn.Module):
         positions = num_positions if instances == "position" else None
         self.schedule = Schedule(len(tapped), taps_per_step, positions, generator)
         self.to(next((p.device for p in model.parameters()), torch.device("cpu")))
-        run_first = None if self._teacher is None else self._teacher.deliver
-        self._capture = Capture(model, tapped, self.schedule, batch_source, run_first=run_first)
-        # Whether all ranks started from the same state.
-        self._synced = False
+        self._capture = Capture(model, tapped, self.schedule, batch_source, teacher=self._teacher)
+        self._synced = False  # whether all ranks started from the same state
         self._sync()
         self._capture.attach()
         # A plug-in that is thrown away takes its hooks with it.
@@ -334,7 +330,7 @@ class CMIM(nn.Module):
             f"CMIM: {count} of {len(self.found)} binary activations tapped{some}, one instance = one "
             f"{self.instances}, weight {float(self.weight):g}{'' if self._capture.attached else ', not attached'}"
         )
-        return f"{title}\n{_listing(self, self._teacher)}"
+        return f"{title}\n{_listing(self)}"
 
 
 # -- helpers ---------------------------------------------------------------------------------------------------------
@@ -353,9 +349,9 @@ def _mask_for_loss(cmim: CMIM, captured: Pass, mask: Tensor | None) -> Tensor | 
     return captured.usable_mask
 
 
-def _listing(cmim: CMIM, teacher: Teacher | None) -> str:
+def _listing(cmim: CMIM) -> str:
     """A table of all binary activations: what they are contrasted with, and why others are not."""
-    rows = []
+    rows, teacher = [], cmim._teacher
     for k, (tap, share) in enumerate(zip(cmim.taps, cmim.contrast.layer_weights, strict=True)):
         other = "its latent" if teacher is None else teacher.described(k)
         rows.append((tap.name, f"{tap.channels}", f"{share:.3f}", f"a_B against {other}"))

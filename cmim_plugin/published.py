@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .contrast import Contrast, Losses
 from .errors import CMIMError
-from .objectives import NCE
+from .objectives import NCE, holds_integers
 from .passes import Pass
 from .plugin import CMIM
 from .sampling import advance, new_draws, seeded_generator, upper_half
@@ -66,7 +66,7 @@ class PublishedCMIM(CMIM):
     ) -> None:
         if not isinstance(teacher, nn.Module):
             raise CMIMError(f"teacher must be a torch.nn.Module; found {teacher!r}.")
-        if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point() or targets.is_complex():
+        if not isinstance(targets, Tensor) or targets.ndim != 1 or not holds_integers(targets):
             raise CMIMError("targets must be the (M,) integer classes of the training set, in its order.")
         if len(targets.unique()) < 2:
             raise CMIMError("targets has one class only: negatives are drawn from other classes.")
@@ -181,7 +181,7 @@ class MemoryBank(nn.Module):
     def _checked(self, captured: Pass, indices: Tensor) -> Tensor:
         """Indices of the batch of a pass, int64, on the device of the bank."""
         is_list = isinstance(indices, Tensor) and indices.ndim == 1
-        if not is_list or indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        if not is_list or not holds_integers(indices) or indices.dtype == torch.bool:
             raise CMIMError("indices must be (B,) integers: where the samples stand in the training set.")
         indices = indices.to(self.entries.device, torch.int64)
         sizes = [pair.batch_size for pair in captured.pairs.values() if pair.complete]

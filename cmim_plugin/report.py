@@ -254,8 +254,7 @@ def measure(
     def observer(running: Pass, k: int, activation: Tensor) -> None:
         tallies[k].count_codes(activation, running.usable_mask, draws, len(seen))
 
-    run_first = None if teacher is None else teacher.deliver
-    capture = Capture(model, contrast.taps, schedule, batch_source, observer, run_first)
+    capture = Capture(model, contrast.taps, schedule, batch_source, observer, teacher)
     troubles: list[str] = []
     # A loader that shuffles or augments draws from the generators, too: they are kept around all of it.
     with preserve_generators(model.parameters()), torch.no_grad(), _evaluating(model), force_eager():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ._compat import force_eager
 from .discovery.history import operands
-from .discovery.inputs import as_inputs
+from .discovery.inputs import as_inputs, part_of
 from .discovery.trace import Sighting, Trace, record
 from .errors import CMIMError, warn_once
 from .passes import BINARY, LATENT, Pass, Tap
@@ -83,19 +83,22 @@ class Teacher:
         def pick(k: int, tree: Any) -> None:
             # The first call stands in for a wanted one that does not come.
             if calls[k] in (0, self.sites[k].call):
-                for key in self.sites[k].path:
-                    tree = tree[key]
-                seen[k] = tree.clone()  # what follows may write into it
+                seen[k] = part_of(tree, self.sites[k].path).clone()  # what follows may write into it
             calls[k] += 1
+
+        def before(k: int, module: nn.Module, args: Any, kwargs: Any) -> None:
+            pick(k, (args, kwargs))
+
+        def after(k: int, module: nn.Module, args: Any, output: Any) -> None:
+            pick(k, output)
 
         handles = []
         for k, site in enumerate(self.sites):
             module = self.model.get_submodule(site.module)
             if site.kind == "input":
-                before = partial(_before, partial(pick, k))
-                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+                handles.append(module.register_forward_pre_hook(partial(before, k), with_kwargs=True))
             else:
-                handles.append(module.register_forward_hook(partial(_after, partial(pick, k))))
+                handles.append(module.register_forward_hook(partial(after, k)))
         try:
             with torch.no_grad():
                 self.model(*args, **kwargs)
@@ -119,14 +122,6 @@ class Teacher:
         activations = self._run(args, kwargs)
         for k in to.scheduled:
             to.attempt(k, partial(to.take, k, LATENT, activations[k]))
-
-
-def _before(pick: Callable[[Any], None], module: nn.Module, args: Any, kwargs: Any) -> None:
-    pick((args, kwargs))
-
-
-def _after(pick: Callable[[Any], None], module: nn.Module, args: Any, output: Any) -> None:
-    pick(output)
 
 
 def _in_place_of(tap: Tap, module: str, trace: Trace) -> Sighting | None:

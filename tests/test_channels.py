@@ -6,19 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from cmim_plugin import find_binary_activations
+from networks import MaskedSign
 
-
-class Sign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return torch.where(x >= 0, 1.0, -1.0)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
-
-
-sign = Sign.apply
+sign = MaskedSign.apply
 
 
 class Net(nn.Module):

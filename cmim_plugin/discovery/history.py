@@ -120,9 +120,11 @@ class History:
                 found.append(sighting.held.first_in_graph)
             elif len(line) < _NEAR:
                 line += sighting.given(same_size=True)
+        if not found:
+            return self._separable(source)
         # Not a threshold or a scale that was expanded to its size.
-        signed = (latent for latent in found if is_sign_of(self.trace, codes, latent))
-        return next(signed, found[0] if found else self._separable(source))
+        signed = (latent for latent in found if len(found) == 1 or is_sign_of(self.trace, codes, latent))
+        return next(signed, found[0])
 
     def _separable(self, source: Sighting) -> Sighting | None:
         """The last tensor before the source that a threshold splits into its codes.
@@ -215,8 +217,9 @@ def is_one_call(binary: Site, latent: Site) -> bool:
 
 def operands(trace: Trace, module: str = "") -> Iterator[tuple[Event, Sighting]]:
     """The products of a trace within a module, with each argument that may be an activation."""
+    inside = f"{module}."
     for event in trace.events:
-        if module and not f"{event.module}.".startswith(f"{module}."):
+        if module and event.module != module and not event.module.startswith(inside):
             continue
         if event.name in functions.CONVOLUTIONS or event.name in functions.LAYERS:
             # The first tensor of it where the input is a tuple: a value with its scale (brevitas).

@@ -26,6 +26,13 @@ def tensors_in(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
         yield from tensors_in(value, (*path, key))
 
 
+def part_of(tree: Any, path: Path) -> Any:
+    """What the keys lead to."""
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
 def _entries(tree: Any) -> Iterable[tuple[Any, Any]]:
     if isinstance(tree, Mapping):
         return tree.items()
@@ -74,9 +81,7 @@ class BatchSource:
         """The number of samples in these inputs, None where it cannot be read."""
         for path, dim in self.places:
             try:
-                found: Any = (args, kwargs)
-                for key in path:
-                    found = found[key]
+                found = part_of((args, kwargs), path)
                 if isinstance(found, Tensor) != (dim is None):
                     return len(found) if dim is None else int(found.size(dim))
             except Exception:  # not contextlib.suppress: torch 2.6 does not compile it
@@ -158,8 +163,8 @@ def points_into_batch(inputs: Inputs, source: BatchSource, samples: int) -> bool
 
     As the edges of a graph do, or regions with the number of their image: they would point out of a smaller batch.
     """
-    size = source.of(*inputs) or 0
-    others = [t for path, t in tensors_in(inputs) if path not in dict(source.places) and is_strided(t)]
+    size, places = source.of(*inputs) or 0, dict(source.places)
+    others = [t for path, t in tensors_in(inputs) if path not in places and is_strided(t)]
     numbers = [t.double() for t in others if not t.is_complex()]
     return any(bool(((t >= samples) & (t < size) & (t == t.round())).any()) for t in numbers)
 

@@ -236,7 +236,7 @@ class _Recorder(TorchFunctionMode):
         self._parameters = {id(p) for p in model.parameters()}
         # Modules being run, and which call of each.
         self._scopes: list[tuple[str, int]] = []
-        # Whether each tensor object depends on the model's input, and what it held at last.
+        # Whether each tensor object depends on the model's input, and what it held last.
         self._from_input: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
         self._last: MutableMapping[Tensor, Snapshot] = WeakTensorKeyDictionary()
         self._kept_positions = cache(kept_positions)
