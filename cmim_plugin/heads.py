@@ -123,8 +123,7 @@ class Heads(nn.Module):
             z = z * z.detach().any(-1, keepdim=True)
             # Unit length by the root mean square: on a GPU one kernel each way, where F.normalize launches sixteen.
             dim = self.embed_dim
-            unit = weights.new_full((dim,), dim**-0.5)
-            z = nn.functional.rms_norm(z, (dim,), unit, eps=_SHORTEST**2 / dim)
+            z = nn.functional.rms_norm(z, (dim,), self._unit, eps=_SHORTEST**2 / dim)
         # Back into the order of `sides`: all a_B, then all a_F.
         found = dict(zip(order, z.split([len(sides[p][0]) for p in order]), strict=True))
         return torch.cat([found[p] for p in range(len(sides))]).view(2, -1, self.embed_dim)
@@ -164,6 +163,7 @@ class Heads(nn.Module):
             setattr(self, name, buffer.detach().to(dtype))
         self.weights.requires_grad_()
         self.weights.grad = torch.zeros_like(self.weights)
+        self._unit = self.weights.new_full((self.embed_dim,), self.embed_dim**-0.5)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Heads:
         self.step()

@@ -160,6 +160,9 @@ class Pass:
         self.taps = taps
         self.scheduled = tuple(scheduled)
         self.random = None if draws is None else upper_half(draws)
+        widest = max(max(tap.channels, tap.latent_channels) for tap in taps)
+        #: 0, 1, 2, ...: to count positions and channels with.
+        self.numbers = torch.arange(1 + max(widest, 0 if draws is None else draws.shape[-1]), device=device)
         self.device = device
         self.training = training
         self.batch_size = batch_size
@@ -312,7 +315,7 @@ class Pass:
         pair.total, pair.spatial = layout.positions(x.shape), layout.spatial_shape(x.shape)
         pair.tokens = layout.tokens(x.shape)
         if torch.compiler.is_compiling():
-            pair.index = indices_among(self.random[self.scheduled.index(k)], pair.total)
+            pair.index = indices_among(self.random[self.scheduled.index(k)], pair.total, self.numbers)
             rows = layout.rows(x)[pair.index]
         else:
             pair.index, elements = self._positions(k, layout, x)
@@ -371,8 +374,8 @@ class Pass:
         # Of all taps at once, for each shape: two small operations instead of two for each tap and side.
         key = layout, x.shape
         if key not in self._elements:
-            of_all = indices_among(self.random, layout.positions(x.shape))
-            self._elements[key] = of_all, layout.elements(of_all, x.shape)
+            of_all = indices_among(self.random, layout.positions(x.shape), self.numbers)
+            self._elements[key] = of_all, layout.elements(of_all, x.shape, self.numbers)
         index, elements = self._elements[key]
         return index[slot], elements[slot]
 

@@ -120,7 +120,7 @@ def stratified_indices(draws: Tensor, total: int) -> Tensor:
     Returns:
         ``(..., min(n, total))`` int64 below ``total``, in rising order.
     """
-    return indices_among(upper_half(draws), total)
+    return indices_among(upper_half(draws), total, torch.arange(draws.shape[-1] + 1, device=draws.device))
 
 
 def upper_half(draws: Tensor) -> Tensor:
@@ -128,14 +128,14 @@ def upper_half(draws: Tensor) -> Tensor:
     return draws >> 32
 
 
-def indices_among(random: Tensor, total: int) -> Tensor:
-    """:func:`stratified_indices`, by the upper halves of the draws."""
+def indices_among(random: Tensor, total: int, numbers: Tensor) -> Tensor:
+    """:func:`stratified_indices`, by the upper halves of the draws; ``numbers``: 0, 1, ..., n."""
     count = min(random.shape[-1], total)
     random = random[..., :count]
     if not torch.compiler.is_compiling() and count and total % count == 0:  # half as many kernels
         length = total // count
-        return torch.arange(0, total, length, device=random.device) + random.remainder(length)
-    edges = torch.arange(0, (count + 1) * total, max(total, 1), device=random.device) // max(count, 1)
+        return torch.add(random.remainder(length), numbers[:count], alpha=length)
+    edges = numbers[: count + 1] * total // max(count, 1)
     start = edges[:-1]
     return start + random.remainder(edges[1:] - start)
 

@@ -116,7 +116,7 @@ def samples(shape, layout) -> int:
 
 def rows_of(x: Tensor, layout: Layout, index: Tensor) -> Tensor:
     """As taps take them."""
-    return sampled(x, layout.elements(index, x.shape), x.new_zeros(()), BackwardRule())
+    return sampled(x, layout.elements(index, x.shape, torch.arange(x.numel())), x.new_zeros(()), BackwardRule())
 
 
 @each_case
@@ -263,7 +263,7 @@ def test_where_one_backward_pass_is_asked_for_a_second_one_is_refused():
         rule = BackwardRule()
         a = torch.randn(4, 6, requires_grad=True)
         x = a * 2
-        rows = sampled(x, Layout(None).elements(torch.tensor([1, 2]), x.shape), x.new_zeros(()), rule)
+        rows = sampled(x, Layout(None).elements(torch.tensor([1, 2]), x.shape, torch.arange(9)), x.new_zeros(()), rule)
         rule.ask_for_one_pass(rows)
         losses = [x.sum(), rows.sum()]
         for loss in losses:

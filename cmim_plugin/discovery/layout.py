@@ -42,12 +42,13 @@ class Layout:
         """Positions of the whole batch."""
         return shape[0] * self.spatial_shape(shape).numel()
 
-    def elements(self, index: Tensor, shape: torch.Size) -> Tensor:
+    def elements(self, index: Tensor, shape: torch.Size, numbers: Tensor) -> Tensor:
         """Where the channels at some positions stand in the flattened activation.
 
         Args:
             index: ``(..., n)`` int64, positions counted over the batch.
             shape: of the activation.
+            numbers: int64, 0, 1, 2, ..., one for each channel or more.
 
         Returns:
             ``(..., n, C)`` int64, for ``activation.take``.
@@ -59,7 +60,7 @@ class Layout:
             step = self.spatial_shape(shape).numel()
             # Each row of the first dimension holds all its channels before the next row starts.
             first = torch.add(index, index // step, alpha=(channels - 1) * step)
-        return first.unsqueeze(-1) + torch.arange(0, channels * step, step, device=index.device)
+        return torch.add(first.unsqueeze(-1), numbers[:channels], alpha=step)
 
     def channel_vectors(self, x: Tensor) -> Tensor:
         """``(rows, positions, C)``: the channels at each position of each row of the first dimension."""
