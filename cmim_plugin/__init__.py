@@ -12,10 +12,9 @@ for x, y in loader:
     optimizer.step()
 """
 
-from .discovery import BinaryActivation, find_binary_activations
+from .discovery import BinaryActivation, Tap, find_binary_activations
 from .errors import CMIMError, CMIMWarning
 from .objectives import NCE, InfoNCE, count_negatives
-from .passes import Tap
 from .plugin import CMIM
 from .published import PublishedCMIM
 from .report import Report, TapReport

@@ -22,10 +22,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from . import _compat
-from .discovery import BatchSource
+from .discovery import BatchSource, Tap
 from .discovery.inputs import is_strided, positional_names
 from .errors import CMIMError, CMIMWarning, warn_once
-from .passes import BINARY, LATENT, Call, Pass, Pickup, Tap, current_error
+from .passes import BINARY, LATENT, Call, Pass, Pickup, current_error
 from .sampling import Schedule
 from .teacher import Teacher
 

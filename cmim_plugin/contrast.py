@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
+from .discovery import Tap
 from .errors import CMIMError, warn_once
 from .heads import Heads, grouped
 from .negatives import Queue
 from .objectives import count_negatives, holds_integers
-from .passes import Pair, Pass, Tap
+from .passes import Pair, Pass
 
 # In the first steps we check that labels and mask leave a negative. The check waits for the device.
 _FIRST_STEPS = 3

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _compat
-from .discovery import BinaryActivation, Layout, Site, is_one_call
+from .discovery import Layout, Site, Tap
 from .discovery.inputs import part_of
 from .errors import CMIMError, warn_once
 from .sampling import BackwardRule, indices_among, sampled, upper_half
@@ -27,52 +27,6 @@ BINARY, LATENT = 0, 1
 FAILED, EXCUSED, MISSED = "failed", "excused", "missed"
 # Below this, a latent was masked: float16 has -65504, and many write -10000.
 _MASKED = -5000.0
-
-
-@dataclass(frozen=True)
-class Tap:
-    """A binary activation that is contrasted. Everything about it was decided in the dry run.
-
-    Attributes:
-        name: of the binarization, as :func:`find_binary_activations` gives it.
-        channels: channels of a_B.
-        latent_channels: channels of what it is contrasted with: a_F, or the teacher's activation.
-        module, call: qualified name of the module that binarizes, and which call of it.
-        product: which of the operands of products within the module a_B is.
-        binary, latent: where a_B and a_F are picked up; no latent where a teacher stands in for it.
-        layouts: how both are read.
-    """
-
-    name: str
-    channels: int
-    latent_channels: int
-    module: str
-    call: int
-    product: int
-    binary: Site
-    latent: Site | None
-    layouts: tuple[Layout, Layout]
-
-    @property
-    def in_one_call(self) -> bool:
-        """Whether both sides are picked up in one call of a module: then they belong together in every pass."""
-        return self.latent is None or is_one_call(self.binary, self.latent)
-
-    @classmethod
-    def of(cls, found: BinaryActivation) -> Tap:
-        """The tap of a binary activation that can be tapped."""
-        assert found.binary and found.binary_layout and found.latent_layout
-        return cls(
-            found.name,
-            found.channels,
-            found.latent_channels,
-            found.module,
-            found.call,
-            found.product,
-            found.binary,
-            found.latent,
-            layouts=(found.binary_layout, found.latent_layout),
-        )
 
 
 class Pair:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from . import distributed
 from .capture import Capture, attached_to
 from .contrast import Contrast
-from .discovery import BinaryActivation, discover
+from .discovery import BinaryActivation, Tap, discover
 from .errors import CMIMError, warn_once
 from .heads import Heads
 from .objectives import NCE, InfoNCE
-from .passes import Pass, Tap
+from .passes import Pass
 from .report import Report, measure
 from .sampling import Schedule, seeded_generator
 from .teacher import Teacher
@@ -112,7 +112,7 @@ class CMIM(nn.Module):
             misaligned = 'its latent has another number of positions: only instances="image" can contrast them'
             found = tuple(replace(f, reason=misaligned) if f.tapped and not f.aligned else f for f in found)
         chosen = _chosen(found, taps, model)
-        tapped = tuple(Tap.of(f) for f in (chosen if taps is not None else chosen[self._default_taps]))
+        tapped = tuple(chosen if taps is not None else chosen[self._default_taps])
         self._teacher = None if teacher is None else Teacher(teacher, example_input, tapped, teacher_modules)
         tapped = tapped if self._teacher is None else self._teacher.taps
 

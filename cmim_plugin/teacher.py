@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ._compat import force_eager
+from .discovery import Tap
 from .discovery.history import operands
 from .discovery.inputs import as_inputs, part_of
 from .discovery.trace import Sighting, Trace, record
 from .errors import CMIMError, warn_once
-from .passes import BINARY, LATENT, Pass, Tap
+from .passes import BINARY, LATENT, Pass
 from .wrappers import unwrapped
 
 

@@ -73,7 +73,7 @@ BINARY_WEIGHTS = {
 @pytest.mark.parametrize("width, function", BINARY_WEIGHTS.values(), ids=BINARY_WEIGHTS)
 def test_a_binary_weight_of_as_many_rows_as_samples_is_no_activation(width, function):
     (found,) = find_binary_activations(Net(function, width), X)
-    assert (found.reason, found.channels, found.binary_layout.scores) == (None, 8, False)
+    assert (found.reason, found.channels, found.layouts[0].scores) == (None, 8, False)
 
 
 MEETING = {

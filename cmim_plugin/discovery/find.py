@@ -21,7 +21,7 @@ from torch import nn
 from . import sites
 from .channels import is_of_activations, spatial_dims
 from .dry_run import dry_run
-from .history import Binarization, History, operands, origin
+from .history import Binarization, History, is_one_call, operands, origin
 from .inputs import BatchSource
 from .layout import Layout
 from .trace import FEW_LEVELS, Site, Trace
@@ -41,8 +41,9 @@ class BinaryActivation:
         channels: channels of the binary tensor (0 where unknown).
         reason: why it cannot be tapped, None where it can.
         module, call: qualified name of that module ("" for the model itself), and which call of it, from 0.
-        binary, latent: where a_B and a_F are picked up.
-        binary_layout, latent_layout, latent_channels: how they are read.
+        binary, latent: where a_B and a_F are picked up; no latent where a teacher stands in for it.
+        layouts: how both are read.
+        latent_channels: channels of a_F, or of the teacher's activation.
         aligned: whether both have the same number of positions.
         product: which of the operands of products within the module a_B is, 0 where none of them is.
     """
@@ -54,8 +55,7 @@ class BinaryActivation:
     call: int = 0
     binary: Site | None = None
     latent: Site | None = None
-    binary_layout: Layout | None = None
-    latent_layout: Layout | None = None
+    layouts: tuple[Layout, ...] = ()
     latent_channels: int = 0
     aligned: bool = True
     product: int = 0
@@ -64,6 +64,15 @@ class BinaryActivation:
     def tapped(self) -> bool:
         """Whether the plug-in can tap it."""
         return self.reason is None
+
+    @property
+    def in_one_call(self) -> bool:
+        """Whether both sides are picked up in one call of a module: then they belong together in every pass."""
+        return self.binary is None or self.latent is None or is_one_call(self.binary, self.latent)
+
+
+#: One that is contrasted: everything about it was decided in the dry run.
+Tap = BinaryActivation
 
 
 def discover(
@@ -156,8 +165,7 @@ def _described(history: History, b: Binarization) -> _Found:
         call=call,
         binary=history.trace.counted(binary.site),
         latent=history.trace.counted(latent.site),
-        binary_layout=layout,
-        latent_layout=latent_layout,
+        layouts=(layout, latent_layout),
         latent_channels=latent_layout.channels(latent_shape),
         aligned=layout.positions(shape) == latent_layout.positions(latent_shape),
         product=within.index(b.operand) if b.operand in within else 0,
