@@ -25,17 +25,12 @@ _ROWS = 64
 
 
 def sign_pattern(x: Tensor, index: Tensor) -> Tensor | None:
-    """-1 and +1 for the smaller and the larger of a tensor's two values; None if it has more.
+    """-1 and +1 for the smaller and the larger of a tensor's two values, int8, at ``index`` of the flattened tensor;
+    None if it has more.
 
     The two values may be those of the whole tensor or differ by sample, channel, sample and channel, token or pixel.
-    Zeros between ``-a`` and ``a``, from dropout, padding or ``sign(0)``, are 0 in the pattern.
-
-    Args:
-        x: of any shape.
-        index: ``(n,)`` int64, the positions in the flattened tensor of which the pattern is returned.
-
-    Returns:
-        int8, ``(n,)``. Elements of a group that holds a single value count as its sign.
+    Zeros between ``-a`` and ``a``, from dropout, padding or ``sign(0)``, are 0 in the pattern. Elements of a group that
+    holds a single value count as its sign.
     """
     if x.dtype == torch.bool:
         return None if x.numel() < _SMALLEST_GROUP or is_constant(x) else 2 * x.take(index).to(torch.int8) - 1
@@ -78,14 +73,10 @@ def is_two_valued(x: Tensor, layout: Layout) -> bool:
 
 
 def is_split_by_threshold(values: Tensor, pattern: Tensor, index: Tensor, shape: torch.Size) -> bool:
-    """Whether values are larger where the pattern is +1 than where it is -1, or the reverse.
+    """Whether values are larger where the pattern is +1 than where it is -1, or the reverse, all three at ``index`` of
+    the flattened tensor. A pattern of 0 and infinite values are left out.
 
     The threshold may be one for the tensor, or differ by sample, channel, sample and channel, or token.
-
-    Args:
-        values, pattern: ``(n,)``, both at the same positions. A pattern of 0 and infinite values are left out.
-        index: ``(n,)`` these positions in the flattened tensor.
-        shape: of the tensor.
     """
     signed = (pattern != 0) & values.isfinite()
     values, is_high, place = values[signed].float(), pattern[signed] > 0, torch.unravel_index(index[signed], shape)

@@ -28,20 +28,13 @@ _DEPTH, _FAR, _NEAR = 96, 48, 8
 
 @dataclass(frozen=True)
 class Binarization:
-    """A binary tensor that a product receives, as it is or moved, scaled, joined or added up.
+    """A binary tensor that a product receives, as it is or moved, scaled, joined or added up."""
 
-    Attributes:
-        source: its first sighting.
-        event: the function call that made its two values out of something continuous, where that is known.
-        latent: the first sighting of a_F in the graph, None where there is none.
-        consumer, operand: the product, and the argument of it.
-    """
-
-    source: Sighting
-    event: Event | None
-    latent: Sighting | None
-    consumer: Event
-    operand: Sighting
+    source: Sighting  # its first
+    event: Event | None  # the function call that made its two values out of something continuous, where it is known
+    latent: Sighting | None  # the first of a_F in the graph
+    consumer: Event  # the product
+    operand: Sighting  # the argument of it
 
 
 class History:

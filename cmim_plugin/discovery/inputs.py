@@ -68,13 +68,9 @@ def described(inputs: Inputs) -> str:
 
 @dataclass(frozen=True)
 class BatchSource:
-    """Where the number of samples is read off the model's inputs.
+    """Where the number of samples is read off the model's inputs: in the first of these places that fits."""
 
-    Attributes:
-        places: keys that lead to a tensor or a list within (args, kwargs), and the tensor's dimension, None for the
-            length of a list of images. The first one that fits is read.
-    """
-
+    #: Keys that lead to a tensor or a list within (args, kwargs), and the tensor's dimension, None for a list.
     places: tuple[tuple[Path, int | None], ...]
 
     def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

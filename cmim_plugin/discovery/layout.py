@@ -10,19 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """How an activation is read as channel vectors, one for each position.
+    """How an activation is read as channel vectors, one for each position."""
 
-    Attributes:
-        spatial: number of trailing spatial dimensions after the channels (convolution), or None when the channels come
-            last and every dimension between the first and the last is a position (linear layer, tokens).
-        windowed: whether one sample of the batch takes several rows of the first dimension, as in window attention,
-            ``(B * windows, tokens, C)``. How many is read off each batch.
-        scores: whether the channels are multiplied with another activation, as attention maps are with the values:
-            their number may be that of the tokens.
-    """
-
+    #: Spatial dimensions behind the channels (convolution), or None where the channels are last and all dimensions
+    #: between the first and them are positions (linear layer, tokens).
     spatial: int | None
+    #: A sample takes several rows of the first dimension, as in window attention: ``(B * windows, tokens, C)``.
     windowed: bool = False
+    #: The channels are multiplied with another activation, as attention maps are: there may be as many as tokens.
     scores: bool = False
 
     def channels(self, shape: torch.Size) -> int:
@@ -43,16 +38,8 @@ class Layout:
         return shape[0] * self.spatial_shape(shape).numel()
 
     def elements(self, index: Tensor, shape: torch.Size, numbers: Tensor) -> Tensor:
-        """Where the channels at some positions stand in the flattened activation.
-
-        Args:
-            index: ``(..., n)`` int64, positions counted over the batch.
-            shape: of the activation.
-            numbers: int64, 0, 1, 2, ..., one for each channel or more.
-
-        Returns:
-            ``(..., n, C)`` int64, for ``activation.take``.
-        """
+        """``(..., n, C)`` int64, for ``activation.take``: where the channels stand at positions ``index``, ``(..., n)``,
+        counted over the batch. ``numbers``: int64, 0, 1, 2, ..., one for each channel or more."""
         channels = self.channels(shape)
         if self.spatial is None:
             first, step = index * channels, 1

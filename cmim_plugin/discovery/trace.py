@@ -35,51 +35,30 @@ FEW_LEVELS = 16
 
 @dataclass(frozen=True)
 class Site:
-    """Where, within one forward pass of the model, a tensor can be picked up.
+    """Where, within one forward pass of the model, a tensor can be picked up."""
 
-    Attributes:
-        module: qualified name of the module whose forward it is in ("" for the model itself).
-        call: which call of that module in this pass, from 0.
-        kind: "input" or "output" of the module, or "argument" or "result" of a torch function called within it.
-        path: keys that lead to the tensor within the (args, kwargs) pair or the output.
-        function, nth: for the last two kinds, the function and which call of it since the module was entered.
-        calls, times: how often the dry run called the module in a pass, and the function in this call of the module.
-    """
-
-    module: str
-    call: int
-    kind: str
-    path: Path
-    function: Callable[..., Any] | None = None
-    nth: int = 0
-    calls: int = 0
-    times: int = 0
+    module: str  # qualified name of the module whose forward it is in ("" for the model itself)
+    call: int  # which call of that module in this pass, from 0
+    kind: str  # "input" or "output" of the module, or "argument" or "result" of a torch function called within it
+    path: Path  # keys that lead to the tensor within the (args, kwargs) pair or the output
+    function: Callable[..., Any] | None = None  # of the last two kinds
+    nth: int = 0  # which call of the function since the module was entered
+    calls: int = 0  # how often the dry run called the module in a pass,
+    times: int = 0  # and the function in this call of the module
 
 
 @dataclass(eq=False)
 class Snapshot:
-    """What a tensor held at one moment.
-
-    Attributes:
-        values: ``(n,)`` some of its values, from the same positions for all tensors of as many elements.
-        pattern: ``(n,)`` the sign pattern there (:func:`sign_pattern`), None if the tensor is not two-valued, or does
-            not depend on the model's input.
-        constant: whether all its elements are equal.
-        levels: how many values it has in all, 0 where they are not counted: it is constant, two-valued, or has many.
-        one_hot: whether along some dimension it is zero but for a single element.
-        twin_distance: the distance of the last two samples of the batch, which got the same input, divided by that of
-            different samples; None where that could not be seen.
-        sightings: all of the tensor while it held this, in order.
-    """
+    """What a tensor held at one moment."""
 
     shape: torch.Size
-    values: Tensor
-    pattern: Tensor | None = None
-    constant: bool = False
-    levels: int = 0
-    one_hot: bool = False
-    twin_distance: float | None = None
-    sightings: list[Sighting] = field(default_factory=list)
+    values: Tensor  # (n,), from the same positions for all tensors of as many elements
+    pattern: Tensor | None = None  # (n,) its sign_pattern() there; None if it has more values, or is not of the input
+    constant: bool = False  # all its elements are equal
+    levels: int = 0  # how many values it has, if they are few; 0 where it is constant, two-valued, or has many
+    one_hot: bool = False  # along some dimension it is zero but for a single element
+    twin_distance: float | None = None  # of two samples that got the same input, divided by that of different ones
+    sightings: list[Sighting] = field(default_factory=list)  # all of the tensor while it held this, in order
 
     @property
     def numel(self) -> int:
@@ -112,25 +91,16 @@ class Snapshot:
 
 @dataclass(eq=False)
 class Sighting:
-    """One tensor at one moment.
+    """One tensor at one moment."""
 
-    Attributes:
-        seq: its place in the trace.
-        in_graph: whether it required a gradient, with gradients enabled.
-        from_input: whether it depends on the model's input.
-        held: what the tensor held.
-        strides: of the tensor.
-        event: the function call that returned it, None where none did.
-    """
-
-    seq: int
+    seq: int  # its place in the trace
     site: Site
     held: Snapshot
     requires_grad: bool
-    in_graph: bool
-    from_input: bool
+    in_graph: bool  # it required a gradient, with gradients enabled
+    from_input: bool  # it depends on the model's input
     strides: tuple[int, ...]
-    event: Event | None = None
+    event: Event | None = None  # the function call that returned it
 
     @property
     def distinct(self) -> int:
@@ -151,43 +121,30 @@ class Sighting:
 
 @dataclass(eq=False)
 class Event:
-    """One torch function call.
-
-    Attributes:
-        module: qualified name of the module whose forward called it.
-        shapes: of all tensor arguments, parameters too.
-        weighted: a parameter, or what requires a gradient, is among them.
-        arguments, results: its tensors before and after the call, without parameters.
-        equation: of ``torch.einsum``.
-    """
+    """One torch function call."""
 
     seq: int
     name: str
-    module: str
-    shapes: list[torch.Size]
-    weighted: bool
-    arguments: list[Sighting]
-    equation: str = ""
+    module: str  # qualified name of the module whose forward called it
+    shapes: list[torch.Size]  # of all tensor arguments, parameters too
+    weighted: bool  # a parameter, or what requires a gradient, is among them
+    arguments: list[Sighting]  # without parameters
+    equation: str = ""  # of torch.einsum
     results: list[Sighting] = field(default_factory=list)
 
 
 @dataclass
 class Trace:
-    """Everything seen in one forward pass, in order.
-
-    Attributes:
-        calls, functions: how often each module is called, and each function in each call of a module.
-        draws_scalars: single random numbers were drawn, as a model that skips layers at random does.
-        time_major: a recurrent layer or attention takes for time what is as long as the batch.
-    """
+    """Everything seen in one forward pass, in order."""
 
     batch: int
     sightings: list[Sighting] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
-    calls: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)  # of each module
+    #: (module, call of it) -> how often each function was called there
     functions: dict[tuple[str, int], Counter[Any]] = field(default_factory=lambda: defaultdict(Counter))
-    draws_scalars: bool = False
-    time_major: bool = False
+    draws_scalars: bool = False  # single random numbers were drawn, as a model that skips layers at random does
+    time_major: bool = False  # a recurrent layer or attention takes for time what is as long as the batch
 
     @cached_property
     def at(self) -> dict[Site, Sighting]:
