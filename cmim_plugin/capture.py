@@ -13,7 +13,6 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -149,7 +148,7 @@ class Capture:
         self.running[thread] = started
         self._forget_dead_threads()
         if self.teacher is not None:
-            started.attempt(None, partial(self.teacher.deliver, started, args, kwargs))
+            started.attempt(None, self.teacher.deliver, started, args, kwargs)
 
     def end(self) -> None:
         """The pass of this thread has come to its end, and waits for its loss to be asked for."""

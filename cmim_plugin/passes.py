@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,28 +28,19 @@ _MASKED = -5000.0
 
 
 class Pair:
-    """What one pass left of one tap.
+    """What one pass left of one tap."""
 
-    Attributes:
-        rows: ``(n, C_b)`` of a_B and ``(n, C_f)`` of a_F, in the autograd graph; None until seen.
-        index: ``(n,)`` the positions that the rows come from, counted over the batch; None for pooled samples.
-        spatial: the dimensions that the positions of one row of the batch are counted over.
-        total: positions of the whole batch.
-        batch_size: samples of the batch.
-        windows: whether a sample is cut into several rows of the first dimension.
-        tokens: of a sample, 0 where its positions are no sequence.
-        left_out: FAILED, EXCUSED or MISSED, and why, where the tap adds nothing to the loss.
-    """
+    index: Tensor | None = None  # (n,) the positions that the rows come from, over the batch; None for pooled samples
+    spatial: torch.Size | None = None  # the dimensions that the positions of one row of the batch are counted over
+    total = 0  # positions of the whole batch
+    batch_size = 0  # its samples
+    windows = False  # a sample is cut into several rows of the first dimension
+    tokens = 0  # of a sample, 0 where its positions are no sequence
+    left_out: tuple[str, str] | None = None  # FAILED, EXCUSED or MISSED, and why, where it adds nothing to the loss
 
     def __init__(self) -> None:
+        #: ``(n, C_b)`` of a_B and ``(n, C_f)`` of a_F, in the autograd graph; None until seen.
         self.rows: list[Tensor | None] = [None, None]
-        self.index: Tensor | None = None
-        self.spatial: torch.Size | None = None
-        self.total = 0
-        self.batch_size = 0
-        self.windows = False
-        self.tokens = 0
-        self.left_out: tuple[str, str] | None = None
 
     @property
     def complete(self) -> bool:
@@ -66,8 +55,7 @@ class Pair:
         return binary, latent
 
 
-@dataclass(frozen=True)
-class Pickup:
+class Pickup(NamedTuple):
     """One side of one tap, picked up at one site."""
 
     tap: int
@@ -78,10 +66,11 @@ class Pickup:
 class Call:
     """A call of a module that runs."""
 
+    listener: Any = None
+
     def __init__(self, hook: object, pickups: Sequence[Pickup]) -> None:
         self.hook = hook
         self.pickups = pickups
-        self.listener: Any = None
         #: The exception that was being handled when the call started. A call that raised ends with another one.
         self.error = current_error()
 
@@ -100,6 +89,10 @@ class Pass:
         observer: called with this pass, the tap and a_B as a whole, before rows are taken.
     """
 
+    failure: str | None = None  # what went wrong with the pass as a whole
+    partly_compiled = False  # a part of the model is compiled, and its root is not
+    muted = False  # within a hook of ours: our own torch calls are not the model's
+
     def __init__(
         self,
         taps: Sequence[Tap],
@@ -107,9 +100,9 @@ class Pass:
         draws: Tensor | None,
         device: torch.device,
         training: bool,
-        batch_size: int | None = None,
-        mask: Tensor | None = None,
-        observer: Callable[[Pass, int, Tensor], None] | None = None,
+        batch_size: int | None,
+        mask: Tensor | None,
+        observer: Callable[[Pass, int, Tensor], None] | None,
     ) -> None:
         self.taps = taps
         self.scheduled = tuple(scheduled)
@@ -124,17 +117,11 @@ class Pass:
         self.observer = observer
         self.compiled = torch.compiler.is_compiling()
         self.pairs = {k: Pair() for k in self.scheduled}
-        #: What went wrong with the pass as a whole.
-        self.failure: str | None = None
-        #: Whether a part of the model is compiled, and its root is not.
-        self.partly_compiled = False
         #: Taps of which a function was called another number of times than in the dry run.
         self.miscounted: list[int] = []
         #: Calls of modules that run, the innermost last, and how often each module was called so far.
         self.open: list[Call] = []
         self.calls: dict[str, int] = {}
-        #: Within a hook of ours: our own torch calls are not the model's.
-        self.muted = False
         #: What is asked of the backward passes.
         self.backward = BackwardRule()
         self._elements: dict[Any, tuple[Tensor, Tensor]] = {}
@@ -149,17 +136,17 @@ class Pass:
         """Take the rows of those activations that are picked up at sites of this kind."""
         for p in pickups:
             if p.site.kind == kind:
-                self.attempt(p.tap, partial(self._take_at, p, tree))
+                self.attempt(p.tap, self._take_at, p, tree)
 
     def _take_at(self, p: Pickup, tree: Any) -> None:
         self.take(p.tap, p.side, part_of(tree, p.site.path))
 
-    def attempt(self, tap: int | None, action: Callable[[], None]) -> None:
+    def attempt(self, tap: int | None, action: Callable[..., None], *args: Any) -> None:
         """Do something for a tap (None: for the pass). What goes wrong is kept, and the model goes on."""
         was_muted, self.muted = self.muted, True
         try:
             with _compat.unrecorded():
-                action()
+                action(*args)
         except Exception as error:
             why = str(error) if isinstance(error, CMIMError) else f"{type(error).__name__}: {error}"
             self.leave_out(tap, FAILED, why)

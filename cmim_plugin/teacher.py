@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -87,19 +86,14 @@ class Teacher:
                 seen[k] = part_of(tree, self.sites[k].path).clone()  # what follows may write into it
             calls[k] += 1
 
-        def before(k: int, module: nn.Module, args: Any, kwargs: Any) -> None:
-            pick(k, (args, kwargs))
-
-        def after(k: int, module: nn.Module, args: Any, output: Any) -> None:
-            pick(k, output)
-
         handles = []
         for k, site in enumerate(self.sites):
             module = self.model.get_submodule(site.module)
             if site.kind == "input":
-                handles.append(module.register_forward_pre_hook(partial(before, k), with_kwargs=True))
+                before = lambda _, args, kwargs, k=k: pick(k, (args, kwargs))  # noqa: E731
+                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             else:
-                handles.append(module.register_forward_hook(partial(after, k)))
+                handles.append(module.register_forward_hook(lambda _, args, output, k=k: pick(k, output)))
         try:
             with torch.no_grad():
                 self.model(*args, **kwargs)
@@ -122,7 +116,7 @@ class Teacher:
             raise CMIMError("The teacher is in training mode: leave it out of model.train(), or call teacher.eval().")
         activations = self._run(args, kwargs)
         for k in to.scheduled:
-            to.attempt(k, partial(to.take, k, LATENT, activations[k]))
+            to.attempt(k, to.take, k, LATENT, activations[k])
 
 
 def _in_place_of(tap: Tap, module: str, trace: Trace) -> Sighting | None:

@@ -38,7 +38,7 @@ class Layout:
         return shape[0] * self.spatial_shape(shape).numel()
 
     def elements(self, index: Tensor, shape: torch.Size, numbers: Tensor) -> Tensor:
-        """``(..., n, C)`` int64, for ``activation.take``: where the channels stand at positions ``index``, ``(..., n)``,
+        """``(..., n, C)`` int64, for ``activation.take``: the channels at positions ``index``, ``(..., n)``, which are
         counted over the batch. ``numbers``: int64, 0, 1, 2, ..., one for each channel or more."""
         channels = self.channels(shape)
         if self.spatial is None:
