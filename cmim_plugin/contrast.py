@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,53 +23,37 @@ _FIRST_STEPS = 3
 _CHECK_HEADS_AT = (100, 1000)
 # At the last one the bound of some tap should be above this number of nats.
 _LEAST_BOUND = 0.05
+# What labels (of positions, of whole images) and a mask are to be.
+_LABELS = (
+    "{} integers, one a sample of the batch, or a map of them for each",
+    '{} integers, one an image (instances="image")',
+)
+_MASK = '({}, tokens) booleans or integers, zero for padding (with instances="position")'
 
 
-@dataclass
-class Losses:
-    """The losses of some taps with the same number of rows, computed side by side.
+class Last(NamedTuple):
+    """The last loss of a tap, in nats and without a graph, and what its bound needs, which is read when asked for."""
 
-    Attributes:
-        taps: which.
-        values: ``(len(taps),)`` nats, without a graph.
-        instances, queued: candidates that an anchor has in the batch and in the queue.
-        labels, mask, queue_labels: what excluded some of them.
-    """
-
-    taps: list[int]
-    values: Tensor
-    instances: int
-    queued: int = 0
-    labels: Tensor | None = None
+    loss: Tensor
+    instances: int  # candidates that an anchor has in the batch,
+    queued: int = 0  # and in the queue
+    labels: Tensor | None = None  # these three excluded some of them
     mask: Tensor | None = None
     queue_labels: Tensor | None = None
 
-    @cached_property
     def negatives(self) -> Tensor:
-        """How many each anchor has: ``(taps, n)`` int64."""
+        """How many each anchor has, int64."""
         counts = count_negatives(self.instances, self.labels, self.queue_labels, self.queued, self.mask)
-        return counts.expand(len(self.taps), -1)
-
-    def bound(self, i: int, bound_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """The bound that the ``i``-th loss gives, by an objective's ``bound``."""
-        counts = self.negatives[i]
-        return bound_of(self.values[i], counts if self.mask is None else counts[self.mask[i]])
+        return counts if self.mask is None else counts[self.mask]
 
 
-@dataclass
-class Embedded:
-    """The embeddings of some taps, one tap after another.
+class Embedded(NamedTuple):
+    """The embeddings of some taps, one tap after another."""
 
-    Attributes:
-        z: ``(2, rows, D)``, of a_B and of a_F.
-        labels, mask: ``(rows,)`` integers and booleans, or None.
-        counts: tap -> how many of the rows are its own.
-    """
-
-    z: Tensor
-    labels: Tensor | None
-    mask: Tensor | None
-    counts: dict[int, int]
+    z: Tensor  # (2, rows, D), of a_B and of a_F
+    labels: Tensor | None  # (rows,) integers
+    mask: Tensor | None  # (rows,) booleans
+    counts: dict[int, int]  # tap -> how many of the rows are its own
 
     def of_all_ranks(self, taps: int, loads: int) -> Embedded:
         """The same with the rows of all ranks, in the order that one process would have them in.
@@ -96,12 +78,12 @@ class Embedded:
         counts = tuple(of_rank[len(given) :][: len(self.counts)] for of_rank in told)
         z = distributed.gather(self.z.transpose(0, 1), counts).transpose(0, 1)
         # A rank may have neither where others have: a model gets no attention_mask for a batch without padding.
-        labels = mask = None
+        rows, labels, mask = self.z.shape[1:2], None, None
         if any(has_labels):
-            labels = self.labels if self.labels is not None else self.z.new_full(self.z.shape[1:2], -1)
-            labels = distributed.gather(labels.to(torch.int64), counts)
+            labels = self.labels if self.labels is not None else self.z.new_full(rows, -1)
+            labels = distributed.gather(labels.long(), counts)
         if any(has_mask):
-            mask = self.mask if self.mask is not None else self.z.new_ones(self.z.shape[1:2])
+            mask = self.mask if self.mask is not None else self.z.new_ones(rows)
             mask = distributed.gather(mask.to(torch.uint8), counts).bool()
         return Embedded(z, labels, mask, {k: sum(of_tap) for k, *of_tap in zip(self.counts, *counts, strict=True)})
 
@@ -109,8 +91,6 @@ class Embedded:
         """``(taps, n, D)`` of both sides, and ``(taps, n)`` labels and mask, of taps that have ``n`` rows each."""
 
         def of_taps(rows: Tensor, dim: int) -> Tensor:
-            if len(taps) == len(self.counts):
-                return rows.unflatten(dim, (len(taps), -1))
             parts = dict(zip(self.counts, rows.split(list(self.counts.values()), dim), strict=True))
             return torch.stack([parts[k] for k in taps], dim)
 
@@ -152,8 +132,7 @@ class Contrast(nn.Module):
         self.register_buffer("_loaded", torch.full((len(taps), 2), math.nan, dtype=torch.float32, device="cpu"))
         #: How often a state was loaded, and how often since all ranks started from one state.
         self.loads = self.loads_since_sync = 0
-        #: Tap -> where its last loss is.
-        self.last: dict[int, tuple[Losses, int]] = {}
+        self.last: dict[int, Last] = {}
         self._steps = 0
         self._with_weight = 0
 
@@ -187,11 +166,15 @@ class Contrast(nn.Module):
             # No rows, but a graph: other ranks may have some, and wait for this one in the backward pass.
             tap, labels, mask = self.taps[0], None, None
             sides = {0: (weights.new_zeros(0, tap.channels), weights.new_zeros(0, tap.latent_channels))}
+        first = next(iter(pairs.values()), Pair())
+        pooled = first.index is None
         if labels is not None:
-            labels = _checked_labels(labels, next(iter(pairs.values()))).to(weights.device)
+            _check_given("labels", labels, first, _LABELS[pooled], lambda t: not pooled or t.ndim == 1)
+            labels = labels.to(weights.device)
             labels = torch.cat([labels_of(pair, labels, self.taps[k].name) for k, pair in pairs.items()])
         if mask is not None:
-            mask = _checked_mask(mask, next(iter(pairs.values()))).to(weights.device)
+            _check_given("mask", mask, first, _MASK, lambda t: not pooled and t.ndim == 2)
+            mask = mask.to(weights.device)
             self._warn_of_unmasked(pairs, mask)
             mask = torch.cat([mask_of(pair, mask) for pair in pairs.values()])
         z = self.heads(list(sides), list(sides.values()), weights)
@@ -226,14 +209,18 @@ class Contrast(nn.Module):
                 f"losses, shape ({len(taps)},); found {getattr(losses, 'shape', losses)!r}."
             )
         queue_labels = settings.get("queue_labels")
-        queued = 0 if queue_labels is None else queue_labels.shape[-1]
-        found = Losses(taps, losses.detach(), z_b.shape[1], queued, labels, mask, queue_labels)
-        self.last.update({k: (found, i) for i, k in enumerate(taps)})
-        no_negatives = z_b.shape[1] + queued == 1
-        excluding = (labels is not None or mask is not None) and self._steps < _FIRST_STEPS
-        if no_negatives or (
-            excluding and not torch.compiler.is_compiling() and not bool(found.negatives.any(-1).all())
+        n, queued = z_b.shape[1], 0 if queue_labels is None else queue_labels.shape[-1]
+        given = [[None] * len(taps) if t is None else list(t) for t in (labels, mask, queue_labels)]
+        for k, loss, *of_tap in zip(taps, losses.detach(), *given, strict=True):
+            self.last[k] = Last(loss, n, queued, *of_tap)
+        no_negatives = n + queued == 1
+        if (
+            (labels is not None or mask is not None)
+            and self._steps < _FIRST_STEPS
+            and not torch.compiler.is_compiling()
         ):
+            no_negatives |= not bool(count_negatives(n, labels, queue_labels, queued, mask).any(-1).all())
+        if no_negatives:
             warn_once(self, "A batch had no negatives (one instance, or one class only): its loss is zero.")
         return losses
 
@@ -247,11 +234,10 @@ class Contrast(nn.Module):
         found: dict[str, dict[str, Tensor]] = {}
         for k, tap in enumerate(self.taps):
             if k in self.last:
-                losses, i = self.last[k]
-                found[tap.name] = {"loss": losses.values[i]}
-                nothing_counts = losses.mask is not None and not bool(losses.mask[i].any())
-                if bound is not None and not nothing_counts:
-                    found[tap.name]["bound"] = losses.bound(i, bound)
+                last = self.last[k]
+                found[tap.name] = {"loss": last.loss}
+                if bound is not None and (last.mask is None or bool(last.mask.any())):
+                    found[tap.name]["bound"] = bound(last.loss, last.negatives())
             elif not self._loaded[k].isnan().all():
                 values = zip(("loss", "bound"), self._loaded[k].clone(), strict=True)
                 found[tap.name] = {name: value for name, value in values if not value.isnan()}
@@ -315,34 +301,13 @@ class Contrast(nn.Module):
 # -- what is given for samples or positions, for each row ------------------------------------------------------------
 
 
-def _checked_labels(labels: Tensor, pair: Pair) -> Tensor:
-    """Labels of the batch that the pair comes from."""
-    if not _has_integers(labels, pair.batch_size) or (pair.index is None and labels.ndim > 1):
+def _check_given(name: str, value: Any, pair: Pair, wanted: str, fits: Callable[[Tensor], bool]) -> None:
+    """Labels or a mask: a tensor of integers or booleans with an entry for each sample of the pair's batch."""
+    is_one = isinstance(value, Tensor) and holds_integers(value) and value.ndim > 0 and len(value) == pair.batch_size
+    if not is_one or not fits(value):
+        found = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         # Written here only: a size that is formatted is a constant to torch.compile.
-        wanted = f"{pair.batch_size} integers, one a sample of the batch, or a map of them for each"
-        if pair.index is None:
-            wanted = f'{pair.batch_size} integers, one an image (instances="image")'
-        raise CMIMError(f"labels must be {wanted}; found {_described(labels)}.")
-    return labels
-
-
-def _checked_mask(mask: Tensor, pair: Pair) -> Tensor:
-    """A mask of the batch that the pair comes from."""
-    if not _has_integers(mask, pair.batch_size) or mask.ndim != 2 or pair.index is None:
-        raise CMIMError(
-            f"mask must be ({pair.batch_size}, tokens) booleans or integers, zero for padding (with "
-            f'instances="position"); found {_described(mask)}.'
-        )
-    return mask
-
-
-def _has_integers(value: Any, batch: int) -> bool:
-    """Whether this is a tensor of integers or booleans with an entry for each sample."""
-    return isinstance(value, Tensor) and holds_integers(value) and value.ndim > 0 and len(value) == batch
-
-
-def _described(value: Any) -> str:
-    return f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise CMIMError(f"{name} must be {wanted.format(pair.batch_size)}; found {found}.")
 
 
 def labels_of(pair: Pair, labels: Tensor, name: str) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contrast import Contrast, Losses
+from .contrast import Contrast, Last
 from .errors import CMIMError
 from .objectives import NCE, holds_integers
 from .passes import Pass
@@ -174,7 +174,7 @@ class MemoryBank(nn.Module):
                 with torch.autocast(z_b.device.type, enabled=False):
                     loss = self._loss(k, z_b, z_f, of_rows, contrast.temperature)
                 # Of the batch an anchor has itself alone, and the others out of the bank.
-                contrast.last[k] = Losses([k], loss.detach()[None], 1, self.num_negatives), 0
+                contrast.last[k] = Last(loss.detach(), 1, self.num_negatives)
                 total = total + contrast.layer_weights[k] * loss
         return total
 
