@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from .functions import writes
-from .inputs import is_strided, tensors_in
+from .inputs import is_strided
 
 # How far containers and objects are followed into each other, and up to which length.
 _DEPTH, _LENGTH = 4, 4096
@@ -39,29 +37,21 @@ def preserve_state(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[
     of the modules; lists, dicts, sets, deques, numpy arrays and plain objects in these attributes, four levels deep;
     the global random generators and those that the model holds (torch, numpy, Python).
 
-    Buffers and tensors in attributes are copied. A parameter or an input is copied only when a torch function is about
-    to write into it.
-
     Not put back: global variables, class attributes, variables of closures, ``__slots__``, iterators, files,
-    containers of more than 4,096 elements inside others, state of C++ extensions, and parameters that such an extension
-    overwrites.
+    containers of more than 4,096 elements inside others, and state of C++ extensions.
     """
     parameters = list(model.parameters())
     with contextlib.ExitStack() as undo:
         # BinaryNet keeps the real weight in an attribute of the parameter.
         held = _held(undo, [*model.modules(), *parameters])
-        # An embedding with max_norm overwrites its weight where no function mode sees it.
-        overwritten = {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None}
-        guarded = {id(p) for p in parameters} - overwritten
-        for tensor in (*held, *(p.grad for p in parameters if p.grad is not None)):
-            if id(tensor) not in guarded:
-                _copy(undo, tensor)
+        grads = [p.grad for p in parameters if p.grad is not None]
+        for tensor in (*held, *grads, *filter(is_strided, inputs)):
+            undo.callback(_put_back_values, tensor, tensor.data, tensor.detach().clone())
         for p in parameters:  # the last is undone first: a gradient needs the shape of its parameter
             undo.callback(setattr, p, "grad", p.grad)
             undo.callback(p.requires_grad_, p.requires_grad)
             undo.callback(_point_at, p, p.data)
-        guard = _CopyBeforeWrite(undo, [*parameters, *filter(is_strided, inputs)])
-        with preserve_generators(held), guard:
+        with preserve_generators(held):
             yield
 
 
@@ -86,37 +76,6 @@ def _put_back_values(tensor: Tensor, data: Tensor, values: Tensor) -> None:
     _point_at(tensor, data)
     if not same(tensor.detach(), values):
         tensor.data.copy_(values)
-
-
-def _copy(undo: contextlib.ExitStack, tensor: Tensor) -> None:
-    undo.callback(_put_back_values, tensor, tensor.data, tensor.detach().clone())
-
-
-class _CopyBeforeWrite(TorchFunctionMode):
-    """Copies a tensor before the first torch function that writes into its memory."""
-
-    def __init__(self, undo: contextlib.ExitStack, tensors: list[Tensor]) -> None:
-        super().__init__()
-        self._undo = undo
-        self._pending: dict[int, list[Tensor]] = {}
-        for tensor in tensors:
-            self._pending.setdefault(_storage(tensor), []).append(tensor)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self._pending and writes(func, kwargs):
-            for _, tensor in tensors_in((args, kwargs)):
-                for pending in self._pending.pop(_storage(tensor), ()):
-                    _copy(self._undo, pending)
-        return func(*args, **kwargs)
-
-
-def _storage(tensor: Tensor) -> int:
-    """A number that tensors share that share their memory."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # sparse, nested and other tensors without one
-        return id(tensor)
 
 
 def _held(undo: contextlib.ExitStack, owners: Iterable[Any]) -> list[Tensor]:
