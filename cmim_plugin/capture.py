@@ -49,13 +49,12 @@ class Capture:
         observer: called with the pass, the tap and a_B as a whole. With it every pass is captured, in eval mode and
             without gradients too.
         teacher: runs on the inputs of the model, before the model does.
-
-    Attributes:
-        unasked: passes that were captured since a loss was asked for.
-        attached: the hooks are on the model.
-        removed: the hooks are off for good.
-        model_was_loaded: whether the model loaded a state_dict since the hooks were put on it.
     """
+
+    unasked = 0  # passes that were captured since a loss was asked for
+    attached = False  # the hooks are on the model
+    removed = False  # the hooks are off for good
+    model_was_loaded = False  # the model loaded a state_dict since the hooks were put on it
 
     def __init__(
         self,
@@ -71,10 +70,6 @@ class Capture:
         self.batch_source = batch_source
         self.observer = observer
         self.teacher = teacher
-        self.unasked = 0
-        self.attached = False
-        self.removed = False
-        self.model_was_loaded = False
         self.model_ref = weakref.ref(model)
         # Thread -> its pass that runs, and its pass that waits for its loss to be asked for.
         self.running: dict[int, Pass] = {}
@@ -215,23 +210,20 @@ class Capture:
         if waiting is not None:
             return waiting
         if not torch.is_grad_enabled():
-            raise CMIMError(
-                "No forward pass to take the loss of: under torch.no_grad() nothing is captured, and there is nothing "
-                "to train. In a function that both trains and validates, write: "
+            why = (
+                "under torch.no_grad() nothing is captured. In a function that both trains and validates, write: "
                 "if torch.is_grad_enabled(): loss = loss + cmim(model)"
             )
-        if self._waiting:
-            raise CMIMError(
-                "No forward pass of this thread to take the loss of: the model ran in another one. Call cmim(model) in "
-                "the thread that runs the model."
+        elif self._waiting:
+            why = "the model ran in another one. Call cmim(model) in the thread that runs the model"
+        else:
+            why = (
+                "one forward pass gives one loss: call model(x), with gradients enabled, before each cmim(model). Not "
+                "captured: a pass under torch.no_grad(), one that raised, one through model.forward(x), one of a model "
+                "that was compiled before CMIM was attached (attach first, or call torch._dynamo.reset()), or whose "
+                "hooks other code cleared (attach again)"
             )
-        raise CMIMError(
-            "No forward pass to take the loss of. One forward pass gives one loss: call model(x), with gradients "
-            "enabled, before each cmim(model). (Not captured: a pass under torch.no_grad(), one that raised, one "
-            "through model.forward(x) or a replica of nn.DataParallel, one of a model that was compiled and run before "
-            "CMIM was attached (attach first, or call torch._dynamo.reset()), one of a model whose hooks other code "
-            "cleared (attach again), one before cmim.paused().)"
-        )
+        raise CMIMError(f"No forward pass of this thread to take the loss of: {why}.")
 
     def _forget_dead_threads(self) -> None:
         """Drop what threads left that have ended: nobody can ask for the loss of it."""
@@ -248,10 +240,10 @@ class Capture:
 class _Hook:
     """The model holds bound methods of this class. If the model is copied or pickled, the copy's hooks do nothing."""
 
+    closing: RemovableHandle | None = None  # of the hook that closes what enter() opens
+
     def __init__(self, capture: Capture | None = None, module: nn.Module | None = None) -> None:
         self.capture = capture
-        #: Of the hook that closes what :meth:`enter` opens.
-        self.closing: RemovableHandle | None = None
         self._module = None if module is None else weakref.ref(module)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -267,9 +259,7 @@ class _Hook:
 
     def will_close(self) -> bool:
         """Whether the closing hook is still on the module: others may have cleared it."""
-        if torch.compiler.is_compiling():
-            return True
-        return self.closing is not None and _is_on(self.closing)
+        return torch.compiler.is_compiling() or (self.closing is not None and _is_on(self.closing))
 
 
 class _RootHook(_Hook):
@@ -358,18 +348,15 @@ class _Listener(TorchFunctionMode):
         self._running = running
         self._pickups = [p for p in pickups if p.site.function is not None]
         self._functions = [p.site.function for p in self._pickups]
-        self._calls: dict[Any, int] = {}
-
-    def times(self, function: Any) -> int:
-        """How often the function was called so far."""
-        return self._calls.get(function, 0)
+        #: How often each function was called so far.
+        self.calls: dict[Any, int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._running.muted or func not in self._functions:
             return func(*args, **kwargs)
-        nth = self._calls.get(func, 0)
-        self._calls[func] = nth + 1
+        nth = self.calls.get(func, 0)
+        self.calls[func] = nth + 1
         pickups = [p for p in self._pickups if p.site.function == func and p.site.nth == nth]
         self._running.pick_up(pickups, "argument", (args, kwargs))
         result = func(*args, **kwargs)

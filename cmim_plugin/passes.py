@@ -174,9 +174,8 @@ class Pass:
     def count(self, call: Call) -> None:
         """A call has ended: note the taps of which it called a function more or less often than in the dry run."""
         for p in call.pickups:
-            if call.listener is not None and p.site.function is not None:
-                times = call.listener.times(p.site.function)
-                self.miscounted += [p.tap] if times != p.site.times else []
+            if p.site.function is not None and call.listener.calls.get(p.site.function, 0) != p.site.times:
+                self.miscounted.append(p.tap)
 
     def abandon(self) -> None:
         """The pass did not come to its end."""
