@@ -44,18 +44,13 @@ class Heads(nn.Module):
         embed_dim: outputs ``D`` of a head.
         lr: learning rate; 0 leaves the heads, and the gradient that they got, alone.
         generator: of the CPU, for the initial weights.
-
-    Attributes:
-        weights: ``(channels of all heads, D)``, tap by tap, the head of a_B before that of a_F.
-        exp_avg, exp_avg_sq, steps: Adam's two moments, not corrected for their start, and its number of steps (0-d).
-        channels: ``(taps, 2)`` int64, as given.
     """
 
-    weights: Tensor
-    exp_avg: Tensor
+    weights: Tensor  # (channels of all heads, D), tap by tap, the head of a_B before that of a_F
+    exp_avg: Tensor  # Adam's two moments, not corrected for their start,
     exp_avg_sq: Tensor
-    steps: Tensor
-    channels: Tensor
+    steps: Tensor  # and its number of steps, 0-d
+    channels: Tensor  # (taps, 2) int64, as given
     _rows: Tensor
 
     def __init__(
@@ -93,16 +88,10 @@ class Heads(nn.Module):
     def forward(
         self, taps: Sequence[int], rows: Sequence[tuple[Tensor, Tensor]], weights: Tensor | None = None
     ) -> Tensor:
-        """Both sides of some taps under their heads.
+        """Both sides of some taps under their heads: ``(2, sum of n_k, D)``, of unit length, all a_B, tap by tap, then
+        all a_F. In float32 whatever autocast says (float64 where the weights are).
 
-        Args:
-            taps: which.
-            rows: ``(n_k, C_b)`` and ``(n_k, C_f)`` of each, of any floating dtype.
-            weights: what stands in for :attr:`weights`.
-
-        Returns:
-            ``(2, sum of n_k, D)``, of unit length: all a_B, tap by tap, then all a_F. In float32 whatever autocast says
-            (float64 where the weights are).
+        ``rows``: ``(n_k, C_b)`` and ``(n_k, C_f)`` of each, of any floating dtype.
         """
         weights = self.weights if weights is None else weights
         sides = [(rows[i][side], self._slices[tap][side]) for side in (0, 1) for i, tap in enumerate(taps)]
@@ -203,24 +192,12 @@ def adam_step(
     lr: float,
 ) -> None:
     """One step of Adam in place, in one kernel, with ``grad / scale``; none where ``skip``, 0-d float32, is 1."""
+    # fmt: off
     adam(
-        [weights],
-        [grad],
-        [exp_avg],
-        [exp_avg_sq],
-        [],
-        [steps],
-        fused=True,
-        grad_scale=scale,
-        found_inf=skip,
-        amsgrad=False,
-        beta1=_BETA1,
-        beta2=_BETA2,
-        lr=lr,
-        weight_decay=0.0,
-        eps=_EPSILON,
-        maximize=False,
+        [weights], [grad], [exp_avg], [exp_avg_sq], [], [steps], fused=True, grad_scale=scale, found_inf=skip,
+        beta1=_BETA1, beta2=_BETA2, lr=lr, eps=_EPSILON, weight_decay=0.0, amsgrad=False, maximize=False,
     )
+    # fmt: on
 
 
 adam_step.register_fake(lambda *args: None)

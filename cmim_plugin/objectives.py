@@ -72,11 +72,8 @@ class _Objective:
             return likelihoods.masked_fill(~mask, 0).sum((0, -1)) / (-2 * mask.sum(-1).clamp_min(1))
 
     def _log_likelihoods(self, scores: Tensor, negatives: Tensor | None) -> Tensor:
-        """The log-likelihood of each anchor, ``(..., n)``.
-
-        Args:
-            scores: ``(..., n, n + Q)`` of the anchors and all candidates, with those of the positives on the diagonal.
-            negatives: which candidates are negatives of which anchors, bool; None for all but the positive.
+        """The log-likelihood of each anchor, ``(..., n)``, from its scores with all, ``(..., n, n + Q)``, the
+        positives on the diagonal. ``negatives``: which candidates are negatives, bool; None for all but the positive.
         """
         raise NotImplementedError
 
@@ -129,9 +126,7 @@ class NCE(_Objective):
 
     def __post_init__(self) -> None:
         if self.num_samples <= 0:
-            raise CMIMError(
-                f"num_samples must be the number of training samples, a positive number; found {self.num_samples}."
-            )
+            raise CMIMError(f"num_samples must be a positive number, of the training set; found {self.num_samples}.")
 
     def _log_likelihoods(self, scores: Tensor, negatives: Tensor | None) -> Tensor:
         if negatives is None:
@@ -207,39 +202,29 @@ def _check(
     queue_f: Tensor | None,
     queue_labels: Tensor | None,
 ) -> None:
+    shape, dtypes = tuple(z_b.shape), {z_b.dtype, z_f.dtype}
     if z_b.ndim < 2 or z_b.shape != z_f.shape:
-        raise CMIMError(
-            "z_b and z_f must both be (..., instances, dimensions), row i of one belonging to row i of the other; "
-            f"found {tuple(z_b.shape)} and {tuple(z_f.shape)}."
-        )
-    if z_b.shape[-2] == 0:
+        raise CMIMError(f"z_b and z_f must both be (..., instances, dimensions); found {shape} and {tuple(z_f.shape)}.")
+    if not shape[-2]:
         raise CMIMError("z_b and z_f are empty: there is no instance to contrast.")
-    dtypes = {z_b.dtype, z_f.dtype}
     if not all(dtype.is_floating_point for dtype in dtypes) or (torch.float64 in dtypes and len(dtypes) > 1):
-        raise CMIMError(
-            f"z_b and z_f must both be float64 or neither, and floating point; found {z_b.dtype} and {z_f.dtype}."
-        )
+        found = f"{z_b.dtype} and {z_f.dtype}"
+        raise CMIMError(f"z_b and z_f must both be float64 or neither, and floating point; found {found}.")
     if not temperature > 0:
         raise CMIMError(f"temperature must be positive; found {temperature}.")
     for name, given, kind in (("labels", labels, "integers"), ("mask", mask, "bool")):
-        if given is None:
-            continue
-        fits = given.dtype == torch.bool if name == "mask" else holds_integers(given)
-        if given.shape != z_b.shape[:-1] or not fits:
-            raise CMIMError(
-                f"{name} must be {kind} of shape {tuple(z_b.shape[:-1])}, one a row; "
-                f"found shape {tuple(given.shape)}, {given.dtype}."
-            )
+        if given is not None:
+            fits = given.dtype == torch.bool if name == "mask" else holds_integers(given)
+            if given.shape != shape[:-1] or not fits:
+                found = f"shape {tuple(given.shape)}, {given.dtype}"
+                raise CMIMError(f"{name} must be {kind} of shape {shape[:-1]}, one a row; found {found}.")
     if queue_b is None and queue_f is None:
         return
-    shapes = [None if queue is None else tuple(queue.shape) for queue in (queue_b, queue_f)]
-    entries = shapes[0][-2] if shapes[0] and len(shapes[0]) > 1 else "entries"
-    if shapes != [(*z_b.shape[:-2], entries, z_b.shape[-1])] * 2:
-        wanted = ", ".join(map(str, (*z_b.shape[:-2], "entries", z_b.shape[-1])))
-        raise CMIMError(f"queue_b and queue_f go together, both ({wanted}); found {shapes[0]} and {shapes[1]}.")
-    found = None if queue_labels is None else tuple(queue_labels.shape)
-    if labels is not None and found != (*z_b.shape[:-2], entries):
-        raise CMIMError(
-            f"labels with a queue need queue_labels, integers of shape {(*z_b.shape[:-2], entries)} "
-            f"(below zero: no label); found {found}."
-        )
+    of_b, of_f, of_labels = (None if t is None else tuple(t.shape) for t in (queue_b, queue_f, queue_labels))
+    entries = (*shape[:-2], of_b[-2] if of_b and len(of_b) > 1 else "entries")
+    if not of_b == of_f == (*entries, shape[-1]):
+        wanted = ", ".join(map(str, (*shape[:-2], "entries", shape[-1])))
+        raise CMIMError(f"queue_b and queue_f go together, both ({wanted}); found {of_b} and {of_f}.")
+    if labels is not None and of_labels != entries:
+        wanted = f"integers of shape {entries} (below zero: no label)"
+        raise CMIMError(f"labels with a queue need queue_labels, {wanted}; found {of_labels}.")

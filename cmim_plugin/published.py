@@ -122,23 +122,16 @@ class MemoryBank(nn.Module):
     ``L = -1/n sum_i [ log h(i, 0) + sum_{j > 0} log(1 - h(i, j)) ]`` with ``h = p / (p + N/M)`` and
     ``p_ij = exp(s_ij) / Z``. Candidate 0 is the anchor's own entry of the other side; the ``N`` others are negatives.
 
-    Args:
-        contrast: of the taps.
-        targets, num_negatives, momentum: see :class:`PublishedCMIM`.
-
-    Attributes:
-        entries: ``(taps, 2, M, D)`` unit rows, of the binary and of the full-precision side.
-        normalizers: ``(taps, 2)``, the constants ``Z`` that stand in for the partition functions: from the first batch.
-        draws: ``(N,)`` int64, a random sequence for each negative; a batch of any size reads on from it.
+    The arguments are those of :class:`PublishedCMIM`.
     """
 
-    entries: Tensor
-    normalizers: Tensor
-    draws: Tensor
-    order: Tensor
-    first: Tensor
-    size: Tensor
+    entries: Tensor  # (taps, 2, M, D) unit rows, of the binary and of the full-precision side
+    normalizers: Tensor  # (taps, 2), the constants Z in place of the partition functions: from the first batch
+    draws: Tensor  # (N,) int64, a random sequence for each negative; a batch of any size reads on from it
     targets: Tensor
+    order: Tensor  # the samples, class by class
+    first: Tensor  # where each class begins in that order,
+    size: Tensor  # and how many samples it has
 
     def __init__(self, contrast: Contrast, targets: Tensor, num_negatives: int, momentum: float) -> None:
         super().__init__()
@@ -150,7 +143,6 @@ class MemoryBank(nn.Module):
             targets = targets.cpu().unique(return_inverse=True)[1]
             size = targets.bincount()
             self.register_buffer("targets", targets, persistent=False)
-            # The samples class by class; where each class begins in that order, and how many samples it has.
             self.register_buffer("order", targets.argsort(stable=True), persistent=False)
             self.register_buffer("first", size.cumsum(0) - size, persistent=False)
             self.register_buffer("size", size, persistent=False)

@@ -42,17 +42,15 @@ class Schedule(nn.Module):
         positions: how many positions each tap samples in a step, on all ranks together; None to pool over all.
         generator: for the first draws, on the CPU.
         shared: each rank takes its share of the positions.
-
-    Attributes:
-        draws: ``(count, positions)`` int64; a pass of ``m`` taps uses the first ``m`` rows.
-        step: how many losses were asked for so far.
-        all_taps: whether each pass captures all taps, whatever ``taps_per_step`` says: for each choice of some, what is
-            compiled would be compiled anew.
     """
 
-    draws: Tensor
+    draws: Tensor  # (count, positions) int64; a pass of m taps uses the first m rows
     _step: Tensor
     _all_taps: Tensor
+    #: How many losses were asked for so far.
+    step = 0
+    #: Each pass captures all taps, whatever taps_per_step says: each choice of some would be compiled anew.
+    all_taps = False
 
     def __init__(
         self,
@@ -65,10 +63,8 @@ class Schedule(nn.Module):
         super().__init__()
         self.count = count
         self.taps_per_step = taps_per_step
-        self.all_taps = False
         self.positions = positions
         self.shared = shared
-        self.step = 0
         self.register_buffer("draws", new_draws((count, positions or 0), generator))
         self.register_buffer("_step", torch.zeros((), dtype=torch.int64, device="cpu"))
         # A number, for an average over the buffers (AveragedModel) subtracts them.
@@ -141,15 +137,12 @@ def indices_among(random: Tensor, total: int, numbers: Tensor) -> Tensor:
 
 
 class BackwardRule:
-    """What is asked of the backward passes of one forward pass.
+    """What is asked of the backward passes of one forward pass."""
 
-    Attributes:
-        one_pass_to: the graph node of a leaf, or None for no rule. The gradients of the contrast and of the network's
-            loss must come to the leaf in one backward pass; where they come in two, the second raises CMIMError.
-        network_only: a backward pass came without the contrast: most likely the graph is used up.
-    """
-
+    #: The graph node of a leaf, or None for no rule. The gradients of the contrast and of the network's loss must come
+    #: to the leaf in one backward pass; where they come in two, the second raises CMIMError.
     one_pass_to: Any = None
+    #: A backward pass came without the contrast: most likely the graph is used up.
     network_only = False
 
     def ask_for_one_pass(self, x: Tensor) -> None:
