@@ -12,7 +12,7 @@ for x, y in loader:
     optimizer.step()
 """
 
-from .discovery import BinaryActivation, Tap, find_binary_activations
+from .discovery.find import BinaryActivation, Tap, find_binary_activations
 from .errors import CMIMError, CMIMWarning
 from .objectives import NCE, InfoNCE, count_negatives
 from .plugin import CMIM

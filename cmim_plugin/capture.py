@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from . import _compat
-from .discovery import BatchSource, Tap
-from .discovery.inputs import is_strided, positional_names
+from .discovery.find import Tap
+from .discovery.inputs import BatchSource, is_strided, positional_names
 from .errors import CMIMError, CMIMWarning, warn_once
 from .passes import BINARY, LATENT, Call, Pass, Pickup, current_error
 from .sampling import Schedule

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .discovery import Tap
+from .discovery.find import Tap
 from .errors import CMIMError, warn_once
 from .heads import Heads, grouped
 from .negatives import Queue

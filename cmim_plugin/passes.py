@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _compat
-from .discovery import Layout, Site, Tap
+from .discovery.find import Tap
 from .discovery.inputs import part_of
+from .discovery.layout import Layout
+from .discovery.trace import Site
 from .errors import CMIMError, warn_once
 from .sampling import BackwardRule, indices_among, sampled, upper_half
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import distributed
 from .capture import Capture, attached_to
 from .contrast import Contrast
-from .discovery import BinaryActivation, Tap, discover
+from .discovery.find import BinaryActivation, Tap, discover
 from .errors import CMIMError, warn_once
 from .heads import Heads
 from .objectives import NCE, InfoNCE
@@ -397,30 +397,26 @@ def _default_embed_dim(model: nn.Module, taps: tuple[Tap, ...]) -> int:
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
-    number, integer = (int, float), (int,)
-    rules: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
-        "weight": (number, lambda v: 0 <= v < math.inf, "a number, zero or more"),
-        "instances": ((str,), lambda v: v in ("position", "image"), '"position" or "image"'),
-        "num_positions": (integer, lambda v: v >= 1, "an integer, 1 or more"),
-        "taps_per_step": ((int, type(None)), lambda v: v is None or v >= 1, "an integer, 1 or more, or None for all"),
-        "objective": (
-            (object,),
-            lambda v: v is None or (callable(v) and not isinstance(v, type)),
-            "a function such as InfoNCE() or NCE(num_samples=...)",
-        ),
-        "temperature": (number, lambda v: 0 < v < math.inf, "positive"),
-        "embed_dim": ((int, type(None)), lambda v: v is None or v >= 1, "an integer, 1 or more, or None"),
-        "heads_lr": (number, lambda v: 0 <= v < math.inf, "a number, zero or more"),
-        "queue_size": (integer, lambda v: v >= 0, "an integer, 0 or more"),
-        "layer_decay": (number, lambda v: 0 < v <= 1, "in (0, 1]"),
-        "batch_size": ((int, type(None)), lambda v: v is None or v >= 1, "an integer, 1 or more, or None"),
-        "teacher": ((nn.Module, type(None)), lambda v: True, "a torch.nn.Module or None"),
-        "teacher_modules": ((Mapping, type(None)), lambda v: True, "a dict of tap name to module name, or None"),
-    }
-    for name, (kinds, fits, wanted) in rules.items():
-        value = settings[name]
-        if not isinstance(value, kinds) or isinstance(value, bool) or not fits(value):
-            raise CMIMError(f"{name} must be {wanted}; found {value!r}.")
+    number, integer, positive = (int, float), "an integer, {} or more", lambda v: v is None or v >= 1
+    function = "a function such as InfoNCE() or NCE(num_samples=...)"
+    rules: list[tuple[str, Any, Callable[[Any], bool], str]] = [
+        ("weight heads_lr", number, lambda v: 0 <= v < math.inf, "a number, zero or more"),
+        ("temperature", number, lambda v: 0 < v < math.inf, "positive"),
+        ("layer_decay", number, lambda v: 0 < v <= 1, "in (0, 1]"),
+        ("num_positions", int, positive, integer.format(1)),
+        ("queue_size", int, lambda v: v >= 0, integer.format(0)),
+        ("taps_per_step", int | None, positive, f"{integer.format(1)}, or None for all"),
+        ("embed_dim batch_size", int | None, positive, f"{integer.format(1)}, or None"),
+        ("instances", str, lambda v: v in ("position", "image"), '"position" or "image"'),
+        ("objective", Callable | None, lambda v: not isinstance(v, type), function),
+        ("teacher", nn.Module | None, lambda v: True, "a torch.nn.Module or None"),
+        ("teacher_modules", Mapping | None, lambda v: True, "a dict of tap name to module name, or None"),
+    ]
+    for names, kind, fits, wanted in rules:
+        for name in names.split():
+            value = settings[name]
+            if not isinstance(value, kind) or isinstance(value, bool) or not fits(value):
+                raise CMIMError(f"{name} must be {wanted}; found {value!r}.")
     teacher = settings["teacher"]
     if teacher is not None and unwrapped(teacher) is unwrapped(settings["model"]):
         raise CMIMError("The teacher is the binary network itself: pass another, full-precision network.")

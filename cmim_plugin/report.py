@@ -23,8 +23,8 @@ from . import distributed
 from ._compat import force_eager
 from .capture import Capture
 from .contrast import Contrast, mask_of
-from .discovery import BatchSource, is_two_valued
-from .discovery.inputs import as_inputs, is_strided, mapped, tensors_in
+from .discovery.codes import is_two_valued
+from .discovery.inputs import BatchSource, as_inputs, is_strided, mapped, tensors_in
 from .discovery.state import preserve_generators
 from .errors import CMIMError, CMIMWarning
 from .passes import BINARY, Pass
@@ -37,6 +37,14 @@ from .text import table
 _KEPT, _MOST_CODES = 64, 2**20
 # Scores this close are a tie: clipping makes many latents the very same.
 _NOISE = 1e-6
+# Heading -> what of a tap is below it, and how it is written.
+# fmt: off
+_COLUMNS = {
+    "tap": ("name", "{}"), "channels": ("channels", "{}"), "bound": ("bound", "{:.2f}"),
+    "at most": ("ceiling", "{:.2f}"), "kept": ("kept", "{:.0%}"), "retrieval": ("retrieval", "{:.1f}%"),
+    "+1": ("plus", "{:.1%}"), "dead": ("dead", "{}"), "saturated": ("saturated", "{}"), "flips": ("flips", "{:.2%}"),
+}
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -195,22 +203,10 @@ class Report:
         return figure
 
     def __repr__(self) -> str:
-        columns = {
-            "tap": ("name", "{}"),
-            "channels": ("channels", "{}"),
-            "bound": ("bound", "{:.2f}"),
-            "at most": ("ceiling", "{:.2f}"),
-            "kept": ("kept", "{:.0%}"),
-            "retrieval": ("retrieval", "{:.1f}%"),
-            "+1": ("plus", "{:.1%}"),
-            "dead": ("dead", "{}"),
-            "saturated": ("saturated", "{}"),
-            "flips": ("flips", "{:.2%}"),
-        }
         marked = self.worst if len(self.taps) > 1 and self.heads_trained else None
-        rows = [[*columns, ""]]
+        rows = [[*_COLUMNS, ""]]
         for tap in self.taps:
-            values = [(getattr(tap, attribute), form) for attribute, form in columns.values()]
+            values = [(getattr(tap, attribute), form) for attribute, form in _COLUMNS.values()]
             cells = ["-" if value is None else form.format(value) for value, form in values]
             rows.append([*cells, "<- loses the most" if tap.name == marked else ""])
         return f"{self._title()}\n{table(rows, right=True)}"

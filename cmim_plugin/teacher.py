@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._compat import force_eager
-from .discovery import Tap
+from .discovery.find import Tap
 from .discovery.history import operands
 from .discovery.inputs import as_inputs, part_of
 from .discovery.trace import Sighting, Trace, record

@@ -32,8 +32,7 @@ def _refuse_replicas(model: nn.Module) -> None:
         raise CMIMError(
             f"nn.DataParallel on {len(model.device_ids)} devices runs copies of the model, which cannot be captured. "
             "Use one process a GPU with DistributedDataParallel, or one GPU: nn.DataParallel(model, device_ids=[0]), "
-            "or model.module without the wrapper. (Its state_dict() has no prefix 'module.': strip that from the names "
-            "in checkpoints of the wrapped model. load_state_dict(strict=False) would load nothing, silently.)"
+            "or model.module without the wrapper (and without the prefix 'module.' in its checkpoints)."
         )
 
 

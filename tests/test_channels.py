@@ -112,7 +112,7 @@ PRODUCTS = {
 def test_channels_are_what_the_product_contracts(made, dim, channels):
     (found,) = find_binary_activations(*made)
     assert found.tapped, found.reason
-    assert (found.channels, found.binary_layout.spatial is None) == (channels, dim == -1)
+    assert (found.channels, found.layouts[0].spatial is None) == (channels, dim == -1)
 
 
 def test_channels_that_are_neither_last_nor_next_to_the_batch_are_refused():

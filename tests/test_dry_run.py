@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cmim_plugin import CMIM, CMIMError, find_binary_activations
-from cmim_plugin.discovery import discover
+from cmim_plugin.discovery.find import discover
 from cmim_plugin.passes import Pass
 
 
@@ -284,7 +284,7 @@ def test_rows_of_windows_belong_to_their_images_or_are_refused(example):
         (found,) = find_binary_activations(Of(lambda m, x, major=major: windows(m, x, major), **parts), example)
         assert found.tapped == major, found.reason
         if major:
-            assert found.binary_layout.windowed and found.latent_layout.windowed
+            assert found.layouts[0].windowed and found.layouts[1].windowed
 
 
 # -- structure ---------------------------------------------------------------------------------------------------

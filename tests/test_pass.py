@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cmim_plugin import CMIM, CMIMError, CMIMWarning
-from cmim_plugin.discovery import Layout
+from cmim_plugin.discovery.layout import Layout
 from cmim_plugin.passes import LATENT, _unmasked
 from networks import BIREAL, METHODS, Binary, BinaryConv, X, Y, a_loss, assert_same, batch, gradients, network, told
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cmim_plugin import CMIMError, stratified_indices
-from cmim_plugin.discovery import Layout
+from cmim_plugin.discovery.layout import Layout
 from cmim_plugin.sampling import BackwardRule, advance, sampled
 from networks import assert_same
 

@@ -78,20 +78,8 @@ Tap = BinaryActivation
 def discover(
     model: nn.Module, example_input: Any, batch_size: int | None = None
 ) -> tuple[tuple[BinaryActivation, ...], BatchSource | None]:
-    """Every binary activation of ``model``, in forward order, and where the number of samples is read off its inputs.
-
-    The latter is None where the user stated it and no input has that size. Nothing is attached.
-
-    Args:
-        model: any module. It is run a few times in training mode, first on the example, then on inputs like it, and
-            left exactly as it was (see :func:`~cmim_plugin.discovery.state.preserve_state` for what that covers).
-        example_input: a tensor, a tuple of positional inputs or a dict of keyword inputs.
-        batch_size: the number of samples in the example, where its inputs do not tell.
-
-    Raises:
-        CMIMError: the example is of another type, the forward fails on it, the number of samples is not clear, or no
-            parameter of the model requires a gradient.
-    """
+    """:func:`find_binary_activations`, and where the number of samples is read off the inputs: None where the user
+    stated it and no input has that size."""
     traces, source = dry_run(model, example_input, batch_size)
     found: list[_Found] = []
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
@@ -103,7 +91,18 @@ def discover(
 def find_binary_activations(
     model: nn.Module, example_input: Any, *, batch_size: int | None = None
 ) -> list[BinaryActivation]:
-    """Every binary activation of ``model``, in forward order, tappable or not: see :func:`discover`."""
+    """Every binary activation of ``model``, in forward order, tappable or not. Nothing is attached.
+
+    Args:
+        model: any module. It is run a few times in training mode, first on the example, then on inputs like it, and
+            left exactly as it was (see :func:`~cmim_plugin.discovery.state.preserve_state` for what that covers).
+        example_input: a tensor, a tuple of positional inputs or a dict of keyword inputs.
+        batch_size: the number of samples in the example, where its inputs do not tell.
+
+    Raises:
+        CMIMError: the example is of another type, the forward fails on it, the number of samples is not clear, or no
+            parameter of the model requires a gradient.
+    """
     return list(discover(model, example_input, batch_size)[0])
 
 
