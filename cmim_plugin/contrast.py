@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,56 +47,13 @@ class Last(NamedTuple):
         return counts if self.mask is None else counts[self.mask]
 
 
-class Embedded(NamedTuple):
-    """The embeddings of some taps, one tap after another."""
+class Rows(NamedTuple):
+    """The embeddings of one tap, and what was given for each row."""
 
-    z: Tensor  # (2, rows, D), of a_B and of a_F
-    labels: Tensor | None  # (rows,) integers
-    mask: Tensor | None  # (rows,) booleans
-    counts: dict[int, int]  # tap -> how many of the rows are its own
-
-    def of_all_ranks(self, taps: int, loads: int) -> Embedded:
-        """The same with the rows of all ranks, in the order that one process would have them in.
-
-        Args:
-            taps: how many there are in all.
-            loads: how often this rank loaded a state since all ranks started from one.
-
-        Raises:
-            CMIMError: on every rank, where some of them loaded a state and others did not.
-        """
-        given = [self.labels is not None, self.mask is not None, loads]
-        # As many numbers on each rank, whatever taps it contrasts.
-        own = [*given, *self.counts.values(), *[0] * (taps - len(self.counts))]
-        told = distributed.counts_of_all(own, self.z.device)
-        has_labels, has_mask, loaded, *_ = zip(*told, strict=True)  # by rank
-        if len(set(loaded)) > 1:
-            raise CMIMError(
-                "The ranks do not have the same state: load cmim's state_dict on every rank. Loads on rank 0, 1, ...: "
-                f"{list(loaded)}."
-            )
-        counts = tuple(of_rank[len(given) :][: len(self.counts)] for of_rank in told)
-        z = distributed.gather(self.z.transpose(0, 1), counts).transpose(0, 1)
-        # A rank may have neither where others have: a model gets no attention_mask for a batch without padding.
-        rows, labels, mask = self.z.shape[1:2], None, None
-        if any(has_labels):
-            labels = self.labels if self.labels is not None else self.z.new_full(rows, -1)
-            labels = distributed.gather(labels.long(), counts)
-        if any(has_mask):
-            mask = self.mask if self.mask is not None else self.z.new_ones(rows)
-            mask = distributed.gather(mask.to(torch.uint8), counts).bool()
-        return Embedded(z, labels, mask, {k: sum(of_tap) for k, *of_tap in zip(self.counts, *counts, strict=True)})
-
-    def side_by_side(self, taps: list[int]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """``(taps, n, D)`` of both sides, and ``(taps, n)`` labels and mask, of taps that have ``n`` rows each."""
-
-        def of_taps(rows: Tensor, dim: int) -> Tensor:
-            parts = dict(zip(self.counts, rows.split(list(self.counts.values()), dim), strict=True))
-            return torch.stack([parts[k] for k in taps], dim)
-
-        z_b, z_f = of_taps(self.z, 1)
-        labels = None if self.labels is None else of_taps(self.labels, 0)
-        return z_b, z_f, labels, None if self.mask is None else of_taps(self.mask, 0)
+    z_b: Tensor  # (n, D)
+    z_f: Tensor
+    labels: Tensor | None = None  # (n,) integers
+    mask: Tensor | None = None  # (n,) booleans
 
 
 class Contrast(nn.Module):
@@ -144,43 +101,78 @@ class Contrast(nn.Module):
             labels: ``(B,)`` or ``(B, *spatial)`` integers of this rank's batch.
             mask: ``(B, tokens)``, zero or False for tokens that do not count.
         """
-        embedded = self.embed(captured, labels, mask)
+        rows = self.embed(captured, labels, mask)
         # Taps with as many rows and as full a queue are one call of the objective.
-        counted = [k for k, count in embedded.counts.items() if count > 0]
+        counted = [k for k in rows if len(rows[k].z_b) > 0]
         sums = []
-        for _, taps in grouped(counted, [(embedded.counts[k], self._queued(k)) for k in counted]):
-            losses = self._losses(taps, *embedded.side_by_side(taps))
+        for _, taps in grouped(counted, [(len(rows[k].z_b), self._queued(k)) for k in counted]):
+            losses = self._losses(taps, [rows[k] for k in taps])
             layer_weights = torch.cat([self._layer_weights[k : k + 1] for k in taps])
             sums.append(losses.dot(layer_weights.to(losses.dtype)))
         if not torch.compiler.is_compiling():  # each number would be compiled anew
             self._steps = min(self._steps + 1, _FIRST_STEPS)
-        return sum(sums[1:], sums[0]) if sums else embedded.z.sum()  # a zero with a graph, where no rank has rows
+        return sum(sums[1:], sums[0]) if sums else zero_of(rows)
 
-    def embed(self, captured: Pass, labels: Tensor | None, mask: Tensor | None) -> Embedded:
-        """The embeddings of what a pass captured, with the label and the mask of each row; on several ranks, of all."""
+    def embed(self, captured: Pass, labels: Tensor | None, mask: Tensor | None) -> dict[int, Rows]:
+        """The embeddings of each tap that a pass captured; on several ranks, the rows of all of them."""
         pairs = {k: captured.pairs[k] for k in captured.scheduled if captured.pairs[k].complete}
         together = distributed.ranks() > 1
         weights = distributed.averaged(self.heads.weights) if together else self.heads.weights
-        sides = {k: pair.sides for k, pair in pairs.items()}
-        if not pairs:
-            # No rows, but a graph: other ranks may have some, and wait for this one in the backward pass.
-            tap, labels, mask = self.taps[0], None, None
-            sides = {0: (weights.new_zeros(0, tap.channels), weights.new_zeros(0, tap.latent_channels))}
-        first = next(iter(pairs.values()), Pair())
-        pooled = first.index is None
-        if labels is not None:
-            _check_given("labels", labels, first, _LABELS[pooled], lambda t: not pooled or t.ndim == 1)
-            labels = labels.to(weights.device)
-            labels = torch.cat([labels_of(pair, labels, self.taps[k].name) for k, pair in pairs.items()])
-        if mask is not None:
-            _check_given("mask", mask, first, _MASK, lambda t: not pooled and t.ndim == 2)
-            mask = mask.to(weights.device)
-            self._warn_of_unmasked(pairs, mask)
-            mask = torch.cat([mask_of(pair, mask) for pair in pairs.values()])
-        z = self.heads(list(sides), list(sides.values()), weights)
-        counts = {k: len(sides[k][0]) if k in pairs else 0 for k in captured.scheduled}
-        embedded = Embedded(z, labels, mask, counts)
-        return embedded.of_all_ranks(len(self.taps), self.loads_since_sync) if together else embedded
+        # No rows, but a graph: other ranks may have some, and wait for this one in the backward pass.
+        rows = {captured.scheduled[0]: Rows(weights[:0], weights[:0])}
+        if pairs:
+            first = next(iter(pairs.values()))
+            pooled = first.index is None
+            if labels is not None:
+                _check_given("labels", labels, first, _LABELS[pooled], lambda t: not pooled or t.ndim == 1)
+                labels = labels.to(weights.device)
+            if mask is not None:
+                _check_given("mask", mask, first, _MASK, lambda t: not pooled and t.ndim == 2)
+                mask = mask.to(weights.device)
+                self._warn_of_unmasked(pairs, mask)
+            z = self.heads(list(pairs), [pair.sides for pair in pairs.values()], weights)
+            rows = {
+                k: Rows(
+                    z_b,
+                    z_f,
+                    None if labels is None else labels_of(pair, labels, self.taps[k].name),
+                    None if mask is None else mask_of(pair, mask),
+                )
+                for (k, pair), z_b, z_f in zip(pairs.items(), z[: len(pairs)], z[len(pairs) :], strict=True)
+            }
+        return self._of_all_ranks(rows, captured.scheduled) if together else rows
+
+    def _of_all_ranks(self, rows: dict[int, Rows], taps: Sequence[int]) -> dict[int, Rows]:
+        """The same with the rows of all ranks, in the order that one process would have them in. Raises CMIMError on
+        every rank where some of them loaded a state since all started from one, and others did not."""
+        some = list(rows.values())
+        given = [some[0].labels is not None, some[0].mask is not None, self.loads_since_sync]
+        own = [len(rows[k].z_b) if k in rows else 0 for k in taps]
+        # As many numbers on each rank, whatever taps it contrasts.
+        told = distributed.counts_of_all([*given, *own, *[0] * (len(self.taps) - len(own))], some[0].z_b.device)
+        has_labels, has_mask, loaded, *_ = zip(*told, strict=True)  # by rank
+        if len(set(loaded)) > 1:
+            raise CMIMError(
+                "The ranks do not have the same state: load cmim's state_dict on every rank. Loads on rank 0, 1, ...: "
+                f"{list(loaded)}."
+            )
+        counts = tuple(of_rank[len(given) :][: len(taps)] for of_rank in told)
+
+        def gathered(parts: Iterable[Tensor]) -> tuple[Tensor, ...]:
+            found = distributed.gather(torch.cat(list(parts)), counts)
+            return found.split([sum(of_tap) for of_tap in zip(*counts, strict=True)])
+
+        def or_else(own: Tensor | None, rows: Rows, value: int) -> Tensor:
+            return rows.z_b.new_full(rows.z_b.shape[:1], value).long() if own is None else own.long()
+
+        z = gathered(torch.stack([r.z_b, r.z_f], 1) for r in some)
+        # A rank may have neither where others have: a model gets no attention_mask for a batch without padding.
+        labels = gathered(or_else(r.labels, r, -1) for r in some) if any(has_labels) else [None] * len(taps)
+        mask = gathered(or_else(r.mask, r, 1) for r in some) if any(has_mask) else [None] * len(taps)
+        return {
+            k: Rows(z_k[:, 0], z_k[:, 1], of_label, None if of_mask is None else of_mask.bool())
+            for k, z_k, of_label, of_mask in zip(taps, z, labels, mask, strict=True)
+        }
 
     def _warn_of_unmasked(self, pairs: dict[int, Pair], mask: Tensor) -> None:
         for k, pair in pairs.items():
@@ -192,8 +184,10 @@ class Contrast(nn.Module):
                     "out with taps=.",
                 )
 
-    def _losses(self, taps: list[int], z_b: Tensor, z_f: Tensor, labels: Tensor | None, mask: Tensor | None) -> Tensor:
-        """The losses of taps whose embeddings, ``(taps, n, D)`` each, lie side by side: ``(taps,)``."""
+    def _losses(self, taps: list[int], rows: list[Rows]) -> Tensor:
+        """The losses of taps with as many rows each: ``(taps,)``."""
+        z_b, z_f = torch.stack([*(r.z_b for r in rows), *(r.z_f for r in rows)]).unflatten(0, (2, -1))
+        labels, mask = _stacked(r.labels for r in rows), _stacked(r.mask for r in rows)
         settings: dict[str, Tensor] = {} if mask is None else {"mask": mask}
         if len(self.queues):
             queues = [queue for k in taps if isinstance(queue := self.queues[k], Queue)]
@@ -210,9 +204,9 @@ class Contrast(nn.Module):
             )
         queue_labels = settings.get("queue_labels")
         n, queued = z_b.shape[1], 0 if queue_labels is None else queue_labels.shape[-1]
-        given = [[None] * len(taps) if t is None else list(t) for t in (labels, mask, queue_labels)]
-        for k, loss, *of_tap in zip(taps, losses.detach(), *given, strict=True):
-            self.last[k] = Last(loss, n, queued, *of_tap)
+        for i, (k, r) in enumerate(zip(taps, rows, strict=True)):
+            of_queue = None if queue_labels is None else queue_labels[i]
+            self.last[k] = Last(losses[i].detach(), n, queued, r.labels, r.mask, of_queue)
         no_negatives = n + queued == 1
         if (
             (labels is not None or mask is not None)
@@ -299,6 +293,16 @@ class Contrast(nn.Module):
 
 
 # -- what is given for samples or positions, for each row ------------------------------------------------------------
+
+
+def _stacked(parts: Iterable[Tensor | None]) -> Tensor | None:
+    given = [part for part in parts if part is not None]
+    return torch.stack(given) if given else None
+
+
+def zero_of(rows: dict[int, Rows]) -> Tensor:
+    """A zero with a graph, for where no rank has rows."""
+    return next(iter(rows.values())).z_b[:0].sum()
 
 
 def _check_given(name: str, value: Any, pair: Pair, wanted: str, fits: Callable[[Tensor], bool]) -> None:

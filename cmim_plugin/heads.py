@@ -87,9 +87,9 @@ class Heads(nn.Module):
 
     def forward(
         self, taps: Sequence[int], rows: Sequence[tuple[Tensor, Tensor]], weights: Tensor | None = None
-    ) -> Tensor:
-        """Both sides of some taps under their heads: ``(2, sum of n_k, D)``, of unit length, all a_B, tap by tap, then
-        all a_F. In float32 whatever autocast says (float64 where the weights are).
+    ) -> list[Tensor]:
+        """Both sides of some taps under their heads: ``(n_k, D)`` of unit length, of each a_B, then of each a_F. In
+        float32 whatever autocast says (float64 where the weights are).
 
         ``rows``: ``(n_k, C_b)`` and ``(n_k, C_f)`` of each, of any floating dtype.
         """
@@ -115,7 +115,7 @@ class Heads(nn.Module):
             z = nn.functional.rms_norm(z, (dim,), self._unit, eps=_SHORTEST**2 / dim)
         # Back into the order of `sides`: all a_B, then all a_F.
         found = dict(zip(order, z.split([len(sides[p][0]) for p in order]), strict=True))
-        return torch.cat([found[p] for p in range(len(sides))]).view(2, -1, self.embed_dim)
+        return [found[p] for p in range(len(sides))]
 
     # -- training ------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contrast import Contrast, Last
+from .contrast import Contrast, Last, zero_of
 from .errors import CMIMError
 from .objectives import NCE, holds_integers
 from .passes import Pass
@@ -155,13 +155,10 @@ class MemoryBank(nn.Module):
         """The weighted sum of the losses of all taps, 0-d."""
         indices = self._checked(captured, indices)
         # In the place of labels: embed() brings them to the rows, in the order of all ranks.
-        embedded = contrast.embed(captured, indices, None)
-        if embedded.labels is None:
-            return embedded.z.sum()  # a zero with a graph, where no rank has rows
-        rows = (side.split(list(embedded.counts.values())) for side in (*embedded.z, embedded.labels))
-        total = embedded.z.new_zeros(())
-        for k, z_b, z_f, of_rows in zip(embedded.counts, *rows, strict=True):
-            if len(of_rows):
+        rows = contrast.embed(captured, indices, None)
+        total = zero_of(rows)
+        for k, (z_b, z_f, of_rows, _) in rows.items():
+            if of_rows is not None and len(of_rows):
                 # In half precision, exp(s / temperature) would be another number.
                 with torch.autocast(z_b.device.type, enabled=False):
                     loss = self._loss(k, z_b, z_f, of_rows, contrast.temperature)

@@ -29,6 +29,10 @@ def start(dtype: torch.dtype = torch.float64) -> tuple[Heads, list[tuple[Tensor,
     return heads, rows
 
 
+def joined(sides: list[Tensor]) -> Tensor:
+    return torch.cat(sides).view(2, -1, DIMENSIONS)
+
+
 def oracle(heads: Heads, taps: list[int], rows: list[tuple[Tensor, Tensor]]) -> Tensor:
     """All a_B, tap by tap, then all a_F."""
     sides = []
@@ -79,7 +83,7 @@ def test_each_side_of_each_tap_has_weights_of_its_own_which_are_views_of_one_ten
 @each_choice
 def test_embeddings_and_their_gradients_agree_with_loops(taps):
     heads, rows = start()
-    z, expected = heads(taps, [rows[k] for k in taps]), oracle(heads, taps, rows)
+    z, expected = joined(heads(taps, [rows[k] for k in taps])), oracle(heads, taps, rows)
     torch.testing.assert_close(z, expected, rtol=1e-9, atol=1e-9)
     assert_agrees(gradients_of(z, heads, rows), gradients_of(expected, heads, rows))
 
@@ -88,7 +92,7 @@ def test_gradients_and_their_gradients_agree_with_differences():
     heads, rows = start()
 
     def embedded(weights: Tensor, *given: Tensor) -> Tensor:
-        return heads([0, 2], list(zip(given[::2], given[1::2], strict=True)), weights)
+        return joined(heads([0, 2], list(zip(given[::2], given[1::2], strict=True)), weights))
 
     tensors = [heads.weights, *rows[0], *rows[2]]
     assert torch.autograd.gradcheck(embedded, tensors)
@@ -98,7 +102,7 @@ def test_gradients_and_their_gradients_agree_with_differences():
 def test_an_embedding_too_short_to_have_a_direction_is_not_stretched_to_unit_length():
     heads, rows = start()
     heads.weights.detach().mul_(1e-9)
-    z, expected = heads([0, 1, 2], rows), oracle(heads, [0, 1, 2], rows)
+    z, expected = joined(heads([0, 1, 2], rows)), oracle(heads, [0, 1, 2], rows)
     assert z.norm(dim=2).max() < 0.1
     torch.testing.assert_close(z, expected, rtol=1e-9, atol=1e-12)
     for f, e in zip(gradients_of(z, heads, rows), gradients_of(expected, heads, rows), strict=True):
@@ -108,7 +112,7 @@ def test_an_embedding_too_short_to_have_a_direction_is_not_stretched_to_unit_len
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_rows_in_half_precision_are_embedded_in_that_of_the_heads_and_get_gradients_of_their_own(dtype):
     heads, rows = start(dtype)
-    z, expected = heads([0, 1, 2], rows), oracle(heads, [0, 1, 2], rows)
+    z, expected = joined(heads([0, 1, 2], rows)), oracle(heads, [0, 1, 2], rows)
     torch.testing.assert_close(z, expected, rtol=1e-9, atol=1e-9)
     for f, e in zip(gradients_of(z, heads, rows), gradients_of(expected, heads, rows), strict=True):
         assert f.dtype == e.dtype
@@ -452,7 +456,7 @@ def test_rows_of_zeros_get_no_gradient_and_the_others_theirs():
     gradients = []
     for kept in (torch.arange(5), torch.tensor([0, 1, 3, 4])):
         x = rows[kept].clone().requires_grad_()
-        z = heads([0], [(x, x.detach())])
+        z = joined(heads([0], [(x, x.detach())]))
         z[0].pow(3).sum().backward()
         gradients.append(x.grad)
     assert not gradients[0][2].any()
