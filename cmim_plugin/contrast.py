@@ -94,13 +94,8 @@ class Contrast(nn.Module):
         self._with_weight = 0
 
     def forward(self, captured: Pass, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """The weighted sum of the losses of the taps that this pass captured, 0-d.
-
-        Args:
-            captured: a pass; a tap that it did not reach adds nothing.
-            labels: ``(B,)`` or ``(B, *spatial)`` integers of this rank's batch.
-            mask: ``(B, tokens)``, zero or False for tokens that do not count.
-        """
+        """The weighted sum of the losses of the taps that this pass captured, 0-d; the arguments are those of
+        :meth:`cmim_plugin.CMIM.forward`."""
         rows = self.embed(captured, labels, mask)
         # Taps with as many rows and as full a queue are one call of the objective.
         counted = [k for k in rows if len(rows[k].z_b) > 0]

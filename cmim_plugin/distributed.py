@@ -48,14 +48,9 @@ def counts_of_all(counts: Sequence[int], device: torch.device) -> tuple[tuple[in
 
 
 def gather(rows: Tensor, counts: tuple[tuple[int, ...], ...]) -> Tensor:
-    """The rows of all ranks, tap by tap and within a tap rank by rank.
+    """The rows of all ranks, tap by tap and within a tap rank by rank; ``counts``: of each tap, on each rank.
 
-    Args:
-        rows: ``(R, ...)`` of this rank, tap by tap.
-        counts: rows of each tap, on each rank.
-
-    Returns:
-        ``(R of all ranks, ...)``, with gradients to the rows of this rank, multiplied by the number of ranks.
+    Gradients go to the rows of this rank, multiplied by the number of ranks.
     """
     return _Gather.apply(rows, counts)
 

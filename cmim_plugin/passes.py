@@ -81,11 +81,9 @@ class Pass:
     """One forward pass of the model, from its first hook to its last, and until its loss is asked for.
 
     Args:
-        taps: all of them.
-        scheduled: which are captured.
+        scheduled: which of the taps are captured.
         draws: ``(len(scheduled), n)`` int64 random numbers to choose positions by; None to pool over all positions.
         device: of the heads.
-        training: whether the model is in training mode.
         batch_size: samples in the batch, where the inputs tell.
         mask: ``(B, tokens)``, the mask that the model itself was given.
         observer: called with this pass, the tap and a_B as a whole, before rows are taken.
@@ -185,15 +183,9 @@ class Pass:
             self.close(self.open[-1].hook)
 
     def check(self, plugin: object, may_reach_none: bool) -> None:
-        """Tell what could not be captured. Warn once about each tap that adds nothing to the loss.
-
-        Args:
-            plugin: what the warnings are remembered for.
-            may_reach_none: accept a pass that reached no tap, as random skipping of layers can make it.
-
-        Raises:
-            CMIMError: something went wrong, or nothing is left to train.
-        """
+        """Raise CMIMError where something could not be captured or nothing is left to train. Warn once for each
+        ``plugin`` about each tap that adds nothing to the loss. ``may_reach_none``: accept a pass that reached no tap,
+        as random skipping of layers can make it."""
         lines = self.troubles()
         self._check_counts()
         left_out = [pair.left_out[0] for pair in self.pairs.values() if pair.left_out]
@@ -206,9 +198,9 @@ class Pass:
         lines = self.troubles()
         if not reached and not may_reach_none:
             raise CMIMError(
-                "The forward pass reached none of the taps. A model that was compiled and run before CMIM was attached "
-                "does that (attach first, or call torch._dynamo.reset()), inputs that take another way through it, "
-                "modules that were replaced, and hooks that other code cleared (attach again).\n" + "\n".join(lines)
+                "The forward pass reached none of the taps. Was the model compiled and run before CMIM was attached "
+                "(attach first, or call torch._dynamo.reset()), were modules replaced or hooks cleared (attach again), "
+                "or do these inputs take another way through it?\n" + "\n".join(lines)
             )
         warn_once(plugin, *(f"{line} It adds nothing to the loss." for line in lines))
 
@@ -226,12 +218,7 @@ class Pass:
             other_calls = any(self.calls.get(site.module, 0) != site.calls for site in sites)
             if pair.complete and (k in self.miscounted or (other_calls and not tap.in_one_call)):
                 pair.rows = [None, None]
-                self.leave_out(
-                    k,
-                    MISSED,
-                    "a function or module was called more or less often than in the dry run: which latent is its own "
-                    "is not known",
-                )
+                self.leave_out(k, MISSED, "a function or module was called more or less often than in the dry run")
 
     def ask_for_one_pass(self) -> None:
         """The gradients of the contrast and of the network's loss are to come in one backward pass."""
@@ -268,15 +255,11 @@ class Pass:
         """Why the rows of an activation cannot be taken: FAILED or EXCUSED, and a message."""
         layout = tap.layouts[side]
         if not isinstance(x, Tensor):
-            return FAILED, (
-                f"the forward went another way than in the dry run: a tensor was expected, found a {type(x).__name__}. "
-                "Attach again with an example_input like the training batches"
-            )
+            why = f"a tensor was expected, found a {type(x).__name__}"
+            return FAILED, f"{why}. Attach again with an example_input like the training batches"
         if x.device != self.device:
-            return FAILED, (
-                f"it is on {x.device}, the heads are on {self.device}: call cmim.to({str(x.device)!r}), or attach "
-                "after moving the model"
-            )
+            remedy = f"call cmim.to({str(x.device)!r}), or attach after moving the model"
+            return FAILED, f"it is on {x.device}, the heads are on {self.device}: {remedy}"
         if side == BINARY and self.observer is None and not x.requires_grad:
             return EXCUSED, (
                 "its binary activation came without a gradient. Layers that were frozen do that (nothing is left to "
@@ -289,10 +272,8 @@ class Pass:
                 f"its channels are the {found} tokens of this batch, and were {wanted} when CMIM was attached",
             )
         if found != wanted:
-            return FAILED, (
-                f"it has {found} channels, and had {wanted} when CMIM was attached. After pruning, or after another "
-                "change of the layers, attach again"
-            )
+            why = f"it has {found} channels, and had {wanted} when CMIM was attached"
+            return FAILED, f"{why}. After pruning, or after another change of the layers, attach again"
         if layout.windowed and len(x) and (not self.batch_size or len(x) % self.batch_size):
             samples = self.batch_size or "an unknown number of"
             return FAILED, f"its {len(x)} rows are not a whole number of windows for each of {samples} samples"
@@ -303,10 +284,8 @@ class Pass:
             return FAILED, f"its two sides have {len(other)} and {len(x)} samples in this batch"
         if self.random is not None and pair.total != total:
             remedy = "Leave it out with taps=" if tap.latent else "Name another module with teacher_modules="
-            return FAILED, (
-                f"its two sides have {pair.total} and {total} positions in this batch, and cannot be paired position "
-                f'by position. {remedy}, or use instances="image"'
-            )
+            why = f"its two sides have {pair.total} and {total} positions in this batch"
+            return FAILED, f'{why}. {remedy}, or use instances="image"'
         return None
 
     def _positions(self, k: int, layout: Layout, x: Tensor) -> tuple[Tensor, Tensor]:

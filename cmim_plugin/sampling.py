@@ -34,19 +34,11 @@ def advance(draws: Tensor) -> None:
 
 
 class Schedule(nn.Module):
-    """Which taps the next pass captures, and at which positions.
-
-    Args:
-        count: number of taps.
-        taps_per_step: how many taps each pass captures, None for all.
-        positions: how many positions each tap samples in a step, on all ranks together; None to pool over all.
-        generator: for the first draws, on the CPU.
-        shared: each rank takes its share of the positions.
+    """Which taps the next pass captures, and at which positions: ``positions`` of each on all ranks together, of which
+    a rank takes its share if they are ``shared``; None to pool over all. ``generator``: for the first draws.
     """
 
     draws: Tensor  # (count, positions) int64; a pass of m taps uses the first m rows
-    _step: Tensor
-    _all_taps: Tensor
     #: How many losses were asked for so far.
     step = 0
     #: Each pass captures all taps, whatever taps_per_step says: each choice of some would be compiled anew.
@@ -66,9 +58,6 @@ class Schedule(nn.Module):
         self.positions = positions
         self.shared = shared
         self.register_buffer("draws", new_draws((count, positions or 0), generator))
-        self.register_buffer("_step", torch.zeros((), dtype=torch.int64, device="cpu"))
-        # A number, for an average over the buffers (AveragedModel) subtracts them.
-        self.register_buffer("_all_taps", torch.zeros((), dtype=torch.int64, device="cpu"))
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -93,14 +82,11 @@ class Schedule(nn.Module):
         else:
             self.step += 1
 
-    def _save_to_state_dict(self, *args: Any) -> None:
-        self._step.fill_(self.step)
-        self._all_taps.fill_(self.all_taps)
-        super()._save_to_state_dict(*args)
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self.step, self.all_taps], device="cpu")
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self.step, self.all_taps = int(self._step), bool(self._all_taps)
+    def set_extra_state(self, state: Tensor) -> None:
+        self.step, self.all_taps = int(state[0]), bool(state[1])
 
 
 def stratified_indices(draws: Tensor, total: int) -> Tensor:
@@ -162,13 +148,7 @@ def sampled(x: Tensor, index: Tensor, zero: Tensor, rule: BackwardRule) -> Tenso
 
     A whole tensor is used where something could tell the difference: another hook on the gradient of ``x`` was
     registered before ours and would not see the sampled entries, deterministic algorithms are asked for, or a subclass
-    of Tensor.
-
-    Args:
-        x: any floating-point tensor.
-        index: int64, distinct places in the flattened ``x``.
-        zero: 0-d, of x's dtype and device.
-        rule: for the backward passes through ``x``.
+    of Tensor. ``index``: int64, distinct places in the flattened ``x``; ``zero``: 0-d, of x's dtype and device.
     """
     hook = None
     if index.numel() and _in_place_is_safe(x):

@@ -45,10 +45,6 @@ def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[lis
     but its shape. All other traces are made on inputs that are varied; where the model does not take these, on the
     example. In the second trace the last two samples are equal. Where the passes differ in the modules that they call,
     more passes follow until nothing new appears.
-
-    Raises:
-        CMIMError: the model is frozen or not initialised, its forward fails on the example, or the number of samples
-            is not clear.
     """
     inputs = as_inputs(example)
     _check(model)
