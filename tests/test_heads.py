@@ -30,7 +30,7 @@ def start(dtype: torch.dtype = torch.float64) -> tuple[Heads, list[tuple[Tensor,
 
 
 def joined(sides: list[Tensor]) -> Tensor:
-    return torch.cat(sides).view(2, -1, DIMENSIONS)
+    return torch.cat(sides).view(2, -1, sides[0].shape[-1])
 
 
 def oracle(heads: Heads, taps: list[int], rows: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -372,7 +372,7 @@ def test_a_copy_of_the_heads_trains_on_its_own():
     heads, rows = start()
     twin = copy.deepcopy(heads)
     before = heads.weights.detach().clone()
-    twin(range(3), rows).sum().backward()
+    joined(twin(range(3), rows)).sum().backward()
     twin.step()
     heads.step()
     assert twin.weights.is_leaf and twin.weights.requires_grad
