@@ -33,8 +33,7 @@ def is_no_training_step() -> bool:
     """Whether this thread is within a backward pass (a checkpoint is recomputed), a torch.func transform, forward-mode
     differentiation, torch.jit.trace or torch.export: a forward pass is then none of a training step.
 
-    Without one of them: False. Recomputation is then captured as a pass that nobody asks for; in a transform capturing
-    fails with a message of torch's; what is traced or exported holds our operations.
+    Without them: False, and such a pass is captured like any other.
     """
     if torch.compiler.is_compiling():
         # Not is_exporting(), which torch 2.11 takes for True in all that it compiles.
@@ -48,11 +47,8 @@ def is_no_training_step() -> bool:
 
 
 def accumulates(node: Any) -> bool:
-    """Whether the backward pass that runs adds to the ``grad`` of a leaf, unlike one of ``torch.autograd.grad``.
-
-    ``node``: the leaf's in the graph. Without it: True, and ``autograd.grad`` of one of two losses counts as a backward
-    pass of its own.
-    """
+    """Whether the backward pass that runs adds to the ``grad`` of a leaf, by its node, unlike ``torch.autograd.grad``.
+    Without it: True, and an ``autograd.grad`` of one of two losses counts as a backward pass."""
     if _will_execute is None:
         return True
     try:
@@ -62,10 +58,7 @@ def accumulates(node: Any) -> bool:
 
 
 def gradient_hooks(tensor: Tensor) -> list[Any] | None:
-    """The hooks that were registered on a tensor's gradient. Without it: None, and no way is taken that needs to know.
-
-    In every release as ``Tensor._backward_hooks``.
-    """
+    """The hooks that were registered on a tensor's gradient. Without it: None, and no way is taken that needs it."""
     try:
         return list((tensor._backward_hooks or {}).values())
     except AttributeError:
@@ -73,10 +66,7 @@ def gradient_hooks(tensor: Tensor) -> list[Any] | None:
 
 
 def base_of(tensor: Tensor) -> Tensor | None:
-    """The tensor that this one is a view of. Without it: None, and what is written into a view is not seen in the rest.
-
-    In every release as ``Tensor._base``.
-    """
+    """The tensor that this one is a view of. Without it: None, and a write into a view is not seen in the rest."""
     return getattr(tensor, "_base", None)
 
 
@@ -95,9 +85,7 @@ def running_calls(module: nn.Module) -> int:
 
 def enter_mode_below(mode: TorchFunctionMode) -> None:
     """Put a mode on this thread's stack, below all that lie there: an interrupt then ends the modes of others first.
-
-    Without it, and in compiled code: the public way, on top.
-    """
+    Without it, and in compiled code: on top."""
     if torch.compiler.is_compiling() or _mode_stack_length is None or _pop_mode is None or _push_mode is None:
         mode.__enter__()
         return
@@ -107,10 +95,7 @@ def enter_mode_below(mode: TorchFunctionMode) -> None:
 
 
 def leave_mode(mode: TorchFunctionMode) -> None:
-    """Take a mode off this thread's stack, wherever it lies there. Nothing happens where it is not on it.
-
-    Without it, and in compiled code: the public way, which takes off the mode on top.
-    """
+    """Take a mode off this thread's stack, wherever it lies. Without it, and in compiled code: the one on top."""
     if torch.compiler.is_compiling() or _mode_stack_length is None or _pop_mode is None or _push_mode is None:
         mode.__exit__(None, None, None)
         return
@@ -130,42 +115,29 @@ def all_gather(output: Tensor, input: Tensor) -> None:
 
 
 def constant_when_compiled(function: Callable[[], int]) -> Callable[[], int]:
-    """A function whose result torch.compile takes for a constant, as ``torch.compiler.assume_constant_result`` does.
-
-    That one imports ``torch._dynamo``, which takes seconds, when it is called. The mark is the same in torch 2.6 to
-    2.14. Where another release reads another mark, the function is traced.
-    """
+    """``torch.compiler.assume_constant_result``, without its import of ``torch._dynamo``, which takes seconds. Where a
+    release reads another mark, the function is traced."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def force_eager() -> contextlib.AbstractContextManager[Any]:
-    """What was compiled with ``torch.compile`` runs as plain Python.
+    """What was compiled with ``torch.compile`` runs as plain Python. Without it: compiled code hides its calls.
 
-    ``torch.compiler.set_stance`` exists since torch 2.6. Without it, nothing is done: compiled code then hides its
-    function calls. It imports ``torch._dynamo``, which takes seconds; where that was not imported yet, nothing can
-    have been compiled.
+    ``set_stance`` imports ``torch._dynamo``, which takes seconds; where that was not imported yet, nothing is compiled.
     """
     set_stance = getattr(torch.compiler, "set_stance", contextlib.nullcontext)
     return set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 def unseen() -> contextlib.AbstractContextManager[Any]:
-    """Torch functions called within are seen by no torch-function mode.
-
-    ``torch._C.DisableTorchFunction`` is in all releases that are supported. Without it, they are seen, which costs
-    time in the dry run.
-    """
+    """Torch functions called within are seen by no torch-function mode. Without it: they are, which costs time."""
     return getattr(torch._C, "DisableTorchFunction", contextlib.nullcontext)()
 
 
 def unrecorded() -> contextlib.AbstractContextManager[Any]:
     """Operations called within are not recorded by selective activation checkpointing: when it recomputes, it would
-    return their results in the place of the model's own.
-
-    ``torch.utils.checkpoint._CachingTorchDispatchMode`` and ``torch.utils._python_dispatch._disable_current_modes`` are
-    in torch 2.6 to 2.14. Without them, nothing is done.
-    """
+    return their results in the place of the model's own. Without it: they are recorded."""
     if torch.compiler.is_compiling() or _dispatch_modes is None or not _dispatch_modes():
         return contextlib.nullcontext()
     from torch.utils import _python_dispatch, checkpoint

@@ -184,11 +184,7 @@ class Capture:
         self._waiting.pop(_thread(), None)
 
     def pop(self) -> Pass:
-        """The last pass of this thread, which is then forgotten here.
-
-        Raises:
-            CMIMError: there is none, or the hooks are off.
-        """
+        """The last pass of this thread, which is then forgotten here. Raises CMIMError where there is none."""
         if self.removed:
             raise CMIMError("This CMIM was removed from its model: build a new one to go on.")
         if not self.attached:

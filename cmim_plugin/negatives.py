@@ -9,12 +9,7 @@ NO_LABEL = -1
 
 
 class Queue(nn.Module):
-    """The last ``size`` embedding pairs of one tap, with their labels.
-
-    Args:
-        size: entries kept. It starts empty and is used as far as it is filled.
-        embed_dim: ``D``.
-    """
+    """The last ``size`` embedding pairs of one tap, with their labels. It is used as far as it is filled."""
 
     embeddings_b: Tensor
     embeddings_f: Tensor
@@ -31,18 +26,12 @@ class Queue(nn.Module):
         self.filled = 0
 
     def contents(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What is queued: views of the embeddings of both sides ``(Q, D)`` and of the labels ``(Q,)``.
-
-        :meth:`push` overwrites them in place.
-        """
+        """The embeddings of both sides, ``(Q, D)``, and the labels, ``(Q,)``: views, which :meth:`push` overwrites."""
         return self.embeddings_b[: self.filled], self.embeddings_f[: self.filled], self.labels[: self.filled]
 
     @torch.no_grad()
     def push(self, z_b: Tensor, z_f: Tensor, labels: Tensor | None) -> None:
-        """Put a batch ``(n, D)`` in, the oldest entries out. ``labels``: ``(n,)`` integers or None.
-
-        NaN becomes zero: one bad batch must not make the losses of all those after it NaN.
-        """
+        """Put a batch ``(n, D)`` in, the oldest entries out. NaN becomes zero, for the losses of later batches."""
         size = len(self.labels)
         z_b, z_f = z_b[-size:], z_f[-size:]
         at = (self.pushed + torch.arange(len(z_b), device=self.labels.device)) % size

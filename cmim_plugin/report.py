@@ -1,8 +1,4 @@
-"""A look inside: what every binary activation of a network keeps of its latent, over held-out data.
-
-:meth:`cmim_plugin.CMIM.report` makes a :class:`Report`: plain numbers, which can be pickled, printed as a table,
-written as CSV, drawn (with matplotlib), and compared with those of another epoch.
-"""
+"""A look inside: what every binary activation of a network keeps of its latent, over held-out data."""
 
 from __future__ import annotations
 

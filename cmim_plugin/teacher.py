@@ -26,20 +26,13 @@ class Teacher:
     convolution or matrix product receives in the place of a_B: in the module of that name, the product of the same
     number. It is the module's output where no product runs within it, as in a ReLU in the place of a sign.
 
-    Args:
-        model: the teacher. It is put into eval mode, here and nowhere else, and is not trained.
-        example_input: as for the binary network.
-        taps: the binary network's taps.
-        modules: tap name to teacher module name; the module that binarizes has the same name where a tap is not listed.
-
-    Raises:
-        CMIMError: a module is not in the teacher or does not run, or its activation has too few dimensions.
+    The arguments are those of :class:`cmim_plugin.CMIM`; ``modules`` are its ``teacher_modules``.
     """
 
     def __init__(
         self, model: nn.Module, example_input: Any, taps: tuple[Tap, ...], modules: Mapping[str, str] | None
     ) -> None:
-        self.model = model = unwrapped(model).eval()
+        self.model = model = unwrapped(model).eval()  # here and nowhere else
         names = {tap.name: (modules or {}).get(tap.name, tap.module) for tap in taps}
         unknown = sorted(set(modules or ()) - names.keys())
         if unknown:
@@ -54,13 +47,8 @@ class Teacher:
         try:
             with torch.no_grad(), force_eager():
                 trace = record(model, as_inputs(example_input), 0)
-        except CMIMError:
-            raise
         except Exception as error:
-            raise CMIMError(
-                f"The teacher's forward raised {type(error).__name__} on example_input: {error}. It runs on the inputs "
-                "of the binary network."
-            ) from error
+            raise CMIMError(f"The teacher's forward raised {type(error).__name__} on example_input: {error}") from error
         first_names = {module: name for name, module in model.named_modules()}
         found = {tap: _in_place_of(tap, first_names[known[names[tap.name]]], trace) for tap in taps}
         silent = [names[tap.name] for tap, activation in found.items() if activation is None]
@@ -130,10 +118,9 @@ def _in_place_of(tap: Tap, module: str, trace: Trace) -> Sighting | None:
         found = before[-1] if before else None
         if found is None:
             raise CMIMError(
-                f"The teacher's module {module!r} has nothing in the place of tap {tap.name}: product {number} of its "
-                f"{len(products)} convolutions and matrix products is missing, or receives what no module is given or "
-                "returns. Name another module with teacher_modules={tap name: teacher module name} (its output is "
-                "taken where it is no layer), or leave the tap out with taps=."
+                f"The teacher's module {module!r} has nothing in the place of tap {tap.name}, which no module is given "
+                "or returns. Name another module with teacher_modules={tap name: teacher module name}, or leave the "
+                "tap out with taps=."
             )
         return found
     outputs = [s for s in trace.sightings if (s.site.module, s.site.kind) == (module, "output")]

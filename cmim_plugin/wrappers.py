@@ -12,11 +12,7 @@ _INNER = ("module", "_orig_mod", "_module", "_fsdp_wrapped_module", "_forward_mo
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model to attach to: inside DistributedDataParallel, torch.compile and DataParallel on one device.
-
-    Raises:
-        CMIMError: no module, or DataParallel on several devices.
-    """
+    """The model to attach to: inside DistributedDataParallel, torch.compile and DataParallel on one device."""
     if not isinstance(model, nn.Module):
         raise CMIMError(f"The model comes first, a torch.nn.Module; found a {type(model).__name__}.")
     _refuse_replicas(model)
@@ -37,11 +33,7 @@ def _refuse_replicas(model: nn.Module) -> None:
 
 
 def path_to(own: nn.Module | None, model: nn.Module) -> list[nn.Module]:
-    """The wrappers from the model that was passed in down to the one that was attached to, both included.
-
-    Raises:
-        CMIMError: it is neither that model nor a wrapper around it.
-    """
+    """The wrappers from the model that was passed in down to the one that was attached to, both included."""
     _refuse_replicas(model)
     path = None if own is None else _path(own, model)
     if path is None:
