@@ -178,19 +178,19 @@ class CMIM(nn.Module):
         """
         captured = self._captured(model)
         mask = _mask_for_loss(self, captured, mask)
-        self._sync()
-        self.heads.step()
         # On two lines: in one, torch.compile of torch 2.6 keeps the bound method of the first call and compiles anew.
         value = self.contrast(captured, labels, mask)
         return self._finished(value, captured)
 
     def _captured(self, model: nn.Module) -> Pass:
-        """The pass to take the loss of."""
+        """The pass to take the loss of. The heads take the step that is due."""
         path = path_to(self._capture.model_ref(), model)
         captured = self._capture.pop()
         captured.check(self, may_reach_none=self.schedule.step > 0 and self._capture.hooked)
         if averages_one_backward(path):
             captured.ask_for_one_pass()
+        self._sync()
+        self.heads.step()
         return captured
 
     def _finished(self, value: Tensor, captured: Pass) -> Tensor:

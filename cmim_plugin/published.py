@@ -110,8 +110,6 @@ class PublishedCMIM(CMIM):
             indices: ``(B,)`` integers: where each sample of the batch stands in the training set.
         """
         captured = self._captured(model)
-        self._sync()
-        self.heads.step()
         return self._finished(self.bank(self.contrast, captured, indices), captured)
 
 

@@ -21,7 +21,6 @@ from .inputs import (
     Inputs,
     as_inputs,
     batch_sources,
-    described,
     is_offsets,
     points_into_batch,
     resampled,
@@ -90,8 +89,7 @@ def _dry_run(model: nn.Module, inputs: Inputs, batch_size: int | None) -> tuple[
             if set(sources) != {1}:
                 raise CMIMError(
                     f"The dry run failed: the model's forward raised {type(error).__name__}: {error}. Pass an "
-                    "example_input that the model accepts in training mode, on its device (zeros will do); "
-                    f"found {described(inputs)}."
+                    "example_input that the model accepts in training mode, on its device (zeros will do)."
                 ) from error
         if not any(True for _ in tensors_in(inputs)):
             raise CMIMError(

@@ -58,14 +58,6 @@ def as_inputs(example: Any) -> Inputs:
     )
 
 
-def described(inputs: Inputs) -> str:
-    """What the inputs are, for an error."""
-    args, kwargs = mapped(
-        inputs, lambda _, v: f"{v.dtype} {tuple(v.shape)} on {v.device}" if isinstance(v, Tensor) else v
-    )
-    return ", ".join([f"{v!s:.80}" for v in args] + [f"{key}={v!s:.80}" for key, v in kwargs.items()]) or "nothing"
-
-
 @dataclass(frozen=True)
 class BatchSource:
     """Where the number of samples is read off the model's inputs: in the first of these places that fits."""
