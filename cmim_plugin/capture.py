@@ -214,7 +214,7 @@ class Capture:
             why = "the model ran in another one. Call cmim(model) in the thread that runs the model"
         else:
             why = (
-                "one forward pass gives one loss: call model(x), with gradients enabled, before each cmim(model). Not "
+                "One forward pass gives one loss: call model(x), with gradients enabled, before each cmim(model). Not "
                 "captured: a pass under torch.no_grad(), one that raised, one through model.forward(x), one of a model "
                 "that was compiled before CMIM was attached (attach first, or call torch._dynamo.reset()), or whose "
                 "hooks other code cleared (attach again)"

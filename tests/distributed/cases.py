@@ -249,7 +249,7 @@ def train_with_other_ways(rank: int, world: int, taps_per_step: int | None) -> d
 def load_on_the_first_rank_alone(rank: int) -> str:
     """What the loss says then, with a state that contrasts all taps."""
     model, cmim = attached("some taps", rank)
-    state = cmim.state_dict() | {"schedule._all_taps": torch.tensor(1)}
+    state = cmim.state_dict() | {"schedule._extra_state": torch.tensor([0, 1])}
     if rank == 0:
         cmim.load_state_dict(state)
     model(batch(0)[0])
