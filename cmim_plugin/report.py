@@ -303,19 +303,18 @@ def measure(
 class _Tally:
     """The sums of one tap over the batches."""
 
+    astray = False  # another tensor was found where the binary activation is in training, or one side only
+    positions = instances = 0
+    bound = ceiling = retrieved = 0.0
+
     def __init__(self, contrast: Contrast, k: int) -> None:
         self.contrast = contrast
         self.k = k
         self.tap = contrast.taps[k]
-        #: Another tensor was found where the binary activation is in training, or one side only.
-        self.astray = False
-        self.positions = 0
         #: Of each channel, how many positions have the higher code.
         self.higher = torch.zeros(self.tap.channels, dtype=torch.int64, device="cpu")
         self.codes: dict[int, Tensor] = {}
-        self.instances = 0
         self.bound_of = getattr(contrast.objective, "bound", None)
-        self.bound = self.ceiling = self.retrieved = 0.0
 
     def count_codes(self, activation: Tensor, mask: Tensor | None, draws: Tensor, batch: int) -> None:
         """Count the codes of a_B, all of them but those of padding, and keep some."""
@@ -416,13 +415,12 @@ def _inputs_of(
     batch: Any, inputs: Callable[[Any], Any] | None, device: torch.device
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword inputs of the model, on its device."""
-    found = batch
+    found, what = batch, "the first element of a batch is"
     if inputs is not None:
-        found = inputs(batch)
+        found, what = inputs(batch), "inputs= returned"
     elif isinstance(batch, (tuple, list, Mapping)):
         found = next(iter(batch.values() if isinstance(batch, Mapping) else batch), None)
     if not isinstance(found, (Tensor, tuple, list, Mapping)):
-        what = "inputs= returned" if inputs is not None else "the first element of a batch is"
         raise CMIMError(
             "The input of the model must be a tensor, a tuple of positional inputs or a dict of keyword inputs; "
             f"{what} a {type(found).__name__}. Pass inputs=, a function from a batch to it."

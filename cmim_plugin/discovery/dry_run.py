@@ -166,8 +166,6 @@ def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_A
         return attempts
 
     def with_twins(size: int, n: int) -> tuple[Inputs, int, bool]:
-        """Examples of 1, 2, 3, 4 and 64 samples are run with 2, 2, 3, 4 and 4 samples in the first pass, and with 3, 3,
-        3, 4 and 5 in the others (for the least ``size``)."""
         # Batch normalization needs two samples. The later passes repeat their last sample, and so need three.
         filled = inputs if batch == size else resampled(inputs, source, [0, 0] if batch == 1 else range(size))
         # One sample more where the model may take it: what is as long as the batch by accident then is not.

@@ -66,5 +66,5 @@ class Layout:
         if self.windowed:
             assert batch is not None
             sums = sums.unflatten(0, (batch, len(x) // max(batch, 1))).sum(1)
-        # Divided after the sum: the gradient of a sum is a view, that of a mean is another tensor of x's size.
+        # Divided after the sum: its gradient is a view, that of a mean another tensor of x's size.
         return sums / (self.positions(x.shape) // max(len(sums), 1))
