@@ -49,9 +49,6 @@ class _Objective:
 
         Returns:
             The loss in nats, ``(...)`` (0-d for two-dimensional embeddings), float32 (float64 for float64 embeddings).
-
-        Raises:
-            CMIMError: shapes or dtypes do not fit together, or the temperature is not positive.
         """
         _check(z_b, z_f, temperature, labels, mask, queue_b, queue_f, queue_labels)
         n, negatives = z_b.shape[-2], None
@@ -115,14 +112,9 @@ class NCE(_Objective):
     The form is written from memory of the two papers and was not compared with their text; the constant by which the
     published code divides ``exp(s)`` is left out.
 
-    Args:
-        num_samples: ``M``, the number of samples in the training set.
-
-    Raises:
-        CMIMError: ``num_samples`` is not positive.
     """
 
-    num_samples: int
+    num_samples: int  # M, of the training set
 
     def __post_init__(self) -> None:
         if self.num_samples <= 0:

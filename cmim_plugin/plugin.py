@@ -171,10 +171,6 @@ class CMIM(nn.Module):
         Returns:
             0-d float32, with gradients to heads and network. Zero, with its graph, where the batch has no negatives.
             On several ranks the same number on each: the loss over the batches of all of them.
-
-        Raises:
-            CMIMError: nothing was captured, or something could not be, and why; another model; labels or a mask of the
-                wrong shape; the hooks were removed or are paused.
         """
         captured = self._captured(model)
         mask = _mask_for_loss(self, captured, mask)
@@ -261,10 +257,8 @@ class CMIM(nn.Module):
     ) -> Report:
         """What each tap keeps of its latent, over held-out data: see :class:`Report`. Nothing of the training moves.
 
-        The model runs in eval mode without gradients. The negatives are the other instances of the batch, and every
-        report looks at the same positions, of which padding by the model's ``attention_mask`` is left out. On several
-        ranks each reports its own data. Bound and retrieval need trained heads: to look into a network that was trained
-        without CMIM, attach one and train its heads alone first.
+        The model runs in eval mode without gradients, padding by its ``attention_mask`` is left out, and each rank
+        reports its own data. Bound and retrieval need trained heads.
 
         Args:
             model: the model that was attached to, as it is or wrapped.
@@ -273,9 +267,6 @@ class CMIM(nn.Module):
             inputs: batch to input of the model, for batches of another form.
             max_batches: stop after this number of batches.
             since: an earlier report on the same inputs in the same order, to count the codes that flipped since.
-
-        Raises:
-            CMIMError: another model, a batch without an input, no batch, no tap reached, or ``since`` saw other inputs.
         """
         own, source = path_to(self._capture.model_ref(), model)[-1], self._capture.batch_source
         positions = self.schedule.positions

@@ -41,9 +41,6 @@ class PublishedCMIM(CMIM):
         num_negatives: ``N``.
         momentum: of the bank: an entry becomes ``momentum * entry + (1 - momentum) * embedding``, of unit length.
         train_heads: False, as published, leaves the heads as they were drawn.
-
-    Raises:
-        CMIMError: as for :class:`CMIM`, and for targets that are no classes or of a single class.
     """
 
     _default_taps = slice(-1, None)
