@@ -382,10 +382,6 @@ def attached_to(model: nn.Module) -> bool:
     """
     for capture in list(_CAPTURES):
         other = capture.model_ref()
-        if other is not None and capture.holds and (_has(other, model) or _has(model, other)):
+        if other is not None and capture.holds and (model in set(other.modules()) or other in set(model.modules())):
             return True
     return False
-
-
-def _has(model: nn.Module, part: nn.Module) -> bool:
-    return any(module is part for module in model.modules())

@@ -77,7 +77,8 @@ class Contrast(nn.Module):
         self.objective = objective
         self.temperature = temperature
         self.heads = Heads([(tap.channels, tap.latent_channels) for tap in taps], embed_dim, heads_lr, generator)
-        self.queues = nn.ModuleList([Queue(queue_size, embed_dim) for _ in taps if queue_size])
+        self._queues = [Queue(queue_size, embed_dim) for _ in taps if queue_size]
+        self.queues = nn.ModuleList(self._queues)
         raw = [layer_decay ** (len(taps) - 1 - k) for k in range(len(taps))]
         #: One weight per tap. They sum to 1: ``weight`` means the same for a shallow and for a deep network.
         self.layer_weights = tuple(w / sum(raw) for w in raw)
@@ -98,7 +99,9 @@ class Contrast(nn.Module):
         # Taps with as many rows and as full a queue are one call of the objective.
         counted = [k for k in rows if len(rows[k].z_b) > 0]
         sums = []
-        for _, taps in grouped(counted, [(len(rows[k].z_b), self._queued(k)) for k in counted]):
+        for _, taps in grouped(
+            counted, [(len(rows[k].z_b), self._queues[k].filled if self._queues else 0) for k in counted]
+        ):
             losses = self._losses(taps, [rows[k] for k in taps])
             layer_weights = torch.cat([self._layer_weights[k : k + 1] for k in taps])
             sums.append(losses.dot(layer_weights.to(losses.dtype)))
@@ -183,7 +186,7 @@ class Contrast(nn.Module):
         labels, mask = _stacked(r.labels for r in rows), _stacked(r.mask for r in rows)
         settings: dict[str, Tensor] = {} if mask is None else {"mask": mask}
         if len(self.queues):
-            queues = [queue for k in taps if isinstance(queue := self.queues[k], Queue)]
+            queues = [self._queues[k] for k in taps]
             contents = zip(*(queue.contents() for queue in queues), strict=True)
             # Copies: the loss keeps them for its backward pass, and push() overwrites in place before that.
             settings |= dict(zip(("queue_b", "queue_f", "queue_labels"), map(torch.stack, contents), strict=True))
@@ -210,10 +213,6 @@ class Contrast(nn.Module):
         if no_negatives:
             warn_once(self, "A batch had no negatives (one instance, or one class only): its loss is zero.")
         return losses
-
-    def _queued(self, k: int) -> int:
-        queue = self.queues[k] if len(self.queues) else None
-        return queue.filled if isinstance(queue, Queue) else 0
 
     def metrics(self) -> dict[str, dict[str, Tensor]]:
         """See :attr:`cmim_plugin.CMIM.metrics`."""

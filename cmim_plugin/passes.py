@@ -78,16 +78,7 @@ class Call:
 
 
 class Pass:
-    """One forward pass of the model, from its first hook to its last, and until its loss is asked for.
-
-    Args:
-        scheduled: which of the taps are captured.
-        draws: ``(len(scheduled), n)`` int64 random numbers to choose positions by; None to pool over all positions.
-        device: of the heads.
-        batch_size: samples in the batch, where the inputs tell.
-        mask: ``(B, tokens)``, the mask that the model itself was given.
-        observer: called with this pass, the tap and a_B as a whole, before rows are taken.
-    """
+    """One forward pass of the model, from its first hook to its last, and until its loss is asked for."""
 
     failure: str | None = None  # what went wrong with the pass as a whole
     partly_compiled = False  # a part of the model is compiled, and its root is not
@@ -96,13 +87,13 @@ class Pass:
     def __init__(
         self,
         taps: Sequence[Tap],
-        scheduled: Sequence[int],
-        draws: Tensor | None,
-        device: torch.device,
+        scheduled: Sequence[int],  # which of the taps are captured
+        draws: Tensor | None,  # (len(scheduled), n) int64, to choose positions by; None to pool over all
+        device: torch.device,  # of the heads
         training: bool,
         batch_size: int | None,
-        mask: Tensor | None,
-        observer: Callable[[Pass, int, Tensor], None] | None,
+        mask: Tensor | None,  # (B, tokens), which the model itself was given
+        observer: Callable[[Pass, int, Tensor], None] | None,  # gets the tap and a_B as a whole, before rows are taken
     ) -> None:
         self.taps = taps
         self.scheduled = tuple(scheduled)

@@ -25,7 +25,7 @@ from .report import Report, measure
 from .sampling import Schedule, seeded_generator
 from .teacher import Teacher
 from .text import folded, table
-from .wrappers import averages_one_backward, path_to, unwrapped
+from .wrappers import path_to, unwrapped
 
 # The heads may hold this share of the network's parameters, or this number of them. Else the embeddings get narrower.
 _HEADS_SHARE, _HEADS_LEAST = 0.2, 250_000
@@ -34,12 +34,7 @@ _HEADS_SHARE, _HEADS_LEAST = 0.2, 250_000
 class CMIM(nn.Module):
     """Contrastive mutual information maximisation between binary activations and their latents (arXiv 2207.02970).
 
-    Finds the binary activations of ``model``, hooks them and builds a pair of heads for each::
-
-        cmim = CMIM(model, example_input)
-        ...
-        loss = criterion(model(x), y)
-        loss += cmim(model)
+    Finds the binary activations of ``model``, hooks them and builds a pair of heads for each: see :mod:`cmim_plugin`.
 
     The heads train themselves: each loss first takes a step of Adam with the gradient that the last backward pass left.
     There is nothing to add to an optimizer, and :meth:`parameters` is empty. The loss, in nats, is
@@ -183,7 +178,8 @@ class CMIM(nn.Module):
         path = path_to(self._capture.model_ref(), model)
         captured = self._capture.pop()
         captured.check(self, may_reach_none=self.schedule.step > 0 and self._capture.hooked)
-        if averages_one_backward(path):
+        # DistributedDataParallel averages gradients in the next backward pass, and in no other one.
+        if any(isinstance(m, nn.parallel.DistributedDataParallel) and m.require_backward_grad_sync for m in path):
             captured.ask_for_one_pass()
         self._sync()
         self.heads.step()

@@ -33,8 +33,7 @@ class PublishedCMIM(CMIM):
     replacement here. The loss starts large (one term for each negative) and falls within some steps.
 
     Args:
-        model, example_input: as for :class:`CMIM`.
-        teacher, teacher_modules: as for :class:`CMIM`.
+        model, example_input, teacher, teacher_modules: as for :class:`CMIM`.
         targets: ``(M,)`` integer classes of the training set, in its order.
         taps: as for :class:`CMIM`; None for the last one.
         weight, temperature, embed_dim: as for :class:`CMIM`, with that code's values.

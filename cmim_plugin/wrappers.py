@@ -51,8 +51,3 @@ def _path(own: nn.Module, model: nn.Module) -> list[nn.Module] | None:
     inner = (getattr(model, name, None) for name in _INNER)
     rest = (_path(own, module) for module in inner if isinstance(module, nn.Module))
     return next(([model, *found] for found in rest if found), None)
-
-
-def averages_one_backward(path: list[nn.Module]) -> bool:
-    """Whether a wrapper averages gradients in the next backward pass, and in no other one."""
-    return any(isinstance(m, nn.parallel.DistributedDataParallel) and m.require_backward_grad_sync for m in path)
