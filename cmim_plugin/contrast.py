@@ -98,10 +98,9 @@ class Contrast(nn.Module):
         rows = self.embed(captured, labels, mask)
         # Taps with as many rows and as full a queue are one call of the objective.
         counted = [k for k in rows if len(rows[k].z_b) > 0]
+        filled = [queue.filled for queue in self._queues] or [0] * len(self.taps)
         sums = []
-        for _, taps in grouped(
-            counted, [(len(rows[k].z_b), self._queues[k].filled if self._queues else 0) for k in counted]
-        ):
+        for _, taps in grouped(counted, [(len(rows[k].z_b), filled[k]) for k in counted]):
             losses = self._losses(taps, [rows[k] for k in taps])
             layer_weights = torch.cat([self._layer_weights[k : k + 1] for k in taps])
             sums.append(losses.dot(layer_weights.to(losses.dtype)))
