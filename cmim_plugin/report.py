@@ -210,6 +210,8 @@ def measure(
         raise CMIMError(f"max_batches must be an integer, 1 or more, or None for all; found {max_batches!r}.")
     if isinstance(loader, Tensor):
         raise CMIMError("The loader must give batches: for a single batch x, pass [x]; found a tensor.")
+    if since is not None:
+        _check_earlier(since, ())
     device = next((p.device for p in model.parameters()), contrast.heads.weights.device)
     tallies = [_Tally(contrast, k) for k in range(len(contrast.taps))]
     generator = torch.Generator("cpu").manual_seed(0)
