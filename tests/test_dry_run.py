@@ -1076,7 +1076,7 @@ def test_codes_that_were_cut_off_the_graph_are_made_without_a_gradient(detached)
     )
     model(torch.randn(4, 8))
     assert list(reasons(model, torch.randn(4, 8)).values()) == [
-        "it is made without a gradient (under no_grad or detached)"
+        "it is made without a gradient: under no_grad, detached, or in a reentrant checkpoint"
     ]
 
 

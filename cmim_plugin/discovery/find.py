@@ -140,7 +140,7 @@ def _described(history: History, b: Binarization) -> _Found:
     if reason is None and b.latent is not None:
         binary, latent = sites.cheapest(b.source.held.sightings, b.latent.held.sightings, module)
         shape, latent_shape = binary.held.shape, latent.held.shape
-        spatial, reason = spatial_dims(b.source, b.consumer, b.operand)
+        spatial, reason = spatial_dims(b)
         reason = sites.reason_against_shapes(history, binary, latent, spatial) or reason
     if reason is not None or b.latent is None:
         return _Found(BinaryActivation("", 0, reason, module, call), place)

@@ -56,11 +56,13 @@ def preserve_state(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[
         for tensor in (*held, *(p.grad for p in parameters if p.grad is not None)):
             if id(tensor) not in guarded:
                 _copy(undo, tensor)
-        for p in parameters:  # the last is undone first: a gradient needs the shape of its parameter
-            undo.callback(setattr, p, "grad", p.grad)
-            undo.callback(p.requires_grad_, p.requires_grad)
+        inputs = list(filter(is_strided, inputs))
+        for p in parameters + inputs:  # the last is undone first: a gradient needs the shape of its parameter
+            if p.is_leaf:
+                undo.callback(setattr, p, "grad", p.grad)
+                undo.callback(p.requires_grad_, p.requires_grad)
             undo.callback(_point_at, p, p.data)
-        guard = _CopyBeforeWrite(undo, [*parameters, *filter(is_strided, inputs)])
+        guard = _CopyBeforeWrite(undo, parameters + inputs)
         with preserve_generators(held), guard:
             yield
 

@@ -158,7 +158,7 @@ class Event:
         shapes: of all tensor arguments, parameters too.
         weighted: a parameter, or what requires a gradient, is among them.
         arguments, results: its tensors before and after the call, without parameters.
-        equation: of ``torch.einsum``.
+        equation: of ``torch.einsum``; of ``torch.tensordot`` the dimensions.
     """
 
     seq: int
@@ -167,7 +167,7 @@ class Event:
     shapes: list[torch.Size]
     weighted: bool
     arguments: list[Sighting]
-    equation: str = ""
+    equation: Any = ""
     results: list[Sighting] = field(default_factory=list)
 
 
@@ -178,7 +178,7 @@ class Trace:
     Attributes:
         calls, functions: how often each module is called, and each function in each call of a module.
         draws_scalars: single random numbers were drawn, as a model that skips layers at random does.
-        time_major: a recurrent layer or attention takes for time what is as long as the batch.
+        time_major: a recurrent layer or attention that takes for time what is as long as the batch, "" for none.
     """
 
     batch: int
@@ -187,7 +187,7 @@ class Trace:
     calls: Counter[str] = field(default_factory=Counter)
     functions: dict[tuple[str, int], Counter[Any]] = field(default_factory=lambda: defaultdict(Counter))
     draws_scalars: bool = False
-    time_major: bool = False
+    time_major: str = ""
 
     @cached_property
     def at(self) -> dict[Site, Sighting]:
@@ -253,7 +253,8 @@ class _Recorder(TorchFunctionMode):
         if not getattr(module, "batch_first", True):
             with _compat.unseen():
                 first = [t.shape for _, t in tensors_in((args, kwargs)) if not t.is_nested and t.ndim == 3][:1]
-            self.trace.time_major |= any(time == self.trace.batch != samples for time, samples, _ in first)
+            if any(time == self.trace.batch != samples for time, samples, _ in first):
+                self.trace.time_major = f"{type(module).__name__} {name}"
         self._see((args, kwargs), "input", from_input=True if len(self._scopes) == 1 else None)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -273,7 +274,7 @@ class _Recorder(TorchFunctionMode):
         shapes = [t.shape for t in tensors if not t.is_nested]
         weighted = any(t.requires_grad or id(t) in self._parameters for t in tensors)
         seq, arguments = len(self.trace.sightings), self._see((args, kwargs), "argument", func, nth)
-        equation = args[0] if args and isinstance(args[0], str) else ""
+        equation = kwargs.get("dims", args[0] if args and isinstance(args[0], str) else "")
         event = Event(seq, name, self._scopes[-1][0], shapes, weighted, arguments, equation)
         activations = [t for t in tensors if id(t) not in self._parameters]
         from_input = name not in SHAPE_ONLY and any(self._from_input[t] for t in activations)
