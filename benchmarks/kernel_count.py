@@ -86,9 +86,7 @@ def is_view(func: Any) -> bool:
     return any(alias is not None and not alias.is_write for alias in aliases)
 
 
-def step_kernels(
-    model: nn.Module, cmim: nn.Module | None, x: Tensor, warmup: int = 2
-) -> Counter[tuple[str, str]]:
+def step_kernels(model: nn.Module, cmim: nn.Module | None, x: Tensor, warmup: int = 2) -> Counter[tuple[str, str]]:
     """``{(stage, operation): count}`` of one training step, after some."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     y = torch.zeros(len(x), dtype=torch.int64, device=x.device)

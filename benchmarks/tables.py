@@ -24,6 +24,7 @@ A number within a sentence stands between `<!-- number: KIND ... -->` and `<!-- 
     checks                       how many of tests/gpu_checks.py passed there
     launches NETWORK             kernels that a step launched there, bare and with CMIM
     best NAME                    of each method, the best arm with CMIM and the best bare network: arms and accuracies
+    inside NAME ARM FIGURE       of the codes of an arm: `dead`, `entropy` or `correlation`, the mean over all its runs
     sweep FILE                   how many of timm's families passed `make test-timm`, and with which version of timm
 
 `<!-- picture: NAMES / ARMS -->` (or the first `gains` section) says what docs/gains-light.svg and docs/gains-dark.svg
@@ -449,6 +450,11 @@ def number(wanted: list[str], results: Path) -> str:
         return ", ".join(f"{METHOD_NAMES[method]} {mean:.1f} %" for method, mean in means.items()) or "not measured yet"
     if kind == "best":
         return best_of(by_seed(list(read_results(results / f"{name}.jsonl").values())))
+    if kind == "inside":
+        from why import mean_of  # here, for why.py imports this file
+
+        records = read_results(results / f"{name}.jsonl").values()
+        return f"{np.mean([mean_of(r, rest[1]) for r in records if r['arm'] == rest[0]]):.3g}"
     if kind == "sweep":
         record = json.loads((results / name).read_text())
         passed, every = record["passed"], len(record["families"])

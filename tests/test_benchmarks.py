@@ -420,6 +420,8 @@ def test_what_changes_inside_is_told_over_the_pairs_of_all_methods(tmp_path) -> 
     assert lines[4] == "| `none` | 4 | 40 | 25 | 0.5 | 0.3 |"
     assert lines[5].startswith("| `default` | 4 | 41.5, **+1.50 (+0.58 to +2.42)** | 0, **-25.00 (")
     assert "0.1, **-0.200 (-0.200 to -0.200)** |" in lines[5]
+    text = "<!-- number: inside in default entropy --><!-- end -->"
+    assert tables.fill(text, tmp_path) == text.replace("--><", "-->0.75<")
 
 
 def test_numbers_within_a_sentence(results) -> None:

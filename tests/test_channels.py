@@ -38,6 +38,9 @@ def tokens(function, length=16):
     return Net(nn.Linear(3, 16), nn.LayerNorm(16), function), torch.randn(4, length, 3)
 
 
+PICKED = torch.randint(20, (4, 5, 6), generator=torch.Generator().manual_seed(0))
+
+
 def vectors(function):
     return Net(nn.Linear(3, 16), nn.LayerNorm(16), function), torch.randn(4, 3)
 
@@ -105,6 +108,23 @@ PRODUCTS = {
     "shuffled channels": (maps(shuffled), 1, 16),
     "a padded, scaled slice": (maps(lambda m, x: m.conv2(0.5 * F.pad(sign(x), (1, 1, 1, 1))[..., 1:])), 1, 16),
     "transposed keys": (tokens(keys, 9), 1, 16),
+    "picked rows": (
+        signals(lambda m, x: m.linear(sign(x).permute(0, 2, 1)[torch.arange(4)[:, None, None], PICKED]), 20),
+        1,
+        16,
+    ),
+    "tensordot": (maps(lambda m, x: torch.tensordot(sign(x), m.weight[:12], dims=([1], [1])), 12), 1, 16),
+    "tensordot of the last": (tokens(lambda m, x: torch.tensordot(sign(x), m.weight, 1)), -1, 16),
+    "attention on a map": (maps(lambda m, x: sign(x).flatten(2).mT @ x.flatten(2), 12), 1, 16),
+    "values on a map": (
+        maps(lambda m, x: sign(x).flatten(2) @ (x.flatten(2).mT @ x.flatten(2)).softmax(-1).mT, 12),
+        1,
+        16,
+    ),
+    "a cost volume": (maps(lambda m, x: torch.einsum("bchw,bcxy->bhwxy", sign(x), x), 6), 1, 16),
+    "linear attention": (signals(lambda m, x: torch.einsum("bdn,ben->bde", sign(x), x), 20), 1, 16),
+    "values of tokens": (tokens(lambda m, x: (x @ x.mT).softmax(-1) @ sign(x), 16), -1, 16),
+    "a map of scores": (tokens(lambda m, x: sign((x @ x.mT).softmax(-1) - 0.1) @ x, 9), -1, 9),
 }
 
 

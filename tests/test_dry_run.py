@@ -71,6 +71,7 @@ def net():
 
 
 X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+X8 = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def tapped(model, example, **options):
@@ -1064,6 +1065,142 @@ def test_an_example_that_the_forward_overwrites_is_put_back(samples):
 
 
 @pytest.mark.parametrize(
+    "overwrite",
+    [
+        lambda m, x: F.relu(x, inplace=True),
+        lambda m, x: F.dropout(x, inplace=True),
+        lambda m, x: setattr(x, "data", x.sign()) or x,
+        lambda m, x: x.requires_grad_(),
+        lambda m, x: F.hardtanh(m.encoder[0].weight.data, -0.01, 0.01, inplace=True) is None or x,
+    ],
+)
+def test_what_is_written_by_a_keyword_or_an_attribute_is_put_back(overwrite):
+    model = Of(lambda m, x: m.encoder(overwrite(m, x)), encoder=encoder())
+    example = torch.randn(4, 8)
+    storage, before = example.data_ptr(), [t.clone() for t in (example, *model.parameters())]
+    tapped(model, example)
+    assert all(map(torch.equal, before, (example, *model.parameters())))
+    assert example.data_ptr() == storage and not example.requires_grad
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [lambda x: torch.where(x > 20, x, 0), lambda x: x * (x > 20).float(), lambda x: torch.where(x != x, x, 0 * x)],
+)
+def test_what_happens_to_be_all_zero_is_no_dead_sign(hidden):
+    model = Of(
+        lambda m, x: m.last(Sign.apply(m.norm(m.hidden(hidden(m.first(x)))))),
+        first=nn.Linear(8, 16),
+        hidden=nn.Linear(16, 16),
+        norm=nn.BatchNorm1d(16),
+        last=nn.Linear(16, 4),
+    )
+    with torch.no_grad():
+        model.hidden.weight.zero_()
+    assert tapped(model, torch.randn(8, 8)) == ["(model)"]
+
+
+@pytest.mark.parametrize(
+    "codes",
+    [lambda x: torch.from_numpy(np.sign(x.detach().numpy())), lambda x: torch.stack([-x, x]).argmax(0).float()],
+)
+def test_the_latent_of_codes_made_outside_torch_does_not_contain_them(codes):
+    parts = {"first": nn.Linear(8, 16), "norm": nn.BatchNorm1d(16), "last": nn.Linear(16, 4)}
+
+    def forward(m, x):
+        m.latent = m.norm(m.first(x))
+        return m.last(codes(m.latent) + m.latent - m.latent.detach())
+
+    model = Of(forward, **parts)
+    cmim = CMIM(model, X8, num_positions=8)
+    model(X8)
+    (captured,) = cmim._capture._waiting.values()
+    assert torch.equal(captured.pairs[0].rows[1], model.latent)
+
+
+@pytest.mark.parametrize("gate", [lambda x: (x.abs() > 0.3).float(), lambda x: x.abs() > 0.3])
+def test_codes_times_a_gate_of_their_size_have_three_values(gate):
+    model = nn.Sequential(
+        nn.Linear(8, 16), nn.BatchNorm1d(16), Of(lambda m, x: Sign.apply(x) * gate(x)), nn.Linear(16, 4)
+    )
+    assert list(reasons(model, X8).values()) == ["it has three values: its zeros are not only signs of zero"]
+
+
+@pytest.mark.parametrize("samples", [3, 4, 8])
+@pytest.mark.parametrize("length", [3, 4, 5])
+def test_time_that_is_as_long_as_the_batch_is_still_not_the_batch(samples, length):
+    model = Of(
+        lambda m, x: m.last(Sign.apply(m.norm(m.first(x)).transpose(0, 1))),
+        first=nn.Linear(8, 16),
+        norm=nn.LayerNorm(16),
+        last=nn.Linear(16, 4),
+    )
+    (reason,) = reasons(model, torch.randn(samples, length, 8), batch_size=samples).values()
+    assert reason.startswith("the batch is not its first dimension")
+
+
+@pytest.mark.parametrize(
+    "scaled",
+    [
+        lambda m, x: m.norm(Sign.apply(x)),
+        lambda m, x: Sign.apply(x) * m.scale[None] + m.shift[None],
+        lambda m, x: x + (x.sign() * x.abs().mean(0, keepdim=True) - x).detach(),
+    ],
+)
+@pytest.mark.parametrize("samples", [4, 64])
+def test_vectors_whose_two_values_differ_by_channel_are_tapped(scaled, samples):
+    scale, shift = nn.Parameter(0.5 + torch.rand(32)), nn.Parameter(torch.rand(32))
+    of = Of(scaled, norm=nn.BatchNorm1d(32), scale=scale, shift=shift)
+    model = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), of, nn.Linear(32, 4))
+    assert tapped(model, torch.randn(samples, 8)) == ["2"]
+
+
+def test_codes_added_to_frozen_activations_are_no_codes():
+    model = nn.Sequential(
+        nn.Linear(8, 16), nn.BatchNorm1d(16), Of(lambda m, x: Sign.apply(x + m.shift) + x), nn.Linear(16, 4)
+    )
+    model[2].shift = nn.Parameter(torch.zeros(16))
+    model[:2].requires_grad_(False)
+    assert tapped(model, X8) == []
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM(64, 8), nn.MultiheadAttention(64, 2)])
+def test_a_layer_that_takes_the_batch_for_time_hides_no_map(layer):
+    def forward(m, x):
+        x = m.conv(x).permute(0, 3, 1, 2).flatten(2)
+        return m.layer(x, x, x)[0] if isinstance(m.layer, nn.MultiheadAttention) else m.layer(x)[0]
+
+    conv = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), BinaryConv(8, 8, 1))
+    assert tapped(Of(forward, conv=conv, layer=layer), torch.randn(4, 3, 8, 8)) == ["conv.2"]
+
+
+STRAIGHT = "it goes straight from one autograd.Function into another: pass it through a module between the two"
+
+
+@pytest.mark.parametrize("between, expected", [(nn.Identity(), None), (None, STRAIGHT)])
+def test_codes_between_two_autograd_functions_need_a_module(between, expected):
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, weight)
+            return x.mm(weight.t())
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, weight = ctx.saved_tensors
+            return grad.mm(weight), grad.t().mm(x)
+
+    def forward(m, x):
+        codes = Sign.apply(m.first(x))
+        return Product.apply(codes if m.between is None else m.between(codes), m.weight)
+
+    first = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16))
+    model = Of(forward, first=first, between=between, weight=nn.Parameter(torch.randn(4, 16)))
+    (found,) = find_binary_activations(model, X8)
+    assert found.reason == expected
+
+
+@pytest.mark.parametrize(
     "detached",
     [lambda x: Sign.apply(x).detach(), lambda x: x.sign().data, lambda x: F.pad(Sign.apply(x).detach(), (1, 1))],
 )
@@ -1076,7 +1213,7 @@ def test_codes_that_were_cut_off_the_graph_are_made_without_a_gradient(detached)
     )
     model(torch.randn(4, 8))
     assert list(reasons(model, torch.randn(4, 8)).values()) == [
-        "it is made without a gradient (under no_grad or detached)"
+        "it is made without a gradient: under no_grad, detached, or in a reentrant checkpoint"
     ]
 
 

@@ -1,33 +1,38 @@
 """Which dimensions of a binary tensor are its channels: those that the product contracts with a weight.
 
 A convolution contracts the second dimension of its input, a linear layer the last one. From there a dimension is
-followed back, call by call, to the binary tensor. Lengths tell nothing: there may be as many tokens as features.
+followed back, call by call, to the binary tensor. What is multiplied with another activation, as in attention, is
+followed on to the trained layer that it comes from: its channels are those of the layer. Lengths tell nothing: there
+may be as many tokens as features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate
 from math import prod
 
 import torch
 
 from . import functions
+from .history import Binarization
 from .trace import Event, Sighting
 
 
-def spatial_dims(source: Sighting, consumer: Event, operand: Sighting) -> tuple[int | None, str | None]:
+def spatial_dims(b: Binarization) -> tuple[int | None, str | None]:
     """:attr:`Layout.spatial` of a binary tensor, by how its consumer contracts it; or why it has none."""
+    source, consumer, operand = b.source, b.consumer, b.operand
     shape = source.held.shape
     last = len(shape) - 1
-    if is_of_activations(consumer, operand):
-        # The features of a token are last. Of keys that were transposed before they were binarized, they come before.
-        return (1 if source.held is operand.held and _is_transposed_key(consumer, operand) else None), None
     if consumer.name in functions.CONVOLUTIONS and len(operand.held.shape) == 1 + functions.CONVOLUTIONS[consumer.name]:
         return None, "the convolution receives a single sample, without a batch dimension"
-    contracted = _contracted(consumer, operand)
-    dims = _followed(operand, source, contracted)
-    if dims is None:  # a function in between hides what it does: a guess
-        dims = contracted if last == len(operand.held.shape) - 1 else {last}
+    if is_of_activations(consumer, operand):
+        dims = {d for d in range(1, last + 1) if b.latent is not None and _is_of_layer(b.latent, d)} or {last}
+    else:
+        contracted = _contracted(consumer, operand)
+        found = _followed(operand, contracted, lambda s: s.held is source.held, since=source.seq)
+        # A function in between may hide what it does: a guess.
+        dims = found[1] if found else contracted if last == len(operand.held.shape) - 1 else {last}
     dims = dims - {0} or dims  # samples folded into groups
     if last > 1 and dims == set(range(1, last + 1)):
         return last - 1, None  # a map that was flattened for a linear layer
@@ -49,10 +54,14 @@ def _is_second(consumer: Event, operand: Sighting) -> bool:
     return operand.site.path[1] in ("mat2", "other", "batch2", 2 if consumer.name.startswith(("add", "badd")) else 1)
 
 
-def _is_transposed_key(consumer: Event, operand: Sighting) -> bool:
-    query, key = consumer.arguments[0].held.shape, operand.held.shape
-    mirrored = len(query) == len(key) > 2 and query[-2:] == key[-2:][::-1] and query[-1] != query[-2]
-    return mirrored and _is_second(consumer, operand)
+def _is_of_layer(sighting: Sighting, dim: int) -> bool:
+    """Whether a dimension comes from the outputs of a trained layer."""
+    channels = {**dict.fromkeys(functions.CONVOLUTIONS, 1), "linear": -1, "embedding": -1}
+    found = _followed(sighting, {dim}, lambda s: s.producer is not None and s.producer.name in channels)
+    if found is None:
+        return False
+    layer, dims = found
+    return channels[layer.producer.name] % len(layer.held.shape) in dims  # type: ignore[union-attr]
 
 
 def _contracted(consumer: Event, operand: Sighting) -> set[int]:
@@ -70,21 +79,25 @@ def _contracted(consumer: Event, operand: Sighting) -> set[int]:
     if name in ("matmul", "bmm", "mm", "addmm", "baddbmm", "addbmm", "linalg_matmul") and _is_second(consumer, operand):
         return {max(last - 1, 0)}
     if name == "tensordot":
-        lengths = {n for other in consumer.shapes if other != shape for n in other}
-        return {max((dim for dim, n in enumerate(shape) if dim and n in lengths), default=last)}
+        first, dims = path[1] in (0, "a"), consumer.equation
+        if isinstance(dims, int):
+            return set(range(last + 1 - dims, last + 1) if first else range(dims))
+        return {dim % (last + 1) for dim in dims[0 if first else 1]}
     return {last}
 
 
-def _followed(operand: Sighting, source: Sighting, dims: set[int]) -> set[int] | None:
-    """Which dimensions of the source those of a later tensor are, None where a call on the way hides it."""
-    line, seen = [(operand, dims)], {id(operand.held)}
+def _followed(
+    sighting: Sighting, dims: set[int], is_end: Callable[[Sighting], bool], since: int = 0
+) -> tuple[Sighting, set[int]] | None:
+    """Back to the first tensor that is an end, and which dimensions of it these are. None where a call hides it."""
+    line, seen = [(sighting, dims)], {id(sighting.held)}
     while line:
         current, dims = line.pop()
-        if current.held is source.held:
-            return dims
+        if is_end(current):
+            return current, dims
         for argument in reversed(current.given()):
             # What was there before the source was not made of it.
-            if argument.held.sightings[0].seq < source.seq or id(argument.held) in seen:
+            if argument.held.sightings[0].seq < since or id(argument.held) in seen:
                 continue
             before = _before(current, argument, dims)
             if before:
@@ -94,9 +107,11 @@ def _followed(operand: Sighting, source: Sighting, dims: set[int]) -> set[int] |
 
 
 def _before(result: Sighting, argument: Sighting, dims: set[int]) -> set[int] | None:
-    """Which dimensions of the argument of a call those of its result are."""
+    """Which dimensions of the argument of a call those of its result are, None where that is hidden."""
     name = result.producer.name if result.producer else ""
     old, new = argument.held.shape, result.held.shape
+    if name in functions.PRODUCTS:
+        return None
     if name in functions.RESHAPES and old.numel() == new.numel():
         # Those that count the same elements, in the order that both share. One of which only a factor is among them
         # was split: pixels or time steps that were put side by side. It counts where no other does.
@@ -111,7 +126,8 @@ def _before(result: Sighting, argument: Sighting, dims: set[int]) -> set[int] | 
         # Views: a dimension keeps its length and its stride.
         kept = [*zip(old, argument.strides, strict=True)]
         moved = [(new[i], result.strides[i]) for i in dims]
-        return {kept.index(dim) for dim in moved} if all(kept.count(dim) == 1 for dim in moved) else None
+        if all(kept.count(dim) == 1 for dim in moved):
+            return {kept.index(dim) for dim in moved}
     if name == "unfold" and len(old) > len(new):  # blocks of a map
         return dims if dims == {1} else None
     if name == "unfold" and len(old) < len(new):  # windows of one dimension, last
@@ -120,7 +136,14 @@ def _before(result: Sighting, argument: Sighting, dims: set[int]) -> set[int] | 
         places = [d for d in range(len(new)) if (*new[:d], *new[d + 1 :]) == (*old,)]
         found = {frozenset(i - (i > d) for i in dims if i != d) for d in places}
         return set(found.pop()) if len(found) == 1 else None
-    return dims if len(old) == len(new) else None
+    if len(old) == len(new):
+        return dims
+    # Rows were picked, as by `x[samples, neighbours]`: dimensions before and behind stay.
+    first = next((d for d, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), 0)
+    behind = next((d for d, (a, b) in enumerate(zip(old[::-1], new[::-1], strict=False)) if a != b), 0)
+    if all(i < first or i >= len(new) - behind for i in dims):
+        return {i if i < first else i - len(new) + len(old) for i in dims}
+    return None
 
 
 def _steps(shape: torch.Size) -> list[int]:

@@ -12,8 +12,8 @@ from .layout import Layout
 # The two values of a detach trick differ by up to 2e-7 of their size from exact ones.
 _TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
 _DEFAULT_TOLERANCE = 1e-5
-# Fewer elements than this can hold two values by chance.
-_SMALLEST_GROUP = 6
+# Fewer elements than this can hold two values by chance; four of each of eight groups hardly can.
+_SMALLEST_GROUP, _FEW, _MANY_GROUPS = 6, 4, 8
 # A group of which all elements are equal says nothing. At least this share of the groups must hold both values.
 _SMALLEST_SHARE = 0.125
 # Beside the -1e9 of an attention mask all else looks alike: larger numbers than this are no codes.
@@ -38,7 +38,9 @@ def sign_pattern(x: Tensor, index: Tensor) -> Tensor | None:
     x = x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().float()
     for shared in _groupings(x.ndim):
         reduced = [d for d in range(x.ndim) if d not in shared]
-        if torch.Size(x.shape[d] for d in reduced).numel() < _SMALLEST_GROUP or not _is_plausible(x, shared):
+        group = torch.Size(x.shape[d] for d in reduced).numel()
+        enough = group >= _SMALLEST_GROUP or (group >= _FEW and x.numel() >= _MANY_GROUPS * group)
+        if not enough or not _is_plausible(x, shared):
             continue
         low, high = x.amin(reduced, keepdim=True), x.amax(reduced, keepdim=True)
         size = torch.maximum(low.abs(), high.abs())

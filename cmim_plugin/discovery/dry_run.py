@@ -165,18 +165,19 @@ def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_A
     if source is None or is_offsets(inputs, source):
         return attempts
 
-    def with_twins(size: int, n: int) -> tuple[Inputs, int, bool]:
-        # Batch normalization needs two samples. The later passes repeat their last sample, and so need three.
+    def with_twins(size: int, more: int, n: int) -> tuple[Inputs, int, bool]:
+        """The first pass has so many samples, the later ones so many more, of which the last is repeated."""
+        # Batch normalization needs two samples.
         filled = inputs if batch == size else resampled(inputs, source, [0, 0] if batch == 1 else range(size))
-        # One sample more where the model may take it: what is as long as the batch by accident then is not.
-        different = size if size < batch else max(size - 1, 2)
+        different = max(size + more - 1, 2)
         twins = [*range(different), different - 1]
         other = varied(filled, n, source)
         return (resampled(other, source, twins), len(twins), True) if n else (other, size, False)
 
-    every = max(batch, 2)  # a model may take no other number
+    every = max(batch, 2)
     few = every if points_into_batch(inputs, source, _SAMPLES) else min(every, _SAMPLES)
-    return [partial(with_twins, size) for size in sorted({few, every})] + attempts
+    # With one sample more, what is as long as the batch by accident then is not. A model may take no other number.
+    return [partial(with_twins, few, int(few <= _SAMPLES)), partial(with_twins, every, 0), *attempts]
 
 
 def _traces(model: nn.Module, attempt: _Attempt, made: list[Trace]) -> list[Trace]:

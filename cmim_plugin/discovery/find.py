@@ -30,7 +30,7 @@ from .trace import FEW_LEVELS, Event, Sighting, Site, Trace
 # An operand of at most a few values among so many elements is listed as quantized to more than one bit.
 _FEW_AMONG = 256
 _FROZEN = "everything before it is frozen: no gradient reaches it"
-_NO_GRADIENT = "it is made without a gradient (under no_grad or detached)"
+_NO_GRADIENT = "it is made without a gradient: under no_grad, detached, or in a reentrant checkpoint"
 # Calls that are followed back at most.
 _NEAR = 12
 # How far equal samples are apart at most, in distances between different ones: a rounding error flips some signs.
@@ -146,7 +146,7 @@ def _described(history: History, b: Binarization) -> _Found:
     if reason is None and b.latent is not None:
         binary, latent = _cheapest(b.source.held.sightings, b.latent.held.sightings, module)
         shape, latent_shape = binary.held.shape, latent.held.shape
-        spatial, reason = spatial_dims(b.source, b.consumer, b.operand)
+        spatial, reason = spatial_dims(b)
         reason = _reason_against_shapes(history, binary, latent, spatial) or reason
     if reason is not None or b.latent is None:
         return _Found(BinaryActivation("", 0, reason, module, call), place)
@@ -175,6 +175,8 @@ def _reason_against(history: History, b: Binarization) -> str | None:
     codes = b.source.held
     if not any(_is_layer(event) for event in history.trace.events if event.seq <= b.source.seq):
         return "it is the network's input that is binarized, not an activation"
+    if not codes.first_in_graph and b.operand.requires_grad:
+        return "it goes straight from one autograd.Function into another: pass it through a module between the two"
     if not codes.first_in_graph:
         before = history.trace.sightings[: b.source.seq]
         return _NO_GRADIENT if any(s.requires_grad and s.from_input for s in before) else _FROZEN
@@ -203,12 +205,14 @@ def _is_layer(event: Event) -> bool:
 def _reason_against_shapes(history: History, binary: Sighting, latent: Sighting, spatial: int | None) -> str | None:
     """Why both sides, where they are picked up, cannot be read sample by sample, None where they can."""
     batch = history.trace.batch
-    if any(trace.time_major for trace in (history.trace, *history.others)):
-        return "its first dimension is time, not the batch: a layer without batch_first takes it so"
+    time_major = next((t.time_major for t in (history.trace, *history.others) if t.time_major), None)
+    if time_major and spatial is None:
+        return f"its first dimension is time, not the batch: {time_major}, without batch_first, takes it so"
     for side in (binary, latent):
         rows = side.held.shape[0] if side.held.shape else 0
         shapes = f"{tuple(side.held.shape)} for {batch} samples"
-        if not rows or rows % batch:
+        at_site = [(t.batch, t.at[side.site].held.shape[:1].numel()) for t in history.others if side.site in t.at]
+        if not rows or rows % batch or any(n != batch and others * batch != rows * n for n, others in at_site):
             return f"the batch is not its first dimension, or is mixed with another: {shapes}"
         apart = [s.held.twin_distance for s in (side, *history.again(side)) if s.held.twin_distance is not None]
         if rows != batch and not apart:

@@ -10,7 +10,7 @@ def _names(text: str) -> frozenset[str]:
 
 
 #: Convolutions, and how many spatial dimensions each has.
-CONVOLUTIONS = {f"conv{t}{d}d": d for t in ("", "_transpose") for d in (1, 2, 3)}
+CONVOLUTIONS = {f"conv{t}{d}d": d for t in ("", "_transpose") for d in (1, 2, 3)} | {"deform_conv2d": 2}
 #: Other products, of which every argument may be an activation.
 PRODUCTS = _names(
     "matmul rmatmul bmm mm mv dot addmm addmv addbmm baddbmm einsum inner tensordot bilinear chain_matmul sparse_mm "
@@ -66,4 +66,5 @@ def plain_name(function: Any) -> str:
 def writes(function: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a torch function writes into one of its arguments."""
     name = getattr(function, "__name__", "")
-    return name in _WRITES or (name.endswith("_") and not name.endswith("__")) or kwargs.get("out") is not None
+    in_place = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
+    return in_place or kwargs.get("out") is not None or bool(kwargs.get("inplace"))

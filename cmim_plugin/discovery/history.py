@@ -17,8 +17,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from . import functions
-from .codes import is_split_by_threshold
+from .codes import is_constant, is_split_by_threshold
 from .layout import Layout
 from .trace import Event, Sighting, Site, Snapshot, Trace, kept_positions
 
@@ -92,8 +94,8 @@ class History:
         elif event.name not in functions.SUMS | functions.JOINS:
             return []
         inner = [(a, self.terms(a, depth + 1)) for a in arguments]
-        if any(not found and a.requires_grad and a.distinct * 8 > size for a, found in inner):
-            return []  # a sum with something continuous
+        if any(not found and a.from_input and a.distinct * 8 > size for a, found in inner):
+            return []  # a sum with another activation; not with a trained shift
         return list(dict.fromkeys(term for _, found in inner for term in found))
 
     def _maker(self, source: Sighting) -> Event | None:
@@ -104,7 +106,7 @@ class History:
 
     def _latent(self, source: Sighting, event: Event | None) -> Sighting | None:
         """The first sighting of a_F in the graph."""
-        if event is None:
+        if event is None or event.name in functions.SUMS:
             return self._separable(source)
         codes, found = event.results[0], []
         line = [a for a in event.arguments if a.held.numel == codes.held.numel and a.held.continuous]
@@ -129,8 +131,9 @@ class History:
             return None
         for s in reversed(self.trace.sightings[: source.seq]):
             if s.in_graph and s.held.continuous and not s.held.two_valued and s.held.numel == source.held.numel:
-                high, low = s.held.values[pattern > 0], s.held.values[pattern < 0]
-                if len(high) and len(low) and (high.min() > low.max() or low.min() > high.max()):
+                # Not `codes + x` of the estimator `codes + x - x.detach()`.
+                has_codes = any(_separated(a, pattern, levels=True) for a in s.given(same_size=True))
+                if _separated(s, pattern) and not has_codes:
                     return s.held.first_in_graph
         return None
 
@@ -183,10 +186,29 @@ def _sources(sighting: Sighting, like: Callable[[Snapshot], bool]) -> list[Sight
         # A scale of each sample has two values where there are two samples.
         before = [a for a in before if a.distinct * 4 > a.held.numel] or before
         if event is not None and event.name in functions.SCALINGS:  # nor is a gate a code
-            before = [a for a in before if a.distinct == current.held.numel] or before
+            full = [a for a in current.given() if a.distinct == current.held.numel]
+            before = [a for a in before if a in full] or before
+            if any(_zeroes(a, current) for a in full if a not in before and a.from_input):
+                before = []  # `sign(x) * (|x| > t)` has three values
         line += reversed(before)
         sources += [] if before else current.held.sightings[:1]
     return sources
+
+
+def _separated(sighting: Sighting, pattern: Tensor, levels: bool = False) -> bool:
+    """Whether a threshold splits a tensor into both codes of a pattern; ``levels``: into one value for each."""
+    high, low = sighting.held.values[pattern > 0], sighting.held.values[pattern < 0]
+    if not len(high) or not len(low):
+        return False
+    apart = bool(high.min() > low.max() or low.min() > high.max())
+    return apart and (not levels or (is_constant(high) and is_constant(low)))
+
+
+def _zeroes(gate: Sighting, product: Sighting) -> bool:
+    """Whether a gate of two values is why a product holds zeros."""
+    if gate.held.pattern is None or product.held.pattern is None:
+        return False
+    return bool((gate.held.values[product.held.pattern == 0] == 0).any())
 
 
 def _step(operand: Sighting) -> Event | None:
@@ -196,7 +218,10 @@ def _step(operand: Sighting) -> Event | None:
         event, given = sighting.producer, sighting.given(same_size=True)
         if event is None:
             continue
-        if event.name in functions.STEPS and any(a.held.continuous for a in given):
+        continuous = [a for a in given if a.held.continuous]
+        if continuous and event.name in functions.SCALINGS | {"where"}:
+            continue  # `where(mask, x, 0)` and `x * (x > t)` hold more than two values where they are not all zero
+        if continuous and event.name in functions.STEPS:
             return event
         if len(line) < _FAR:
             line += [a for a in given if a.held.constant or event.name in functions.SUMS | functions.DETACHES]

@@ -44,12 +44,14 @@ def preserve_state(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[
     with contextlib.ExitStack() as undo:
         # BinaryNet keeps the real weight in an attribute of the parameter.
         held = _held(undo, [*model.modules(), *parameters])
+        inputs = list(filter(is_strided, inputs))
         grads = [p.grad for p in parameters if p.grad is not None]
-        for tensor in (*held, *grads, *filter(is_strided, inputs)):
+        for tensor in (*held, *grads, *inputs):
             undo.callback(_put_back_values, tensor, tensor.data, tensor.detach().clone())
-        for p in parameters:  # the last is undone first: a gradient needs the shape of its parameter
-            undo.callback(setattr, p, "grad", p.grad)
-            undo.callback(p.requires_grad_, p.requires_grad)
+        for p in parameters + inputs:  # the last is undone first: a gradient needs the shape of its parameter
+            if p.is_leaf:
+                undo.callback(setattr, p, "grad", p.grad)
+                undo.callback(p.requires_grad_, p.requires_grad)
             undo.callback(_point_at, p, p.data)
         with preserve_generators(held):
             yield

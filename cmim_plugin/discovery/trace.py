@@ -129,7 +129,7 @@ class Event:
     shapes: list[torch.Size]  # of all tensor arguments, parameters too
     weighted: bool  # a parameter, or what requires a gradient, is among them
     arguments: list[Sighting]  # without parameters
-    equation: str = ""  # of torch.einsum
+    equation: Any = ""  # of torch.einsum; of torch.tensordot the dimensions
     results: list[Sighting] = field(default_factory=list)
 
 
@@ -144,7 +144,7 @@ class Trace:
     #: (module, call of it) -> how often each function was called there
     functions: dict[tuple[str, int], Counter[Any]] = field(default_factory=lambda: defaultdict(Counter))
     draws_scalars: bool = False  # single random numbers were drawn, as a model that skips layers at random does
-    time_major: bool = False  # a recurrent layer or attention takes for time what is as long as the batch
+    time_major: str = ""  # a recurrent layer or attention that takes for time what is as long as the batch
 
     @cached_property
     def at(self) -> dict[Site, Sighting]:
@@ -210,7 +210,8 @@ class _Recorder(TorchFunctionMode):
         if not getattr(module, "batch_first", True):
             with _compat.unseen():
                 first = [t.shape for _, t in tensors_in((args, kwargs)) if not t.is_nested and t.ndim == 3][:1]
-            self.trace.time_major |= any(time == self.trace.batch != samples for time, samples, _ in first)
+            if any(time == self.trace.batch != samples for time, samples, _ in first):
+                self.trace.time_major = f"{type(module).__name__} {name}"
         self._see((args, kwargs), "input", from_input=True if len(self._scopes) == 1 else None)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -230,7 +231,7 @@ class _Recorder(TorchFunctionMode):
         shapes = [t.shape for t in tensors if not t.is_nested]
         weighted = any(t.requires_grad or id(t) in self._parameters for t in tensors)
         seq, arguments = len(self.trace.sightings), self._see((args, kwargs), "argument", func, nth)
-        equation = args[0] if args and isinstance(args[0], str) else ""
+        equation = kwargs.get("dims", args[0] if args and isinstance(args[0], str) else "")
         event = Event(seq, name, self._scopes[-1][0], shapes, weighted, arguments, equation)
         activations = [t for t in tensors if id(t) not in self._parameters]
         from_input = name not in SHAPE_ONLY and any(self._from_input[t] for t in activations)
