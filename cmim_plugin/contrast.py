@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from .errors import CMIMError, warn_once
 from .heads import Heads, grouped
 from .negatives import Queue
 from .objectives import count_negatives, holds_integers
-from .passes import Pair, Pass
+from .passes import Pair, Pass, mask_of, samples_of
 
 # In the first steps we check that labels and mask leave a negative. The check waits for the device.
 _FIRST_STEPS = 3
@@ -57,7 +57,6 @@ class Rows(NamedTuple):
 class Contrast(nn.Module):
     """The heads, queues and objective of all taps; the arguments are those of :class:`cmim_plugin.CMIM`."""
 
-    _layer_weights: Tensor
     _loaded: Tensor
 
     def __init__(
@@ -82,8 +81,7 @@ class Contrast(nn.Module):
         raw = [layer_decay ** (len(taps) - 1 - k) for k in range(len(taps))]
         #: One weight per tap. They sum to 1: ``weight`` means the same for a shallow and for a deep network.
         self.layer_weights = tuple(w / sum(raw) for w in raw)
-        weights = torch.tensor(self.layer_weights, dtype=torch.float32, device="cpu")
-        self.register_buffer("_layer_weights", weights, persistent=False)
+        self._layer_weights = self.heads.weights.new_tensor(self.layer_weights)
         # The metrics of a loaded state, until there are new ones.
         self.register_buffer("_loaded", torch.full((len(taps), 2), math.nan, dtype=torch.float32, device="cpu"))
         #: How often a state was loaded, and how often since all ranks started from one state.
@@ -114,7 +112,7 @@ class Contrast(nn.Module):
         together = distributed.ranks() > 1
         weights = distributed.averaged(self.heads.weights) if together else self.heads.weights
         # No rows, but a graph: other ranks may have some, and wait for this one in the backward pass.
-        rows = {captured.scheduled[0]: Rows(weights[:0], weights[:0])}
+        rows, own = {captured.scheduled[0]: Rows(weights[:0], weights[:0])}, mask is captured.mask
         if pairs:
             first = next(iter(pairs.values()))
             pooled = first.index is None
@@ -124,14 +122,15 @@ class Contrast(nn.Module):
             if mask is not None:
                 _check_given("mask", mask, first, _MASK, lambda t: not pooled and t.ndim == 2)
                 mask = mask.to(weights.device)
-                self._warn_of_unmasked(pairs, mask)
+                if not torch.compiler.is_compiling():
+                    self._warn_of_unmasked(pairs, mask)
             z = self.heads(list(pairs), [pair.sides for pair in pairs.values()], weights)
             rows = {
                 k: Rows(
                     z_b,
                     z_f,
                     None if labels is None else labels_of(pair, labels, self.taps[k].name),
-                    None if mask is None else mask_of(pair, mask),
+                    None if mask is None else pair.counts if own else mask_of(pair, mask),
                 )
                 for (k, pair), z_b, z_f in zip(pairs.items(), z[: len(pairs)], z[len(pairs) :], strict=True)
             }
@@ -172,11 +171,10 @@ class Contrast(nn.Module):
     def _warn_of_unmasked(self, pairs: dict[int, Pair], mask: Tensor) -> None:
         for k, pair in pairs.items():
             if pair.tokens not in (0, mask.shape[1]):
-                warn_once(
+                warn_once(  # once, so without the numbers, which change from batch to batch
                     self,
-                    f"The mask has {mask.shape[1]} tokens a sample, tap {self.taps[k].name} has {pair.tokens}. It is "
-                    "not applied to this tap, whose padding counts. Pass a mask with as many tokens, or leave the tap "
-                    "out with taps=.",
+                    f"Tap {self.taps[k].name} has more or fewer tokens a sample than the mask, which is not applied to "
+                    "it: its padding counts. Pass a mask with as many tokens, or leave the tap out with taps=.",
                 )
 
     def _losses(self, taps: list[int], rows: list[Rows]) -> Tensor:
@@ -188,7 +186,7 @@ class Contrast(nn.Module):
             queues = [self._queues[k] for k in taps]
             contents = zip(*(queue.contents() for queue in queues), strict=True)
             # Copies: the loss keeps them for its backward pass, and push() overwrites in place before that.
-            settings |= dict(zip(("queue_b", "queue_f", "queue_labels"), map(torch.stack, contents), strict=True))
+            settings.update(zip(("queue_b", "queue_f", "queue_labels"), map(torch.stack, contents), strict=True))
             for i, queue in enumerate(queues):
                 queue.push(z_b[i].detach(), z_f[i].detach(), None if labels is None else labels[i])
         losses = self.objective(z_b, z_f, temperature=self.temperature, labels=labels, **settings)
@@ -249,10 +247,11 @@ class Contrast(nn.Module):
                 "cmim.state_dict() beside the model's, and load it. Starting from a baseline's checkpoint is fine.",
             )
 
-    def tell_of_idle_heads(self) -> None:
-        """A loss with a weight above zero was asked for. After some of them, warn of heads that do not learn."""
-        self._with_weight += 1
-        if self._with_weight == _CHECK_HEADS_AT and self.heads.lr and not bool(self.heads.steps):
+    def tell_of_idle_heads(self, weight: float | Tensor) -> None:
+        """A loss was asked for. After some with a weight above zero, warn of heads that do not learn."""
+        self._with_weight += isinstance(weight, Tensor) or weight > 0
+        due = self._with_weight == _CHECK_HEADS_AT and self.heads.lr
+        if due and float(weight) and not bool(self.heads.steps):
             warn_once(
                 self,
                 f"{_CHECK_HEADS_AT} losses were asked for, and no gradient came back to the heads. Is cmim(model) part "
@@ -266,11 +265,17 @@ class Contrast(nn.Module):
                 self._loaded[k, i] = (values or {}).get(name, math.nan)
         super()._save_to_state_dict(*args)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self.last.clear()
-        self.loads += 1
-        self.loads_since_sync += 1
+    def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state, prefix, *args)  # type: ignore[arg-type]
+        if prefix + "_loaded" in state:  # with strict=False a state may be another module's
+            self.last.clear()
+            self.loads += 1
+            self.loads_since_sync += 1
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Contrast:
+        super()._apply(fn, recurse)
+        self._layer_weights = self.heads.weights.new_tensor(self.layer_weights)  # in half precision they would round
+        return self
 
 
 # -- what is given for samples or positions, for each row ------------------------------------------------------------
@@ -299,7 +304,7 @@ def labels_of(pair: Pair, labels: Tensor, name: str) -> Tensor:
     """The label of each row: that of its sample, or that under its position, the nearest in a map of labels."""
     if pair.index is None:
         return labels
-    samples, rest = _samples(pair)
+    samples, rest = samples_of(pair)
     if labels.ndim == 1:
         return labels[samples]
     if pair.windows or pair.spatial is None or len(pair.spatial) != labels.ndim - 1:
@@ -313,18 +318,3 @@ def labels_of(pair: Pair, labels: Tensor, name: str) -> Tensor:
         at.append((2 * (rest % size) + 1) * wanted // (2 * size))
         rest = rest // size
     return labels[(samples, *reversed(at))]
-
-
-def mask_of(pair: Pair, mask: Tensor) -> Tensor:
-    """Whether each row counts: what the mask says of its token. All count where a tap has other tokens, or none."""
-    samples, rest = _samples(pair)
-    if pair.tokens != mask.shape[1]:
-        return torch.ones_like(rest, dtype=torch.bool)
-    return mask[samples, rest % pair.tokens] != 0
-
-
-def _samples(pair: Pair) -> tuple[Tensor, Tensor]:
-    """The sample of each row, and its position within the sample."""
-    assert pair.index is not None
-    each = pair.total // max(pair.batch_size, 1)
-    return pair.index // max(each, 1), pair.index % max(each, 1)

@@ -49,6 +49,9 @@ class _Objective:
 
         Returns:
             The loss in nats, ``(...)`` (0-d for two-dimensional embeddings), float32 (float64 for float64 embeddings).
+
+        Raises:
+            CMIMError: shapes or dtypes do not fit together, or the temperature is not positive.
         """
         _check(z_b, z_f, temperature, labels, mask, queue_b, queue_f, queue_labels)
         n, negatives = z_b.shape[-2], None

@@ -38,6 +38,7 @@ class Pair:
     batch_size = 0  # its samples
     windows = False  # a sample is cut into several rows of the first dimension
     tokens = 0  # of a sample, 0 where its positions are no sequence
+    counts: Tensor | None = None  # (n,) bool, what the mask that the model was given says of each row
     left_out: tuple[str, str] | None = None  # FAILED, EXCUSED or MISSED, and why, where it adds nothing to the loss
 
     def __init__(self) -> None:
@@ -241,6 +242,8 @@ class Pass:
             pair.index, elements = self._positions(k, layout, x)
             rows = sampled(x, elements, self._zero(x), self.backward)
         pair.rows[side] = _unmasked(rows, side, layout)
+        if side == BINARY and self.usable_mask is not None:
+            pair.counts = mask_of(pair, self.usable_mask.to(x.device))
 
     def _trouble(self, tap: Tap, pair: Pair, side: int, x: Any) -> tuple[str, str] | None:
         """Why the rows of an activation cannot be taken: FAILED or EXCUSED, and a message."""
@@ -260,7 +263,7 @@ class Pass:
         if found != wanted and layout.scores:
             return (
                 EXCUSED,
-                f"its channels are the {found} tokens of this batch, and were {wanted} when CMIM was attached",
+                f"its channels are the tokens of the batch, which were {wanted} when CMIM was attached",
             )
         if found != wanted:
             why = f"it has {found} channels, and had {wanted} when CMIM was attached"
@@ -296,6 +299,21 @@ class Pass:
         if key not in self._zeros:
             self._zeros[key] = x.new_zeros(())
         return self._zeros[key]
+
+
+def mask_of(pair: Pair, mask: Tensor) -> Tensor:
+    """Whether each row counts: what the mask says of its token. All count where a tap has other tokens, or none."""
+    samples, rest = samples_of(pair)
+    if pair.tokens != mask.shape[1]:
+        return torch.ones_like(rest, dtype=torch.bool)
+    return mask[samples, rest % pair.tokens] != 0
+
+
+def samples_of(pair: Pair) -> tuple[Tensor, Tensor]:
+    """The sample of each row, and its position within the sample."""
+    assert pair.index is not None
+    each = pair.total // max(pair.batch_size, 1)
+    return pair.index // max(each, 1), pair.index % max(each, 1)
 
 
 def _unmasked(values: Tensor, side: int, layout: Layout) -> Tensor:

@@ -34,7 +34,12 @@ _HEADS_SHARE, _HEADS_LEAST = 0.2, 250_000
 class CMIM(nn.Module):
     """Contrastive mutual information maximisation between binary activations and their latents (arXiv 2207.02970).
 
-    Finds the binary activations of ``model``, hooks them and builds a pair of heads for each: see :mod:`cmim_plugin`.
+    Finds the binary activations of ``model``, hooks them and builds a pair of heads for each::
+
+        cmim = CMIM(model, example_input)
+        ...
+        loss = criterion(model(x), y)
+        loss += cmim(model)
 
     The heads train themselves: each loss first takes a step of Adam with the gradient that the last backward pass left.
     There is nothing to add to an optimizer, and :meth:`parameters` is empty. The loss, in nats, is
@@ -166,6 +171,10 @@ class CMIM(nn.Module):
         Returns:
             0-d float32, with gradients to heads and network. Zero, with its graph, where the batch has no negatives.
             On several ranks the same number on each: the loss over the batches of all of them.
+
+        Raises:
+            CMIMError: nothing was captured, or something could not be, and why; another model; labels or a mask of the
+                wrong shape; the hooks were removed or are paused.
         """
         captured = self._captured(model)
         mask = _mask_for_loss(self, captured, mask)
@@ -190,8 +199,7 @@ class CMIM(nn.Module):
         if not torch.compiler.is_compiling():
             if not self.schedule.step and self._capture.model_was_loaded:
                 self.contrast.tell_of_new_heads()
-            if isinstance(self.weight, Tensor) or self.weight:
-                self.contrast.tell_of_idle_heads()
+            self.contrast.tell_of_idle_heads(self.weight)
         self.schedule.advance()
         return self.weight * len(self.taps) / len(captured.scheduled) * value
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import distributed
 from ._compat import force_eager
 from .capture import Capture
-from .contrast import Contrast, mask_of
+from .contrast import Contrast
 from .discovery.codes import is_two_valued
 from .discovery.inputs import BatchSource, as_inputs, is_strided, mapped, tensors_in
 from .discovery.state import preserve_generators
@@ -316,10 +316,8 @@ class _Tally:
             self.astray = self.astray or any(rows is not None for rows in pair.rows)
             return
         binary, latent = pair.sides
-        mask = captured.usable_mask
-        if mask is not None and pair.index is not None:
-            counts = mask_of(pair, mask.to(binary.device))
-            binary, latent = binary[counts], latent[counts]
+        if pair.counts is not None:
+            binary, latent = binary[pair.counts], latent[pair.counts]
         n = len(binary)
         if n < 2:
             return

@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 import nets
 from cmim_plugin import CMIM, NCE, CMIMError, InfoNCE
-from networks import IRNET, METHODS, X, Y, gradients, network, teacher, told
+from networks import IRNET, METHODS, MaskedSign, X, Y, gradients, network, teacher, told
 
 
 @pytest.fixture(autouse=True)
@@ -228,6 +230,68 @@ def test_a_compiled_step_with_labels_is_not_compiled_again_for_each_size_of_batc
     for size in (3, 6, 2):
         loss(X[:size], y[:size]).backward()
     assert graphs() == 0
+
+
+@pytest.mark.slow
+def test_a_compiled_loss_is_not_compiled_again_for_each_length_of_padded_batches():
+    torch.manual_seed(0)
+    model = Tokens()
+    cmim = CMIM(model, (torch.randn(4, 12, 8), torch.ones(4, 12, dtype=torch.int64)), num_positions=16)
+    compiled = torch.compile(cmim, backend="eager")
+
+    def step(length):
+        mask = torch.ones(4, length, dtype=torch.int64)
+        mask[0, length // 2 :] = 0
+        loss = model(torch.randn(4, length, 8), mask).mean() + compiled(model)
+        loss.backward()
+
+    for length in (12, 9, 7):
+        step(length)
+    counters.clear()
+    for length in (11, 6, 10):
+        step(length)
+    assert graphs() == 0
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4)
+
+    def forward(self, x, attention_mask=None):
+        return self.head(MaskedSign.apply(self.norm(self.stem(x))))
+
+
+def test_a_loss_with_a_queue_compiles_into_one_graph_and_is_that_of_the_eager_one():
+    model, cmim = attached(queue_size=20)
+    other, eager = attached(queue_size=20, taps_per_step=None)
+    compiled = torch.compile(cmim, fullgraph=True, backend="aot_eager")
+    model(X)
+    other(X)
+    assert_close(compiled(model), eager(other))
+
+
+@pytest.mark.skipif(
+    not hasattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"), reason="not in this release"
+)
+def test_checkpoints_compile_with_the_model_by_a_setting_of_torch(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint", True)
+
+    class Checkpointed(Tokens):
+        def forward(self, x, attention_mask=None):
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    results = []
+    x = torch.randn(4, 12, 8)
+    for compile in (lambda model: model, lambda model: torch.compile(model, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(0)
+        model = Checkpointed()
+        cmim = CMIM(model, x)
+        forward = compile(model)
+        loss = forward(x).square().mean() + cmim(model)
+        loss.backward()
+        results.append([loss.detach(), *gradients(model, cmim)])
+    assert_close(*results)
 
 
 def test_a_compiled_forward_without_gradients_leaves_the_pass_that_waits():

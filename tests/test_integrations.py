@@ -382,6 +382,14 @@ def test_a_state_makes_a_round_trip_and_one_of_a_baseline_loads_without_the_head
     assert trained(other) == trained(task)
 
 
+def test_a_state_of_the_model_alone_leaves_the_plugin_as_it_is():
+    task = Task()
+    trained(task)
+    step, metrics = task.cmim.schedule.step, task.cmim.scalars()
+    task.load_state_dict({name: v for name, v in task.state_dict().items() if name.startswith("net.")}, strict=False)
+    assert step and (task.cmim.schedule.step, task.cmim.scalars()) == (step, metrics)
+
+
 @pytest.fixture
 def one_process(tmp_path):
     """A group of one process."""

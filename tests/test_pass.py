@@ -638,6 +638,8 @@ def test_batches_padded_to_another_length_leave_the_attention_maps_out():
     model.head = nn.Sequential(nn.Linear(16, 16), Binary(), nn.Linear(16, 5))
     cmim = CMIM(model, {"ids": ids, "attention_mask": mask})
     assert len(cmim.taps) == 2
-    model(ids=ids[:, :9], attention_mask=mask[:, :9])
-    with pytest.warns(CMIMWarning, match="its channels are the 9 tokens of this batch, and were 12"):
-        assert cmim(model) > 0
+    with told() as warned:
+        for length in (9, 8, 10):
+            model(ids=ids[:, :length], attention_mask=mask[:, :length])
+            assert cmim(model) > 0
+    assert len(warned) == 1 and "its channels are the tokens of the batch, which were 12" in warned[0]

@@ -52,12 +52,16 @@ class History:
             for result in event.results:
                 size = result.held.numel
                 given = [a for a in event.arguments if a.held.numel == size and a.held is not result.held]
-                if result.held.two_valued and given and not any(a.held.two_valued for a in given):
+                if result.held.two_valued and given and not any(map(self.is_two_valued, given)):
                     self._binarizing[result.held.code].append(event)
 
     def again(self, sighting: Sighting) -> list[Sighting]:
         """What the other traces show at its site."""
         return [trace.at[sighting.site] for trace in self.others if sighting.site in trace.at]
+
+    def is_two_valued(self, sighting: Sighting) -> bool:
+        """Whether it is in all passes, not by chance in this one. A sign may be constant in some of them."""
+        return sighting.held.two_valued and all(s.held.two_valued or s.held.constant for s in self.again(sighting))
 
     def binarizations(self, consumer: Event, operand: Sighting) -> Iterator[Binarization]:
         """What was binarized to make an operand."""
@@ -78,8 +82,7 @@ class History:
         return self._terms[operand]
 
     def _terms_of(self, operand: Sighting, depth: int) -> list[Sighting]:
-        # Two-valued in all passes: not a coincidence. A sign may be constant in some of them.
-        if operand.held.two_valued and all(s.held.two_valued or s.held.constant for s in self.again(operand)):
+        if self.is_two_valued(operand):
             return [operand]
         event = operand.producer
         if event is None or depth > _DEPTH:
