@@ -200,7 +200,7 @@ def _check(
     shape, dtypes = tuple(z_b.shape), {z_b.dtype, z_f.dtype}
     if z_b.ndim < 2 or z_b.shape != z_f.shape:
         raise CMIMError(f"z_b and z_f must both be (..., instances, dimensions); found {shape} and {tuple(z_f.shape)}.")
-    if not shape[-2]:
+    if shape[-2] == 0:  # not its truth value: torch.compile of torch 2.6 would take the size for a constant
         raise CMIMError("z_b and z_f are empty: there is no instance to contrast.")
     if not all(dtype.is_floating_point for dtype in dtypes) or (torch.float64 in dtypes and len(dtypes) > 1):
         found = f"{z_b.dtype} and {z_f.dtype}"
