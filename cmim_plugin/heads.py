@@ -95,7 +95,7 @@ class Heads(nn.Module):
         """
         weights = self.weights if weights is None else weights
         sides = [(rows[i][side], self._slices[tap][side]) for side in (0, 1) for i, tap in enumerate(taps)]
-        # Sides with as many channels and rows are one batched product.
+        # Sides with as many channels and rows are one batched product. Position i of its results is side order[i].
         groups = grouped(range(len(sides)), [x.shape for x, _ in sides])
         order = [position for _, group in groups for position in group]
         # The heads of the chosen sides, group by group, (their channels, D). index_select copies, and the graph keeps
@@ -125,7 +125,7 @@ class Heads(nn.Module):
 
         A gradient that is zero, since no backward pass came, or not finite, since a GradScaler overflowed, is skipped.
         The device decides that: the host waits for nothing. The gradient is divided by its length, the sum of its
-        absolute values: Adam's moments would outlive a change of its scale, by a GradScaler or by the loss's weight.
+        absolute values: Adam averages over steps, and a GradScaler or another weight changes the scale between them.
         """
         if not self.lr:
             return

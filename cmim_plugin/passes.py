@@ -22,7 +22,7 @@ from .errors import CMIMError, warn_once
 from .sampling import BackwardRule, indices_among, sampled, upper_half
 
 BINARY, LATENT = 0, 1
-# Why a tap adds nothing to the loss. FAILED: cmim(model) raises. EXCUSED: it warns, and raises where no tap is left.
+# Why a tap adds nothing to the loss. FAILED: the loss raises. EXCUSED: it warns, and raises if no other tap was captured.
 # MISSED, the forward did not reach the tap: it warns.
 FAILED, EXCUSED, MISSED = "failed", "excused", "missed"
 # Below this, a latent was masked: float16 has -65504, and many write -10000.
@@ -216,7 +216,7 @@ class Pass:
         """The gradients of the contrast and of the network's loss are to come in one backward pass."""
         rows = [rows for pair in self.pairs.values() for rows in pair.rows if rows is not None]
         if rows:
-            self.backward.ask_for_one_pass(rows[0])
+            self.backward.watch_leaf_of(rows[0])
 
     def take(self, k: int, side: int, x: Any) -> None:
         """Take the rows of one side of a tap out of its activation."""

@@ -113,6 +113,7 @@ class CMIM(nn.Module):
             found = tuple(replace(f, reason=misaligned) if f.tapped and not f.aligned else f for f in found)
         chosen = _chosen(found, taps, model)
         tapped = tuple(chosen if taps is not None else chosen[self._default_taps])
+        # A teacher replaces the latent of each tap. Capture.begin() delivers it, before the binary side is seen.
         self._teacher = None if teacher is None else Teacher(teacher, example_input, tapped, teacher_modules)
         tapped = tapped if self._teacher is None else self._teacher.taps
 

@@ -215,7 +215,7 @@ def measure(
     device = next((p.device for p in model.parameters()), contrast.heads.weights.device)
     tallies = [_Tally(contrast, k) for k in range(len(contrast.taps))]
     generator = torch.Generator("cpu").manual_seed(0)
-    # Drawn before those of the schedule: the number of instances does not change which codes are kept.
+    # Drawn first, so that num_positions does not change which codes are kept.
     draws = new_draws((_KEPT,), generator).to(device)
     schedule = Schedule(len(tallies), None, num_positions, generator, shared=False).to(device)
     samples = 0

@@ -128,10 +128,10 @@ class BackwardRule:
     #: The graph node of a leaf, or None for no rule. The gradients of the contrast and of the network's loss must come
     #: to the leaf in one backward pass; where they come in two, the second raises CMIMError.
     one_pass_to: Any = None
-    #: A backward pass came without the contrast: most likely the graph is used up.
+    #: A backward pass came without the contrast, which most likely freed the graph.
     network_only = False
 
-    def ask_for_one_pass(self, x: Tensor) -> None:
+    def watch_leaf_of(self, x: Tensor) -> None:
         """From now on, to the first leaf that ``x`` was computed from."""
         node: Any = x.grad_fn
         while node is not None and not hasattr(node, "variable"):

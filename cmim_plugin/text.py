@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-# Not 01: no range could say which numbers have a zero before them.
+# Not numbers like 01: a range would lose their zeros.
 _NUMBERS = re.compile(r"(?<!\d)(?:0|[1-9]\d*)(?!\d)")
 
 

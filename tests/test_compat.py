@@ -157,7 +157,7 @@ def test_without_word_of_the_leaf_autograd_grad_counts_as_a_backward_pass(monkey
     a = torch.randn(4, 6, requires_grad=True)
     x = a * 2
     rows = sampled(x, torch.tensor([[1, 2]]), x.new_zeros(()), rule)
-    rule.ask_for_one_pass(rows)
+    rule.watch_leaf_of(rows)
     torch.autograd.grad(x.sum(), a, retain_graph=True)
     with pytest.raises(CMIMError, match="Two backward passes"):
         rows.sum().backward()

@@ -1147,6 +1147,11 @@ def test_vectors_whose_two_values_differ_by_channel_are_tapped(scaled, samples):
     assert tapped(model, torch.randn(samples, 8)) == ["2"]
 
 
+def test_repeated_samples_do_not_hide_the_latent():
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), Binary(), nn.Linear(16, 4))
+    assert tapped(model, torch.randn(2, 8).repeat(2, 1)) == ["2"]
+
+
 def test_codes_added_to_frozen_activations_are_no_codes():
     model = nn.Sequential(
         nn.Linear(8, 16), nn.BatchNorm1d(16), Of(lambda m, x: Sign.apply(x + m.shift) + x), nn.Linear(16, 4)

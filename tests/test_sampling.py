@@ -264,7 +264,7 @@ def test_where_one_backward_pass_is_asked_for_a_second_one_is_refused():
         a = torch.randn(4, 6, requires_grad=True)
         x = a * 2
         rows = sampled(x, Layout(None).elements(torch.tensor([1, 2]), x.shape, torch.arange(9)), x.new_zeros(()), rule)
-        rule.ask_for_one_pass(rows)
+        rule.watch_leaf_of(rows)
         losses = [x.sum(), rows.sum()]
         for loss in losses:
             torch.autograd.grad(loss, a, retain_graph=True)  # adds to no gradient

@@ -113,8 +113,8 @@ def _before(result: Sighting, argument: Sighting, dims: set[int]) -> set[int] | 
     if name in functions.PRODUCTS:
         return None
     if name in functions.RESHAPES and old.numel() == new.numel():
-        # Those that count the same elements, in the order that both share. One of which only a factor is among them
-        # was split: pixels or time steps that were put side by side. It counts where no other does.
+        # A dimension counts if all its elements belong to those that are followed. If none does, one counts that
+        # belongs to them in part: it was split, as pixels or time steps that are put side by side.
         steps, new_steps = _steps(old), _steps(new)
         shared = {
             d: prod(max(1, min(steps[d] * n, new_steps[i] * new[i]) // max(steps[d], new_steps[i])) for i in dims)

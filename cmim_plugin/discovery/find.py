@@ -126,7 +126,7 @@ def _found_in(trace: Trace, others: list[Trace]) -> list[_Found]:
                 continue  # a weight, a mask or a learned token
             described = _described(history, b)
             if described.activation.tapped and b.latent is not None and codes.two_valued:
-                # Of one tensor, for branches may be alike only as they are initialised.
+                # Two taps are one only if both latents come from one tensor: branches may be equal before training.
                 pair = codes.code, tuple(b.latent.held.values.nan_to_num().tolist()), id(origin(b.latent).held)
                 if pair in pairs:
                     continue  # query, key and value binarize one latent to the same codes
@@ -260,8 +260,8 @@ def _child(history: History, latent: Sighting, module: str, call: int) -> str:
 
 
 def _cheapest(binaries: Sequence[Sighting], latents: Sequence[Sighting], module: str) -> tuple[Sighting, Sighting]:
-    """Where to pick a_B and a_F up. Best are two sites in one call of a module, or two inputs and outputs of modules;
-    among those, as few function calls as can be; then sites of the module that binarizes.
+    """Where to pick a_B and a_F up. In this order: both in one call of a module, or neither at a function call; fewer
+    function calls; sites of the module that binarizes; earlier ones.
 
     Two sides that are picked up in two calls may not belong together: a layer that is skipped shifts the count of
     function calls on one side only.

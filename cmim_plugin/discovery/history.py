@@ -67,7 +67,7 @@ class History:
         """What was binarized to make an operand."""
         sources = [s for part in self.terms(operand) for s in _sources(part, lambda value: value.two_valued)]
         made = [(source, self._maker(source)) for source in sources]
-        # Two samples normalized are exactly -1 and 1.
+        # A norm over two numbers gives -1 and 1, and is no binarization.
         made = [(source, event) for source, event in made if event is None or event.name not in functions.NORMS]
         if not made and operand.held.constant and operand.from_input and operand.requires_grad:
             source = _sources(operand, lambda value: value.constant and value.numel > 1)[0]
@@ -186,7 +186,7 @@ def _sources(sighting: Sighting, like: Callable[[Snapshot], bool]) -> list[Sight
         before = [a for a in current.given() if like(a.held) and (outside or a.held.first_in_graph)]
         if event is not None and event.name in functions.DETACHES and any(a.in_graph for a in event.arguments):
             before = []  # cut off the graph: what it was made of gets no gradient from here
-        # A scale of each sample has two values where there are two samples.
+        # Not a factor that is expanded: one scale a sample has two values where there are two samples.
         before = [a for a in before if a.distinct * 4 > a.held.numel] or before
         if event is not None and event.name in functions.SCALINGS:  # nor is a gate a code
             full = [a for a in current.given() if a.distinct == current.held.numel]
