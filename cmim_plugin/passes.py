@@ -22,7 +22,7 @@ from .errors import CMIMError, warn_once
 from .sampling import BackwardRule, indices_among, sampled, upper_half
 
 BINARY, LATENT = 0, 1
-# Why a tap adds nothing to the loss. FAILED: the loss raises. EXCUSED: it warns, and raises if no other tap was captured.
+# Why a tap adds nothing to the loss. FAILED: the loss raises. EXCUSED: it warns, and raises if no other tap is left.
 # MISSED, the forward did not reach the tap: it warns.
 FAILED, EXCUSED, MISSED = "failed", "excused", "missed"
 # Below this, a latent was masked: float16 has -65504, and many write -10000.

@@ -91,7 +91,7 @@ def is_split_by_threshold(values: Tensor, pattern: Tensor, index: Tensor, shape:
         if groups > 1 and len(values) < 4 * groups:
             continue
         one_way, other_way = (_is_larger(v, is_high, group, groups) for v in (values, -values))
-        # Both are true of a group of one code, which is fine, and of one value with both codes, which no threshold splits.
+        # Both are true of a group of one code, which is fine, and of one value with both codes: nothing splits it.
         codes = [group[of_code].bincount(minlength=groups) > 0 for of_code in (is_high, ~is_high)]
         if bool(((one_way ^ other_way) | (one_way & ~(codes[0] & codes[1]))).all()):
             return True
