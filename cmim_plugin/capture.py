@@ -52,6 +52,7 @@ class Capture:
     """
 
     unasked = 0  # passes that were captured since a loss was asked for
+    taken = False  # the loss of the last pass was asked for
     attached = False  # the hooks are on the model
     removed = False  # the hooks are off for good
     model_was_loaded = False  # the model loaded a state_dict since the hooks were put on it
@@ -124,6 +125,7 @@ class Capture:
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], hook: _RootHook) -> None:
         """A forward pass of the model starts, and is to be captured."""
+        self.taken = False
         every = torch.compiler.is_compiling() or _recording_a_graph()
         scheduled = tuple(range(len(self.taps))) if every else self.schedule.taps
         draws = self.schedule.draws_of(len(scheduled))
@@ -204,6 +206,7 @@ class Capture:
                 thread = next((key for key, waiting in self._waiting.items() if waiting.compiled), thread)
         waiting = self._waiting.pop(thread, None)
         if waiting is not None:
+            self.taken = True
             return waiting
         if not torch.is_grad_enabled():
             why = (
@@ -211,7 +214,9 @@ class Capture:
                 "if torch.is_grad_enabled(): loss = loss + cmim(model)"
             )
         elif self._waiting:
-            why = "the model ran in another one. Call cmim(model) in the thread that runs the model"
+            why = "the model ran in another thread. Call cmim(model) in the thread that runs the model"
+        elif self.taken and not torch.compiler.is_compiling():
+            why = "it was taken already, and one pass gives one loss. Keep the value, or call model(x) again"
         else:
             why = (
                 "One forward pass gives one loss: call model(x), with gradients enabled, before each cmim(model). Not "
@@ -219,7 +224,7 @@ class Capture:
                 "that was compiled before CMIM was attached (attach first, or call torch._dynamo.reset()), or whose "
                 "hooks other code cleared (attach again)"
             )
-        raise CMIMError(f"No forward pass of this thread to take the loss of: {why}.")
+        raise CMIMError(f"No forward pass to take the loss of: {why}.")
 
     def _forget_dead_threads(self) -> None:
         """Drop what threads left that have ended: nobody can ask for the loss of it."""
@@ -344,16 +349,20 @@ class _Listener(TorchFunctionMode):
         self._running = running
         self._pickups = [p for p in pickups if p.site.function is not None]
         self._functions = [p.site.function for p in self._pickups]
-        #: How often each function was called so far.
+        #: How often each function was called so far, with gradients. In a report, where none has, how often in all.
         self.calls: dict[Any, int] = {}
+        self._with_gradients = torch.is_grad_enabled()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._running.muted or func not in self._functions:
+        # torch.compile runs the backward of an autograd.Function through here, too: without gradients.
+        without = self._with_gradients and not torch.is_grad_enabled()
+        if self._running.muted or without or func not in self._functions:
             return func(*args, **kwargs)
         nth = self.calls.get(func, 0)
         self.calls[func] = nth + 1
-        pickups = [p for p in self._pickups if p.site.function == func and p.site.nth == nth]
+        found = [p for p in self._pickups if p.site.function == func]
+        pickups = [p for p in found if (p.site.nth if self._with_gradients else p.site.nth_of_all) == nth]
         self._running.pick_up(pickups, "argument", (args, kwargs))
         result = func(*args, **kwargs)
         self._running.pick_up(pickups, "result", result)

@@ -169,7 +169,8 @@ class Heads(nn.Module):
         channels = state.get(prefix + "channels")
         if channels is not None and not torch.equal(channels.cpu(), self.channels.cpu()):
             raise CMIMError(
-                "The state is that of other taps (channels of both sides of each).\n"
+                "The state is that of other taps. Build the CMIM as it was when it was saved: on the same network, "
+                "with the same taps=. Channels of both sides of each tap:\n"
                 f"Found:  {channels.tolist()}\nWanted: {self.channels.tolist()}"
             )
         super()._load_from_state_dict(state, prefix, *args)  # type: ignore[arg-type]

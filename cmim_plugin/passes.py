@@ -269,8 +269,7 @@ class Pass:
             why = f"it has {found} channels, and had {wanted} when CMIM was attached"
             return FAILED, f"{why}. After pruning, or after another change of the layers, attach again"
         if layout.windowed and len(x) and (not self.batch_size or len(x) % self.batch_size):
-            samples = self.batch_size or "an unknown number of"
-            return FAILED, f"its {len(x)} rows are not a whole number of windows for each of {samples} samples"
+            return EXCUSED, "its rows are not a whole number of windows for each sample of the batch"
         other, total = pair.rows[1 - side], layout.positions(x.shape)
         if other is None:
             return None

@@ -381,7 +381,8 @@ def _chosen(
         raise CMIMError(f"taps must be a list of names, or a function of (name, module); found {taps!r}.")
     wrong = [name for name in taps if name not in {f.name for f in tappable}]
     if wrong or not taps:
-        raise CMIMError(f"taps= names {wrong or 'nothing'}, which cannot be tapped. Found:\n{listing}")
+        what = f"names {wrong}, which is nothing that can be tapped" if wrong else "is empty"
+        raise CMIMError(f"taps= {what}. Found:\n{listing}")
     return [f for f in tappable if f.name in taps]
 
 

@@ -221,7 +221,7 @@ def test_taps_are_chosen_by_a_callable_that_gets_name_and_module():
     "taps, said",
     [
         (["layer9.binary"], r"taps= names \['layer9.binary'\](.|\n)*layer1.0.binary: can be tapped"),
-        ([], r"taps= names nothing(.|\n)*layer1.0.binary: can be tapped"),
+        ([], r"taps= is empty(.|\n)*layer1.0.binary: can be tapped"),
         ("layer1.0.binary", r"a list of names, or a function of .*; found 'layer1.0.binary'"),
         (iter(["layer1.0.binary"]), r"a list of names, or a function of .*; found <list_iterator"),
         (5, r"a list of names, or a function of .*; found 5"),
@@ -238,7 +238,7 @@ def test_a_network_with_an_untappable_activation_trains_on_the_others():
     model = nn.Sequential(Binary(), nn.Conv2d(2, 4, 3, padding=1), Binary(), nn.Conv2d(4, 4, 3))
     cmim = CMIM(model, X)
     assert [tap.name for tap in cmim.taps] == ["2"]
-    with pytest.raises(CMIMError, match=r"names \['0'\], which cannot be tapped"):
+    with pytest.raises(CMIMError, match=r"names \['0'\], which is nothing that can be tapped"):
         CMIM(copy.deepcopy(model), X, taps=["0"])
     assert a_loss(model, cmim).isfinite()
 

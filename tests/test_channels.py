@@ -123,6 +123,19 @@ PRODUCTS = {
     ),
     "a cost volume": (maps(lambda m, x: torch.einsum("bchw,bcxy->bhwxy", sign(x), x), 6), 1, 16),
     "linear attention": (signals(lambda m, x: torch.einsum("bdn,ben->bde", sign(x), x), 20), 1, 16),
+    "nodes of a graph": (tokens(lambda m, x: torch.ones(9, 9) @ sign(x), 9), -1, 16),
+    "joints of a skeleton": (
+        maps(lambda m, x: torch.einsum("nctv,vw->nctw", sign(x), torch.ones(8, 8)), 8),
+        1,
+        16,
+    ),
+    "frequencies": (maps(lambda m, x: torch.randn(8, 8) @ sign(x) @ torch.ones(8, 8), 8), 1, 16),
+    "flattened tokens": (tokens(lambda m, x: m.flat(sign(x).flatten(1)), 9), -1, 16),
+    "a flattened map with its channels last": (
+        maps(lambda m, x: m.flat(sign(x.permute(0, 2, 3, 1)).flatten(1)), 3),
+        -1,
+        16,
+    ),
     "values of tokens": (tokens(lambda m, x: (x @ x.mT).softmax(-1) @ sign(x), 16), -1, 16),
     "a map of scores": (tokens(lambda m, x: sign((x @ x.mT).softmax(-1) - 0.1) @ x, 9), -1, 9),
 }

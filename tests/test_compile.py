@@ -262,6 +262,39 @@ class Tokens(nn.Module):
         return self.head(MaskedSign.apply(self.norm(self.stem(x))))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch traces the backward pass of the sign with gradients")
+def test_a_sign_that_is_scaled_where_it_is_made_compiles_into_one_graph():
+    class Scaled(Tokens):
+        def forward(self, x, attention_mask=None):
+            return F.linear(MultipliedSign.apply(self.norm(self.stem(x))) * 0.5, self.head.weight)
+
+    results = []
+    x = torch.randn(4, 12, 8)
+    for compile in (lambda model: model, lambda model: torch.compile(model, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(0)
+        model = Scaled()
+        cmim = CMIM(model, x)
+        forward = compile(model)
+        loss = forward(x).square().mean() + cmim(model)
+        loss.backward()
+        results.append([loss.detach(), *gradients(model, cmim)])
+    assert_close(*results)
+
+
+class MultipliedSign(torch.autograd.Function):
+    """A sign whose forward and backward multiply, as the network does around it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return (x >= 0).to(x.dtype) * 2 - 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * (x.abs() <= 1)
+
+
 def test_a_loss_with_a_queue_compiles_into_one_graph_and_is_that_of_the_eager_one():
     model, cmim = attached(queue_size=20)
     other, eager = attached(queue_size=20, taps_per_step=None)

@@ -1147,6 +1147,48 @@ def test_vectors_whose_two_values_differ_by_channel_are_tapped(scaled, samples):
     assert tapped(model, torch.randn(samples, 8)) == ["2"]
 
 
+@pytest.mark.parametrize("samples", [4, 32])
+@pytest.mark.parametrize("binarize", [Sign.apply, lambda x: x + (x.sign() - x).detach()])
+def test_a_latent_that_has_two_values_in_the_example_is_one(binarize, samples):
+    def forward(m, x, labels):
+        return m.last(torch.cat([Sign.apply(m.norm(m.first(x))), binarize(m.table(labels))], 1))
+
+    parts = {"first": nn.Linear(8, 16), "norm": nn.LayerNorm(16), "table": nn.Embedding(5, 16)}
+    model = Of(forward, last=nn.Linear(32, 4), **parts)
+    labels = torch.tensor([0, 1]).repeat(samples // 2)
+    assert len(tapped(model, (torch.randn(samples, 8), labels))) == 2
+
+
+@pytest.mark.parametrize("convert", [torch.jit.script, lambda module: torch.jit.trace(module, X[:, [0] * 8])])
+def test_a_part_in_torchscript_is_put_back(convert):
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), convert(nn.BatchNorm2d(8)), BinaryConv(8, 8, 1)).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert tapped(model, X) == ["2"]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("change", [dict.pop, lambda batch, key: batch.setdefault(key + "s", batch[key] * 2)])
+def test_a_forward_may_change_the_dictionary_of_its_input(change):
+    model = Of(lambda m, batch: m.encoder(change(batch, "image")), encoder=encoder())
+    example = ({"image": torch.randn(4, 8)},)
+    for _ in range(2):
+        assert tapped(model, example) == ["encoder.2"]
+    assert list(example[0]) == ["image"]
+
+
+def test_masks_and_addends_are_no_operands():
+    def forward(m, x, mask):
+        x = Sign.apply(m.norm(m.first(x)))
+        return m.last(F.scaled_dot_product_attention(x, x + 1, x - 1, attn_mask=mask[:, None].bool()))
+
+    parts = {"first": nn.Linear(8, 16), "norm": nn.LayerNorm(16), "last": nn.Linear(16, 4)}
+    found = find_binary_activations(Of(forward, **parts), (torch.randn(4, 6, 8), torch.tensor([[1] * 3 + [0] * 3] * 4)))
+    assert [f.reason for f in found] == [None]
+    added = Of(lambda m, x: torch.baddbmm(Sign.apply(m.first(x)), x, x.mT @ x), first=nn.Linear(8, 8))
+    assert not tapped(added, torch.randn(4, 6, 8))
+
+
 def test_repeated_samples_do_not_hide_the_latent():
     model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), Binary(), nn.Linear(16, 4))
     assert tapped(model, torch.randn(2, 8).repeat(2, 1)) == ["2"]

@@ -1,9 +1,9 @@
 """Which dimensions of a binary tensor are its channels: those that the product contracts with a weight.
 
 A convolution contracts the second dimension of its input, a linear layer the last one. From there a dimension is
-followed back, call by call, to the binary tensor. What is multiplied with another activation, as in attention, is
-followed on to the trained layer that it comes from: its channels are those of the layer. Lengths tell nothing: there
-may be as many tokens as features.
+followed back, call by call, to the binary tensor. Where the product has no weight, as in attention or with the matrix
+of a graph, or contracts all dimensions, the latent is followed on to the trained layer that it comes from: its channels
+are those of the layer. Lengths tell nothing: there may be as many tokens as features.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ def spatial_dims(b: Binarization) -> tuple[int | None, str | None]:
     last = len(shape) - 1
     if consumer.name in functions.CONVOLUTIONS and len(operand.held.shape) == 1 + functions.CONVOLUTIONS[consumer.name]:
         return None, "the convolution receives a single sample, without a batch dimension"
-    if is_of_activations(consumer, operand):
-        dims = {d for d in range(1, last + 1) if b.latent is not None and _is_of_layer(b.latent, d)} or {last}
-    else:
+    if _has_weight(consumer, operand):
         contracted = _contracted(consumer, operand)
         found = _followed(operand, contracted, lambda s: s.held is source.held, since=source.seq)
         # A function in between may hide what it does: a guess.
         dims = found[1] if found else contracted if last == len(operand.held.shape) - 1 else {last}
-    dims = dims - {0} or dims  # samples folded into groups
-    if last > 1 and dims == set(range(1, last + 1)):
-        return last - 1, None  # a map that was flattened for a linear layer
+        dims = dims - {0} or dims  # samples folded into groups
+        if last > 1 and dims == set(range(1, last + 1)):  # it was flattened for a linear layer
+            dims = _of_layer(b) or {1}
+    else:
+        dims = _of_layer(b) or {last}
     if last in dims or dims == {0}:  # of a matrix that joins samples, as a graph's, the features are last
         return None, None
     if dims == set(range(1, max(dims) + 1)):
@@ -49,19 +49,28 @@ def is_of_activations(consumer: Event, operand: Sighting) -> bool:
     return consumer.name in functions.PRODUCTS and any(a.held.shape[:1] == operand.held.shape[:1] for a in others)
 
 
+def _has_weight(consumer: Event, operand: Sighting) -> bool:
+    """Whether a parameter, or what was computed from parameters alone, takes part in a product."""
+    return len(consumer.shapes) > len(consumer.arguments) or any(
+        a.requires_grad and not a.from_input for a in consumer.arguments if a is not operand
+    )
+
+
 def _is_second(consumer: Event, operand: Sighting) -> bool:
     """Whether it is the right one of two matrices."""
     return operand.site.path[1] in ("mat2", "other", "batch2", 2 if consumer.name.startswith(("add", "badd")) else 1)
 
 
-def _is_of_layer(sighting: Sighting, dim: int) -> bool:
-    """Whether a dimension comes from the outputs of a trained layer."""
-    channels = {**dict.fromkeys(functions.CONVOLUTIONS, 1), "linear": -1, "embedding": -1}
-    found = _followed(sighting, {dim}, lambda s: s.producer is not None and s.producer.name in channels)
-    if found is None:
-        return False
-    layer, dims = found
-    return channels[layer.producer.name] % len(layer.held.shape) in dims  # type: ignore[union-attr]
+def _of_layer(b: Binarization) -> set[int]:
+    """The dimensions of a latent that come from the outputs of a trained layer."""
+    channels = {**dict.fromkeys(functions.CONVOLUTIONS, 1), **dict.fromkeys(functions.LAYERS, -1), "embedding": -1}
+    found = set()
+    if b.latent is not None and len(b.latent.held.shape) == len(b.source.held.shape):
+        for dim in range(1, len(b.latent.held.shape)):
+            end = _followed(b.latent, {dim}, lambda s: s.producer is not None and s.producer.name in channels)
+            if end is not None and end[0].producer is not None:
+                found |= {dim} if channels[end[0].producer.name] % len(end[0].held.shape) in end[1] else set()
+    return found
 
 
 def _contracted(consumer: Event, operand: Sighting) -> set[int]:

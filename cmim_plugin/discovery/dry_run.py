@@ -28,7 +28,7 @@ from .inputs import (
     tensors_in,
     varied,
 )
-from .state import preserve_state
+from .state import preserve_containers, preserve_state
 from .trace import Trace, record
 
 # Passes at most where layers are skipped at random.
@@ -83,13 +83,15 @@ def _dry_run(model: nn.Module, inputs: Inputs, batch_size: int | None) -> tuple[
             elif sizes and 1 < sizes[0] <= _SAMPLES and not says_only_shapes(inputs):
                 first = record(model, inputs, sizes[0])
             else:
-                model(*inputs[0], **inputs[1])
+                with preserve_containers(inputs):
+                    model(*inputs[0], **inputs[1])
         except Exception as error:
             # Batch normalization of single values needs two samples.
             if set(sources) != {1}:
+                several = " A tuple is several inputs: pass a single one as a tensor." if len(inputs[0]) > 1 else ""
                 raise CMIMError(
                     f"The dry run failed: the model's forward raised {type(error).__name__}: {error}. Pass an "
-                    "example_input that the model accepts in training mode, on its device (zeros will do)."
+                    f"example_input that the model accepts in training mode, on its device (zeros will do).{several}"
                 ) from error
         if not any(True for _ in tensors_in(inputs)):
             raise CMIMError(

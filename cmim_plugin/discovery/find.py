@@ -214,7 +214,9 @@ def _reason_against_shapes(history: History, binary: Sighting, latent: Sighting,
         at_site = [(t.batch, t.at[side.site].held.shape[:1].numel()) for t in history.others if side.site in t.at]
         if not rows or rows % batch or any(n != batch and others * batch != rows * n for n, others in at_site):
             return f"the batch is not its first dimension, or is mixed with another: {shapes}"
-        apart = [s.held.twin_distance for s in (side, *history.again(side)) if s.held.twin_distance is not None]
+        alike = [s for s in (binary, latent) if s.held.shape[:1].numel() == rows]  # one may be constant
+        shown = [s.held.twin_distance for one in alike for s in (one, *history.again(one))]
+        apart = [distance for distance in shown if distance is not None]
         if rows != batch and not apart:
             return f"which rows belong to one sample could not be seen: {shapes}; try an example of random values"
         if rows != batch and min(apart) >= _ALIKE:

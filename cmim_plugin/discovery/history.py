@@ -52,7 +52,11 @@ class History:
             for result in event.results:
                 size = result.held.numel
                 given = [a for a in event.arguments if a.held.numel == size and a.held is not result.held]
-                if result.held.two_valued and given and not any(map(self.is_two_valued, given)):
+                # A step makes codes of a latent that has two values, too: that of two labels, or of two times.
+                codes = [a for a in given if self.is_two_valued(a)]
+                if event.name in functions.STEPS:
+                    codes = [a for a in codes if a.held.code == result.held.code or not a.held.continuous]
+                if result.held.two_valued and given and not codes:
                     self._binarizing[result.held.code].append(event)
 
     def again(self, sighting: Sighting) -> list[Sighting]:
@@ -186,6 +190,8 @@ def _sources(sighting: Sighting, like: Callable[[Snapshot], bool]) -> list[Sight
         before = [a for a in current.given() if like(a.held) and (outside or a.held.first_in_graph)]
         if event is not None and event.name in functions.DETACHES and any(a.in_graph for a in event.arguments):
             before = []  # cut off the graph: what it was made of gets no gradient from here
+        if event is not None and event.name in functions.SUMS:  # the detach trick: not its latent, which may have two
+            before = [a for a in before if a.held.code == current.held.code]
         # Not a factor that is expanded: one scale a sample has two values where there are two samples.
         before = [a for a in before if a.distinct * 4 > a.held.numel] or before
         if event is not None and event.name in functions.SCALINGS:  # nor is a gate a code
@@ -247,7 +253,12 @@ def operands(trace: Trace, module: str = "") -> Iterator[tuple[Event, Sighting]]
             first = [s for s in event.arguments if s.site.path[:2] in ((0, 0), (1, "input"))][:1]
             yield from ((event, s) for s in first)
         elif event.name in functions.PRODUCTS:
-            yield from ((event, s) for s in event.arguments)
+            addend = ((0, 0), (1, "input")) if event.name.startswith(("addm", "addb", "badd")) else ()
+            mask = "attention" in event.name
+            for s in event.arguments:
+                place = s.site.path[:2]
+                if place not in addend and not (mask and place[1] not in (0, 1, 2, "query", "key", "value")):
+                    yield event, s
 
 
 def is_sign_of(trace: Trace, codes: Sighting, latent: Sighting) -> bool:

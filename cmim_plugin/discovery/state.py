@@ -43,7 +43,11 @@ def preserve_state(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[
     parameters = list(model.parameters())
     with contextlib.ExitStack() as undo:
         # BinaryNet keeps the real weight in an attribute of the parameter.
-        held = _held(undo, [*model.modules(), *parameters])
+        held = _held(undo, map(vars, [*model.modules(), *parameters]))
+        for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule):  # whose state is in no attribute
+                undo.callback(setattr, module, "training", module.training)
+                held += [*module.buffers(recurse=False), *module.parameters(recurse=False)]
         inputs = list(filter(is_strided, inputs))
         grads = [p.grad for p in parameters if p.grad is not None]
         for tensor in (*held, *grads, *inputs):
@@ -80,11 +84,19 @@ def _put_back_values(tensor: Tensor, data: Tensor, values: Tensor) -> None:
         tensor.data.copy_(values)
 
 
-def _held(undo: contextlib.ExitStack, owners: Iterable[Any]) -> list[Tensor]:
-    """The tensors that owners hold in their attributes; of all else that they hold, how to undo a change is noted."""
+@contextlib.contextmanager
+def preserve_containers(inputs: Any) -> Iterator[None]:
+    """Put back what a forward takes out of the lists and dictionaries of its inputs, or puts into them."""
+    with contextlib.ExitStack() as undo:
+        _held(undo, [inputs])
+        yield
+
+
+def _held(undo: contextlib.ExitStack, values: Iterable[Any]) -> list[Tensor]:
+    """The tensors that containers and objects hold; of all else that they hold, how to undo a change is noted."""
     tensors: list[Tensor] = []
     seen: set[int] = set()
-    line: list[tuple[Any, int]] = [(vars(owner), 0) for owner in owners]
+    line: list[tuple[Any, int]] = [(value, 0) for value in values]
     for value, depth in line:
         if id(value) in seen:
             continue

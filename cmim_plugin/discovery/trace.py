@@ -25,7 +25,7 @@ from .. import _compat
 from .codes import is_constant, sign_pattern
 from .functions import RANDOM, SHAPE_ONLY, plain_name, writes
 from .inputs import Inputs, Path, is_strided, tensors_in
-from .state import same
+from .state import preserve_containers, same
 
 # Values kept of each tensor, and values compared between two samples that got the same input.
 _VALUES, _TWIN_VALUES = 2048, 512
@@ -42,7 +42,8 @@ class Site:
     kind: str  # "input" or "output" of the module, or "argument" or "result" of a torch function called within it
     path: Path  # keys that lead to the tensor within the (args, kwargs) pair or the output
     function: Callable[..., Any] | None = None  # of the last two kinds
-    nth: int = 0  # which call of the function since the module was entered
+    nth: int = 0  # which call of the function with gradients since the module was entered,
+    nth_of_all: int = 0  # and which of all of them: the forward of an autograd.Function has none
     calls: int = 0  # how often the dry run called the module in a pass,
     times: int = 0  # and the function in this call of the module
 
@@ -141,7 +142,7 @@ class Trace:
     sightings: list[Sighting] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)  # of each module
-    #: (module, call of it) -> how often each function was called there
+    #: (module, call of it) -> how often each function was called there with gradients
     functions: dict[tuple[str, int], Counter[Any]] = field(default_factory=lambda: defaultdict(Counter))
     draws_scalars: bool = False  # single random numbers were drawn, as a model that skips layers at random does
     time_major: str = ""  # a recurrent layer or attention that takes for time what is as long as the batch
@@ -170,6 +171,7 @@ def record(model: nn.Module, inputs: Inputs, batch: int, twins: bool = False) ->
                 continue  # takes no hooks
             stack.callback(module.register_forward_pre_hook(recorder.enter, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(recorder.leave, always_call=True).remove)
+        stack.enter_context(preserve_containers(inputs))
         stack.enter_context(recorder)
         model(*inputs[0], **inputs[1])
     recorder.trace.draws_scalars |= before != _positions()
@@ -197,6 +199,7 @@ class _Recorder(TorchFunctionMode):
         self._from_input: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
         self._last: MutableMapping[Tensor, Snapshot] = WeakTensorKeyDictionary()
         self._kept_positions = cache(kept_positions)
+        self._all_calls: dict[tuple[str, int], Counter[Any]] = defaultdict(Counter)
 
     def __deepcopy__(self, memo: Any) -> _Recorder:
         return self  # a forward may copy modules, with their hooks
@@ -223,9 +226,10 @@ class _Recorder(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if not self._scopes or func is Tensor.__deepcopy__:  # its memo holds all that was copied so far
             return func(*args, **kwargs)
-        nth = self.trace.functions[self._scopes[-1]][func]
+        nth = self.trace.functions[self._scopes[-1]][func], self._all_calls[self._scopes[-1]][func]
         for scope in self._scopes:
-            self.trace.functions[scope][func] += 1
+            self.trace.functions[scope][func] += torch.is_grad_enabled()
+            self._all_calls[scope][func] += 1
         name = plain_name(func)
         tensors = [tensor for _, tensor in tensors_in((args, kwargs))]
         shapes = [t.shape for t in tensors if not t.is_nested]
@@ -263,7 +267,12 @@ class _Recorder(TorchFunctionMode):
                 numbers.data[-rows:] = numbers.data[-2 * rows : -rows].clone()
 
     def _see(
-        self, tree: Any, kind: str, function: Any = None, nth: int = 0, from_input: bool | None = None
+        self,
+        tree: Any,
+        kind: str,
+        function: Any = None,
+        nth: tuple[int, int] = (0, 0),
+        from_input: bool | None = None,
     ) -> list[Sighting]:
         """Note the tensors of a tree. ``from_input``: of new ones, None where it has to be told by themselves."""
         seen = []
@@ -285,7 +294,7 @@ class _Recorder(TorchFunctionMode):
                     continue  # of a dtype or subclass that cannot be read: float8, quantized, within torch.func.vmap
                 sighting = Sighting(
                     len(self.trace.sightings),
-                    Site(*self._scopes[-1], kind, path, function, nth),
+                    Site(*self._scopes[-1], kind, path, function, *nth),
                     snapshot,
                     tensor.requires_grad,
                     tensor.requires_grad and torch.is_grad_enabled(),

@@ -702,7 +702,7 @@ def test_a_pass_of_another_thread_is_named_where_its_loss_is_asked_for():
     thread = threading.Thread(target=run)
     thread.start()
     ran.wait()
-    with pytest.raises(CMIMError, match="the model ran in another one"):
+    with pytest.raises(CMIMError, match="the model ran in another thread"):
         cmim(model)
     stop.set()
     thread.join()
