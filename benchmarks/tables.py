@@ -17,7 +17,7 @@ A number within a sentence stands between `<!-- number: KIND ... -->` and `<!-- 
 
     gain NAME ARM [REFERENCE]    the mean of ARM minus REFERENCE (`none`), its interval and the number of pairs
     between NAME OTHER ARM       the mean of ARM in file NAME minus ARM in file OTHER, over the runs that both have
-    mean NAME ARM                mean test accuracy of an arm, by method
+    mean NAME ARM [OTHER]        mean test accuracy of an arm, by method; of the seeds that OTHER has as well
     cost DEVICE ARM              the lowest and the highest ratio of a training step to the bare step
     cases DEVICE                 how many settings that is of
     card                         the GPU of results/gpu.jsonl and its torch
@@ -371,10 +371,11 @@ def pooled(records: Records, arms: list[str]) -> str:
 
 
 def differences(accuracy: dict[tuple[str, str], dict[int, float]], arm: str, reference: str) -> dict[str, list[float]]:
-    """Method -> arm minus reference, over the seeds that both have."""
+    """Method -> arm minus reference, over the seeds that both have. A reference without settings gets the arm's
+    optimizer."""
     found = {}
     for (method, own), values in accuracy.items():
-        base = accuracy.get((method, beside(arm, reference)), {})
+        base = accuracy.get((method, reference if "+" in reference else beside(arm, reference)), {})
         if own == arm:
             found[method] = [value - base[seed] for seed, value in values.items() if seed in base]
     return found
@@ -446,7 +447,9 @@ def number(wanted: list[str], results: Path) -> str:
         return f"{records[-1]['device']}, torch {records[-1]['versions']['torch']}" if records else "not measured yet"
     if kind == "mean":
         accuracy = by_seed(list(read_results(results / f"{name}.jsonl").values()))
-        means = {m: np.mean(list(accuracy[m, rest[0]].values())) for m in METHOD_NAMES if (m, rest[0]) in accuracy}
+        own, other = ({m: accuracy.get((m, arm), {}) for m in METHOD_NAMES} for arm in (rest[0], rest[-1]))
+        shared = {m: [value for seed, value in own[m].items() if seed in other[m]] for m in METHOD_NAMES}
+        means = {m: np.mean(values) for m, values in shared.items() if values}
         return ", ".join(f"{METHOD_NAMES[method]} {mean:.1f} %" for method, mean in means.items()) or "not measured yet"
     if kind == "best":
         return best_of(by_seed(list(read_results(results / f"{name}.jsonl").values())))

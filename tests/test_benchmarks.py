@@ -434,6 +434,7 @@ def test_numbers_within_a_sentence(results) -> None:
     assert number("gain gains default shuffled") == "+0.10 points (95 % CI -2.14 to +2.34, 3 pairs)"
     assert number("gain later default") == number("cost cpu position") == "not measured yet"
     assert number("mean gains none") == "Bi-Real Net 40.0 %" and number("mean later none") == "not measured yet"
+    assert number("mean gains none absent") == "not measured yet"
     assert number("best swept") == "Bi-Real Net 31.0 % (`default+lr=0.03,weight=1`) against 40.0 % (`none`)"
     record = {"passed": {"irnet": ["a", "b"]}, "families": ["a", "b", "c"], "versions": {"timm": "1"}}
     (results / "sweep.json").write_text(json.dumps(record))
