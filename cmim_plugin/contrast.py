@@ -112,7 +112,10 @@ class Contrast(nn.Module):
         together = distributed.ranks() > 1
         weights = distributed.averaged(self.heads.weights) if together else self.heads.weights
         # No rows, but a graph: other ranks may have some, and wait for this one in the backward pass.
-        rows, own = {captured.scheduled[0]: Rows(weights[:0], weights[:0])}, mask is captured.mask
+        rows, own = (
+            {captured.scheduled[0]: Rows(weights[:0], weights[:0])},
+            mask is not None and mask is captured.usable_mask,
+        )
         if pairs:
             first = next(iter(pairs.values()))
             pooled = first.index is None
@@ -120,7 +123,8 @@ class Contrast(nn.Module):
                 _check_given("labels", labels, first, _LABELS[pooled], lambda t: not pooled or t.ndim == 1)
                 labels = labels.to(weights.device)
             if mask is not None:
-                _check_given("mask", mask, first, _MASK, lambda t: not pooled and t.ndim == 2)
+                if pooled or not own:  # a size that is compared again is a constant to torch.compile
+                    _check_given("mask", mask, first, _MASK, lambda t: not pooled and t.ndim == 2)
                 mask = mask.to(weights.device)
                 if not torch.compiler.is_compiling():
                     self._warn_of_unmasked(pairs, mask)

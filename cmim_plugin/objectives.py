@@ -115,9 +115,14 @@ class NCE(_Objective):
     The form is written from memory of the two papers and was not compared with their text; the constant by which the
     published code divides ``exp(s)`` is left out.
 
+    Args:
+        num_samples: ``M``, the number of samples in the training set.
+
+    Raises:
+        CMIMError: ``num_samples`` is not positive.
     """
 
-    num_samples: int  # M, of the training set
+    num_samples: int
 
     def __post_init__(self) -> None:
         if self.num_samples <= 0:

@@ -272,6 +272,9 @@ class CMIM(nn.Module):
             inputs: batch to input of the model, for batches of another form.
             max_batches: stop after this number of batches.
             since: an earlier report on the same inputs in the same order, to count the codes that flipped since.
+
+        Raises:
+            CMIMError: another model, a batch without an input, no batch, no tap reached, or ``since`` saw other inputs.
         """
         own, source = path_to(self._capture.model_ref(), model)[-1], self._capture.batch_source
         positions = self.schedule.positions

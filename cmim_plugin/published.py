@@ -40,6 +40,9 @@ class PublishedCMIM(CMIM):
         num_negatives: ``N``.
         momentum: of the bank: an entry becomes ``momentum * entry + (1 - momentum) * embedding``, of unit length.
         train_heads: False, as published, leaves the heads as they were drawn.
+
+    Raises:
+        CMIMError: as for :class:`CMIM`, and for targets that are no classes or of a single class.
     """
 
     _default_taps = slice(-1, None)
@@ -99,11 +102,14 @@ class PublishedCMIM(CMIM):
         raise CMIMError("PublishedCMIM is the authors' code. The paper's plain reading is CMIM.paper(...).")
 
     def forward(self, model: nn.Module, *, indices: Tensor) -> Tensor:  # type: ignore[override]
-        """The weighted loss of the model's last forward pass, which is used up by it.
+        """The weighted loss of the model's last forward pass, which is used up by it: 0-d, in nats.
 
         Args:
             model: as for :class:`CMIM`.
             indices: ``(B,)`` integers: where each sample of the batch stands in the training set.
+
+        Raises:
+            CMIMError: as in :meth:`CMIM.forward`, and for indices of another number or outside of the training set.
         """
         captured = self._captured(model)
         return self._finished(self.bank(self.contrast, captured, indices), captured)

@@ -45,17 +45,32 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class TapReport:
-    """One tap, over everything that a report saw. What no batch had two instances to tell apart for is None."""
+    """One tap, over everything that a report saw.
+
+    Attributes:
+        name: of the tap.
+        channels: of a_B.
+        bound: lower bound on the mutual information of a_B and what it is contrasted with, in nats: the mean over the
+            batches, each counted by its instances. None for an objective of the user's own.
+        ceiling: what the bound can be at most, in nats: the logarithm of the number of candidates.
+        retrieval: how often the embedding of an a_B is nearest to that of its own a_F among those of the batch, in %;
+            a tie of ``k`` of them counts ``1 / k``.
+        plus: share of the higher code, of all positions and channels, in [0, 1].
+        dead, saturated: channels whose code was always the lower, always the higher one.
+        flips: share of the codes that differ from an earlier report, in [0, 1]; None without one.
+
+    ``bound``, ``ceiling`` and ``retrieval`` are None where no batch had two instances to tell apart.
+    """
 
     name: str
-    channels: int  # of a_B
-    bound: float | None  # on the mutual information, in nats: the mean over all instances; None where there is no bound
-    ceiling: float | None  # what the bound can be at most: the logarithm of the number of candidates
-    retrieval: float | None  # % of the a_B that are nearest to their own a_F in the batch; a tie of k counts 1 / k
-    plus: float  # share of the higher code, of all positions and channels, in [0, 1]
-    dead: int  # channels whose code was always the lower one,
-    saturated: int  # and always the higher one
-    flips: float | None = None  # share of the codes that differ from an earlier report, in [0, 1]
+    channels: int
+    bound: float | None
+    ceiling: float | None
+    retrieval: float | None
+    plus: float
+    dead: int
+    saturated: int
+    flips: float | None = None
 
     @property
     def kept(self) -> float | None:
@@ -65,16 +80,23 @@ class TapReport:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """What each tap keeps of its latent: made by :meth:`cmim_plugin.CMIM.report`, in forward order."""
+    """What each tap keeps of its latent: made by :meth:`cmim_plugin.CMIM.report`, in forward order.
+
+    Attributes:
+        taps: the figures, one entry a tap.
+        samples, batches: how many were seen.
+        instances: what one sample of the contrast was, "position" or "image".
+        rank, ranks: whose data this is.
+        heads_trained: False where the heads' own Adam has taken no step yet: bound and retrieval then say nothing. True
+            with ``heads_lr=0``: whether somebody else trained the heads is not known.
+    """
 
     taps: tuple[TapReport, ...]
     samples: int
     batches: int
-    instances: str  # what one sample of the contrast was, "position" or "image"
-    rank: int = 0  # whose data this is,
-    ranks: int = 1  # of so many
-    #: False where the heads' own Adam has taken no step yet: bound and retrieval then say nothing. True with
-    #: ``heads_lr=0``: whether somebody else trained the heads is not known.
+    instances: str
+    rank: int = 0
+    ranks: int = 1
     heads_trained: bool = True
     # Tap name -> number of the batch -> the codes at some positions, (n, channels) bool.
     _codes: dict[str, dict[int, Tensor]] = field(default_factory=dict, compare=False)

@@ -114,6 +114,11 @@ PRODUCTS = {
         16,
     ),
     "tensordot": (maps(lambda m, x: torch.tensordot(sign(x), m.weight[:12], dims=([1], [1])), 12), 1, 16),
+    "tensordot from the right": (
+        maps(lambda m, x: torch.tensordot(m.weight[:12], sign(x), dims=torch.tensor([[1], [1]])), 12),
+        1,
+        16,
+    ),
     "tensordot of the last": (tokens(lambda m, x: torch.tensordot(sign(x), m.weight, 1)), -1, 16),
     "attention on a map": (maps(lambda m, x: sign(x).flatten(2).mT @ x.flatten(2), 12), 1, 16),
     "values on a map": (

@@ -1063,6 +1063,7 @@ def test_an_example_that_the_forward_overwrites_is_put_back(samples):
         lambda m, x: F.dropout(x, inplace=True),
         lambda m, x: setattr(x, "data", x.sign()) or x,
         lambda m, x: x.requires_grad_(),
+        lambda m, x: x.mul_(m.encoder[0].weight[0]),
         lambda m, x: F.hardtanh(m.encoder[0].weight.data, -0.01, 0.01, inplace=True) is None or x,
     ],
 )
@@ -1187,6 +1188,28 @@ def test_masks_and_addends_are_no_operands():
     assert [f.reason for f in found] == [None]
     added = Of(lambda m, x: torch.baddbmm(Sign.apply(m.first(x)), x, x.mT @ x), first=nn.Linear(8, 8))
     assert not tapped(added, torch.randn(4, 6, 8))
+
+
+@pytest.mark.parametrize("samples", [2, 8])
+def test_windows_of_a_model_that_takes_one_number_of_samples_are_tapped(samples):
+    def forward(m, x):
+        x = m.first(x.view(samples, 6, 8)).unflatten(1, (2, 3)).flatten(0, 1)
+        return m.last(Sign.apply(m.norm(x))).unflatten(0, (samples, 2)).mean((1, 2))
+
+    model = Of(forward, first=nn.Linear(8, 16), norm=nn.LayerNorm(16), last=nn.Linear(16, 4))
+    found = find_binary_activations(model, torch.randn(samples, 6, 8))
+    assert [f.tapped for f in found] == [samples > 2], found
+
+
+def test_a_deformable_convolution_is_a_product():
+    ops = pytest.importorskip("torchvision.ops")
+    parts = {"first": nn.Conv2d(3, 8, 1), "norm": nn.BatchNorm2d(8), "offset": nn.Conv2d(8, 18, 3, padding=1)}
+
+    def forward(m, x):
+        x = m.norm(m.first(x))
+        return ops.deform_conv2d(Sign.apply(x), m.offset(x), m.weight, padding=1)
+
+    assert tapped(Of(forward, weight=nn.Parameter(torch.randn(8, 8, 3, 3)), **parts), X) == ["(model)"]
 
 
 def test_repeated_samples_do_not_hide_the_latent():

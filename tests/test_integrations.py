@@ -388,6 +388,7 @@ def test_a_state_of_the_model_alone_leaves_the_plugin_as_it_is():
     step, metrics = task.cmim.schedule.step, task.cmim.scalars()
     task.load_state_dict({name: v for name, v in task.state_dict().items() if name.startswith("net.")}, strict=False)
     assert step and (task.cmim.schedule.step, task.cmim.scalars()) == (step, metrics)
+    assert task.cmim.contrast.loads == 0 and task.cmim.contrast.last
 
 
 @pytest.fixture

@@ -89,6 +89,7 @@ def _contracted(consumer: Event, operand: Sighting) -> set[int]:
         return {max(last - 1, 0)}
     if name == "tensordot":
         first, dims = path[1] in (0, "a"), consumer.equation
+        dims = dims.tolist() if isinstance(dims, torch.Tensor) else dims
         if isinstance(dims, int):
             return set(range(last + 1 - dims, last + 1) if first else range(dims))
         return {dim % (last + 1) for dim in dims[0 if first else 1]}

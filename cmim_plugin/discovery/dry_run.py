@@ -167,11 +167,10 @@ def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_A
     if source is None or is_offsets(inputs, source):
         return attempts
 
-    def with_twins(size: int, more: int, n: int) -> tuple[Inputs, int, bool]:
-        """The first pass has so many samples, the later ones so many more, of which the last is repeated."""
+    def with_twins(size: int, different: int, n: int) -> tuple[Inputs, int, bool]:
+        """The first pass has ``size`` samples, the later ones so many different ones, and the last of them again."""
         # Batch normalization needs two samples.
         filled = inputs if batch == size else resampled(inputs, source, [0, 0] if batch == 1 else range(size))
-        different = max(size + more - 1, 2)
         twins = [*range(different), different - 1]
         other = varied(filled, n, source)
         return (resampled(other, source, twins), len(twins), True) if n else (other, size, False)
@@ -179,7 +178,8 @@ def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_A
     every = max(batch, 2)
     few = every if points_into_batch(inputs, source, _SAMPLES) else min(every, _SAMPLES)
     # With one sample more, what is as long as the batch by accident then is not. A model may take no other number.
-    return [partial(with_twins, few, int(few <= _SAMPLES)), partial(with_twins, every, 0), *attempts]
+    sizes = [(few, few if few <= _SAMPLES else few - 1), (every, max(every - 1, 2))]
+    return [*(partial(with_twins, *counts) for counts in dict.fromkeys(sizes)), *attempts]
 
 
 def _traces(model: nn.Module, attempt: _Attempt, made: list[Trace]) -> list[Trace]:

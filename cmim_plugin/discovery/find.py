@@ -39,24 +39,32 @@ _ALIKE = 0.4
 
 @dataclass(frozen=True)
 class BinaryActivation:
-    """One distinct binary activation tensor of a model's forward pass; as a *tap*, where it is contrasted.
+    """One distinct binary activation tensor of a model's forward pass; a *tap*, where it is contrasted.
 
-    It is named after the innermost module in whose forward the binarization happens ("(model)" for the model itself).
-    Where several happen in one module, ": child" is appended, for the child module whose output is binarized. "#2",
-    "#3", ... tell apart what this does not: further calls of a shared module.
+    Attributes:
+        name: qualified name of the innermost module in whose forward the binarization happens ("(model)" for the
+            model itself). Where several happen in one module, ": child" is appended, for the child module whose output
+            is binarized. "#2", "#3", ... tell apart what this does not: further calls of a shared module.
+        channels: of the binary tensor, 0 where unknown.
+        reason: why it cannot be tapped, None where it can.
+        module, call: qualified name of that module, "" for the model itself, and which call of it, from 0.
+        binary, latent: where a_B and a_F are picked up; no latent where a teacher stands in for it.
+        layouts, latent_channels: how both are read, and the channels of a_F or of the teacher's activation.
+        aligned: whether both have the same number of positions.
+        product: which of the operands of products within the module a_B is, 0 where none of them is.
     """
 
     name: str
-    channels: int  # of the binary tensor, 0 where unknown
-    reason: str | None  # why it cannot be tapped, None where it can
-    module: str  # qualified name of that module, "" for the model itself,
-    call: int = 0  # and which call of it
-    binary: Site | None = None  # where a_B is picked up,
-    latent: Site | None = None  # and a_F; None where a teacher stands in for it
-    layouts: tuple[Layout, ...] = ()  # how both are read
-    latent_channels: int = 0  # of a_F, or of the teacher's activation
-    aligned: bool = True  # both have the same number of positions
-    product: int = 0  # which of the operands of products within the module a_B is
+    channels: int
+    reason: str | None
+    module: str
+    call: int = 0
+    binary: Site | None = None
+    latent: Site | None = None
+    layouts: tuple[Layout, ...] = ()
+    latent_channels: int = 0
+    aligned: bool = True
+    product: int = 0
 
     @property
     def tapped(self) -> bool:

@@ -66,5 +66,4 @@ def plain_name(function: Any) -> str:
 def writes(function: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a torch function writes into one of its arguments."""
     name = getattr(function, "__name__", "")
-    in_place = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
-    return in_place or kwargs.get("out") is not None or bool(kwargs.get("inplace"))
+    return name in _WRITES or (name.endswith("_") and not name.endswith("__")) or kwargs.get("out") is not None

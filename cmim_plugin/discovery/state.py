@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import _compat
 from .inputs import is_strided
 
 # How far containers and objects are followed into each other, and up to which length.
@@ -51,11 +52,12 @@ def preserve_state(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[
         inputs = list(filter(is_strided, inputs))
         grads = [p.grad for p in parameters if p.grad is not None]
         for tensor in (*held, *grads, *inputs):
-            undo.callback(_put_back_values, tensor, tensor.data, tensor.detach().clone())
+            if type(tensor.data) is Tensor:  # others may not be comparable
+                undo.callback(_put_back_values, tensor, tensor.data, tensor.detach().clone())
         for p in parameters + inputs:  # the last is undone first: a gradient needs the shape of its parameter
             if p.is_leaf:
                 undo.callback(setattr, p, "grad", p.grad)
-                undo.callback(p.requires_grad_, p.requires_grad)
+                undo.callback(_put_back_flag, p, p.requires_grad)
             undo.callback(_point_at, p, p.data)
         with preserve_generators(held):
             yield
@@ -76,6 +78,13 @@ def preserve_generators(tensors: Iterable[Tensor]) -> Iterator[None]:
 def _point_at(tensor: Tensor, data: Tensor) -> None:
     if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape:
         tensor.data = data
+
+
+def _put_back_flag(tensor: Tensor, requires_grad: bool) -> None:
+    if not tensor.is_leaf and _compat.base_of(tensor) is None:  # the forward wrote a trained tensor into its input
+        tensor.detach_()
+    if tensor.is_leaf:
+        tensor.requires_grad_(requires_grad)
 
 
 def _put_back_values(tensor: Tensor, data: Tensor, values: Tensor) -> None:
