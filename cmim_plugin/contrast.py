@@ -112,10 +112,8 @@ class Contrast(nn.Module):
         together = distributed.ranks() > 1
         weights = distributed.averaged(self.heads.weights) if together else self.heads.weights
         # No rows, but a graph: other ranks may have some, and wait for this one in the backward pass.
-        rows, own = (
-            {captured.scheduled[0]: Rows(weights[:0], weights[:0])},
-            mask is not None and mask is captured.usable_mask,
-        )
+        rows = {captured.scheduled[0]: Rows(weights[:0], weights[:0])}
+        own = mask is not None and mask is captured.usable_mask
         if pairs:
             first = next(iter(pairs.values()))
             pooled = first.index is None
