@@ -304,8 +304,8 @@ def test_the_log_has_a_line_an_epoch(unbroken):
     assert lines == state["log"]
     assert [line["epoch"] for line in lines] == [0, 1]
     taps = {key.removeprefix("bound/") for key in lines[0] if key.startswith("bound/")}
-    # Of 14 binary layers, two of which binarize one tensor: it counts once.
-    assert len(taps) == 13 and "layer1.0.conv1" in taps
+    # All binary layers: also the one with a 1 x 1 map, whose norm makes two values of the example's two samples.
+    assert len(taps) == 14 and "layer4.0.conv2" in taps
     assert {"lr", "loss", "top1", "top5", "ema_top1", "ema_top5"} <= set(lines[0])
     assert lines[0]["lr"] > lines[1]["lr"] >= 0
     for line in lines:
