@@ -101,7 +101,7 @@ def find_binary_activations(
 
     Args:
         model: any module. It is run a few times in training mode, first on the example, then on inputs like it, and
-            left exactly as it was (see :func:`~cmim_plugin.discovery.state.preserve_state` for what that covers).
+            left exactly as it was (``preserve_state`` in discovery/state.py says what that covers).
         example_input: a tensor, a tuple of positional inputs or a dict of keyword inputs.
         batch_size: the number of samples in the example, where its inputs do not tell.
 
