@@ -219,7 +219,7 @@ class Capture:
             why = "it was taken already, and one pass gives one loss. Keep the value, or call model(x) again"
         else:
             why = (
-                "One forward pass gives one loss: call model(x), with gradients enabled, before each cmim(model). Not "
+                "call model(x), with gradients enabled, before each cmim(model). Not "
                 "captured: a pass under torch.no_grad(), one that raised, one through model.forward(x), one of a model "
                 "that was compiled before CMIM was attached (attach first, or call torch._dynamo.reset()), or whose "
                 "hooks other code cleared (attach again)"
