@@ -262,23 +262,28 @@ class Tokens(nn.Module):
         return self.head(MaskedSign.apply(self.norm(self.stem(x))))
 
 
+def eager_and_compiled(network_of) -> list:
+    """Loss and gradients of one step, of both."""
+    results = []
+    x = torch.randn(4, 12, 8)
+    for compile in (lambda model: model, lambda model: torch.compile(model, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(0)
+        model = network_of()
+        cmim = CMIM(model, x)
+        forward = compile(model)
+        loss = forward(x).square().mean() + cmim(model)
+        loss.backward()
+        results.append([loss.detach(), *gradients(model, cmim)])
+    return results
+
+
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="torch traces the backward pass of the sign with gradients")
 def test_a_sign_that_is_scaled_where_it_is_made_compiles_into_one_graph():
     class Scaled(Tokens):
         def forward(self, x, attention_mask=None):
             return F.linear(MultipliedSign.apply(self.norm(self.stem(x))) * 0.5, self.head.weight)
 
-    results = []
-    x = torch.randn(4, 12, 8)
-    for compile in (lambda model: model, lambda model: torch.compile(model, fullgraph=True, backend="aot_eager")):
-        torch.manual_seed(0)
-        model = Scaled()
-        cmim = CMIM(model, x)
-        forward = compile(model)
-        loss = forward(x).square().mean() + cmim(model)
-        loss.backward()
-        results.append([loss.detach(), *gradients(model, cmim)])
-    assert_close(*results)
+    assert_close(*eager_and_compiled(Scaled))
 
 
 class MultipliedSign(torch.autograd.Function):
@@ -314,17 +319,7 @@ def test_checkpoints_compile_with_the_model_by_a_setting_of_torch(monkeypatch):
         def forward(self, x, attention_mask=None):
             return checkpoint(super().forward, x, use_reentrant=False)
 
-    results = []
-    x = torch.randn(4, 12, 8)
-    for compile in (lambda model: model, lambda model: torch.compile(model, fullgraph=True, backend="aot_eager")):
-        torch.manual_seed(0)
-        model = Checkpointed()
-        cmim = CMIM(model, x)
-        forward = compile(model)
-        loss = forward(x).square().mean() + cmim(model)
-        loss.backward()
-        results.append([loss.detach(), *gradients(model, cmim)])
-    assert_close(*results)
+    assert_close(*eager_and_compiled(Checkpointed))
 
 
 def test_a_compiled_forward_without_gradients_leaves_the_pass_that_waits():

@@ -26,6 +26,8 @@ from .trace import Event, Sighting, Site, Snapshot, Trace, kept_positions
 
 # Calls that are followed back at most: to the terms of a sum, from a constant operand, and within a custom function.
 _DEPTH, _FAR, _NEAR = 96, 48, 8
+# Paths of a function's first argument.
+_FIRST = (0, 0), (1, "input")
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,14 @@ class History:
         #: Code -> calls that made it out of something that is not two-valued.
         self._binarizing: dict[tuple[int, bytes] | None, list[Event]] = defaultdict(list)
         for event in trace.events:
-            for result in event.results:
+            for result in (r for r in event.results if r.held.two_valued):
                 size = result.held.numel
                 given = [a for a in event.arguments if a.held.numel == size and a.held is not result.held]
                 # A step makes codes of a latent that has two values, too: that of two labels, or of two times.
                 codes = [a for a in given if self.is_two_valued(a)]
                 if event.name in functions.STEPS:
                     codes = [a for a in codes if a.held.code == result.held.code or not a.held.continuous]
-                if result.held.two_valued and given and not codes:
+                if given and not codes:
                     self._binarizing[result.held.code].append(event)
 
     def again(self, sighting: Sighting) -> list[Sighting]:
@@ -137,11 +139,12 @@ class History:
         if pattern is None:
             return None
         for s in reversed(self.trace.sightings[: source.seq]):
-            if s.in_graph and s.held.continuous and not s.held.two_valued and s.held.numel == source.held.numel:
-                # Not `codes + x` of the estimator `codes + x - x.detach()`.
-                has_codes = any(_separated(a, pattern, levels=True) for a in s.given(same_size=True))
-                if _separated(s, pattern) and not has_codes:
-                    return s.held.first_in_graph
+            fits = s.in_graph and s.held.continuous and not s.held.two_valued and s.held.numel == source.held.numel
+            if not fits or not _separated(s, pattern):
+                continue
+            # Not `codes + x` of the estimator `codes + x - x.detach()`.
+            if not any(_separated(a, pattern, levels=True) for a in s.given(same_size=True)):
+                return s.held.first_in_graph
         return None
 
     def pair_differs(self, codes: Sighting, latent: Sighting, layout: Layout) -> bool:
@@ -250,10 +253,10 @@ def operands(trace: Trace, module: str = "") -> Iterator[tuple[Event, Sighting]]
             continue
         if event.name in functions.CONVOLUTIONS or event.name in functions.LAYERS:
             # The first tensor of it where the input is a tuple: a value with its scale (brevitas).
-            first = [s for s in event.arguments if s.site.path[:2] in ((0, 0), (1, "input"))][:1]
+            first = [s for s in event.arguments if s.site.path[:2] in _FIRST][:1]
             yield from ((event, s) for s in first)
         elif event.name in functions.PRODUCTS:
-            addend = ((0, 0), (1, "input")) if event.name.startswith(("addm", "addb", "badd")) else ()
+            addend = _FIRST if event.name.startswith(("addm", "addb", "badd")) else ()
             mask = "attention" in event.name
             for s in event.arguments:
                 place = s.site.path[:2]
