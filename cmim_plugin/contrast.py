@@ -172,11 +172,12 @@ class Contrast(nn.Module):
 
     def _warn_of_unmasked(self, pairs: dict[int, Pair], mask: Tensor) -> None:
         for k, pair in pairs.items():
-            if pair.tokens not in (0, mask.shape[1]):
+            if pair.mixed or pair.tokens not in (0, mask.shape[1]):
                 warn_once(  # once, so without the numbers, which change from batch to batch
                     self,
-                    f"Tap {self.taps[k].name} has more or fewer tokens a sample than the mask, which is not applied to "
-                    "it: its padding counts. Pass a mask with as many tokens, or leave the tap out with taps=.",
+                    f"Tap {self.taps[k].name} has more or fewer tokens a sample than the mask, or mixes the samples. "
+                    "The mask is not applied to it, and its padding counts. Pass a mask with as many tokens, or leave "
+                    "the tap out with taps=.",
                 )
 
     def _losses(self, taps: list[int], rows: list[Rows]) -> Tensor:
@@ -306,6 +307,8 @@ def labels_of(pair: Pair, labels: Tensor, name: str) -> Tensor:
     """The label of each row: that of its sample, or that under its position, the nearest in a map of labels."""
     if pair.index is None:
         return labels
+    if pair.mixed:
+        raise CMIMError(f"Tap {name} mixes the samples, and labels are of samples: leave it out with taps=.")
     samples, rest = samples_of(pair)
     if labels.ndim == 1:
         return labels[samples]

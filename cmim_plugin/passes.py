@@ -37,6 +37,7 @@ class Pair:
     total = 0  # positions of the whole batch
     batch_size = 0  # its samples
     windows = False  # a sample is cut into several rows of the first dimension
+    mixed = False  # or which rows are those of one sample is not known
     tokens = 0  # of a sample, 0 where its positions are no sequence
     counts: Tensor | None = None  # (n,) bool, what the mask that the model was given says of each row
     left_out: tuple[str, str] | None = None  # FAILED, EXCUSED or MISSED, and why, where it adds nothing to the loss
@@ -229,7 +230,8 @@ class Pass:
         if side == BINARY and self.observer is not None:
             self.observer(self, k, x)
         pair.windows |= layout.windowed
-        pair.batch_size = (self.batch_size or 0) if layout.windowed else len(x)
+        pair.mixed = layout.mixed
+        pair.batch_size = (self.batch_size or 0) if layout.windowed or layout.mixed else len(x)
         if self.random is None:
             pair.rows[side] = layout.pooled(_unmasked(x, side, layout), pair.batch_size)
             return

@@ -108,7 +108,9 @@ class CMIM(nn.Module):
             raise CMIMError("A CMIM is attached to this model already: call remove() on it first.")
 
         found, batch_source = discover(model, example_input, batch_size)
-        if instances == "position" and teacher is None:
+        if instances == "image":
+            found = tuple(replace(f, reason=f.reason or f.mixed) for f in found)
+        elif teacher is None:
             misaligned = 'its latent has another number of positions: only instances="image" can contrast them'
             found = tuple(replace(f, reason=misaligned) if f.tapped and not f.aligned else f for f in found)
         chosen = _chosen(found, taps, model)

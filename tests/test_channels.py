@@ -173,7 +173,7 @@ def test_codes_of_a_recurrent_layer_are_tapped(layer):
     assert (found.reason, found.channels) == (None, 16)
     model.function = layer(16, 8)
     (found,) = find_binary_activations(model, torch.randn(4, 7, 3))
-    assert "time, not the batch" in found.reason
+    assert found.tapped and "time, not the batch" in found.mixed
 
 
 def test_a_long_way_from_the_product_is_followed_back():

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cmim_plugin import CMIM, CMIMError, find_binary_activations
+from cmim_plugin import CMIM, CMIMError, CMIMWarning, find_binary_activations
 from cmim_plugin.discovery.find import discover
 from cmim_plugin.passes import Pass
 
@@ -258,8 +258,8 @@ def test_the_first_dimension_is_not_the_batch_where_it_is_time(layer):
         return m.t["b"](m.r(*[x] * (3 if isinstance(m.r, nn.MultiheadAttention) else 1))[0])
 
     model = Of(forward, t=tokens(), r=layer)
-    assert tapped(model, torch.randn(12, 4, 5)) == []
-    assert "is time" in reasons(model, torch.randn(12, 4, 5))["t.b"]
+    (found,) = find_binary_activations(model, torch.randn(12, 4, 5))
+    assert found.tapped and "is time" in found.mixed
 
 
 def test_a_layer_that_takes_time_first_may_get_what_has_it_there():
@@ -1119,16 +1119,66 @@ def test_codes_times_a_gate_of_their_size_have_three_values(gate):
     assert list(reasons(model, X8).values()) == ["it has three values: its zeros are not only signs of zero"]
 
 
+def over_tokens(function, **more):
+    return Of(function, first=nn.Linear(8, 16), norm=nn.LayerNorm(16), last=BinaryLinear(16, 4), **more)
+
+
 @pytest.mark.parametrize("samples", [3, 4, 8])
 @pytest.mark.parametrize("length", [3, 4, 5])
 def test_time_that_is_as_long_as_the_batch_is_still_not_the_batch(samples, length):
-    model = Of(
-        lambda m, x: m.last(Sign.apply(m.norm(m.first(x)).transpose(0, 1))),
-        first=nn.Linear(8, 16),
-        norm=nn.LayerNorm(16),
-        last=nn.Linear(16, 4),
-    )
-    (reason,) = reasons(model, torch.randn(samples, length, 8), batch_size=samples).values()
+    model = over_tokens(lambda m, x: m.last(m.norm(m.first(x)).transpose(0, 1)))
+    (found,) = find_binary_activations(model, torch.randn(samples, length, 8), batch_size=samples)
+    assert found.tapped and found.mixed.startswith("the batch is not its first dimension")
+
+
+def some_rows(m, x):
+    """As experts, or as the boxes of a detector: another number of rows in each pass."""
+    x = m.norm(m.first(x)).flatten(0, 1)
+    return m.last(x[m.first.weight.new_tensor(range(len(x))).long()[: len(x) * 2 // 3 - 1]])
+
+
+NO_ORDER_OF_SAMPLES = {
+    "time before the batch": (lambda m, x: m.last(m.norm(m.first(x)).transpose(0, 1)), "the batch is not its first"),
+    "time, folded": (lambda m, x: m.last(m.norm(m.first(x)).transpose(0, 1).flatten(0, 1)), "the rows of one sample"),
+    "joined views": (lambda m, x: m.last(m.norm(m.first(torch.cat([x, x.roll(1, -1)])))), "the rows of one sample"),
+    "some rows": (some_rows, "the batch is not its first"),
+}
+
+
+@pytest.mark.parametrize("case", NO_ORDER_OF_SAMPLES)
+def test_positions_are_contrasted_where_the_rows_do_not_follow_the_samples(case):
+    function, why = NO_ORDER_OF_SAMPLES[case]
+    model = over_tokens(function)
+    cmim = CMIM(model, torch.randn(4, 7, 8), num_positions=16)
+    assert cmim.taps[0].mixed.startswith(why)
+    for samples in (4, 9, 3):
+        model(torch.randn(samples, 7, 8))
+        (captured,) = cmim._capture._waiting.values()
+        binary, latent = captured.pairs[0].sides
+        assert len(binary) == min(16, captured.pairs[0].total) and torch.equal(binary, Sign.apply(latent))
+        cmim(model).backward()
+        assert cmim.heads.weights.grad.any()
+    model(torch.randn(4, 7, 8))
+    with pytest.raises(CMIMError, match="Tap last mixes the samples, and labels are of samples"):
+        cmim(model, torch.arange(4))
+    model(torch.randn(4, 7, 8))
+    with pytest.warns(CMIMWarning, match="mixes the samples. The mask is not applied"):
+        cmim(model, mask=torch.ones(4, 7, dtype=torch.bool))
+    cmim.remove()
+    with pytest.raises(CMIMError, match=why):
+        CMIM(model, torch.randn(4, 7, 8), instances="image")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: (m.last.weight @ Sign.apply(m.norm(m.first(x)).t())).t(),
+        lambda m, x: m.last(m.norm(m.first(x - x.mean()).mean(0, keepdim=True))),
+    ],
+    ids=["channels first", "mean over the batch"],
+)
+def test_what_has_no_position_of_its_own_for_each_sample_is_refused(function):
+    (reason,) = reasons(over_tokens(function), torch.randn(6, 8)).values()
     assert reason.startswith("the batch is not its first dimension")
 
 

@@ -51,6 +51,8 @@ class BinaryActivation:
         binary, latent: where a_B and a_F are picked up; no latent where a teacher stands in for it.
         layouts, latent_channels: how both are read, and the channels of a_F or of the teacher's activation.
         aligned: whether both have the same number of positions.
+        mixed: why its rows are not those of one sample after another, None where they are. Its positions can be
+            contrasted all the same; whole images cannot, and labels and masks do not apply.
         product: which of the operands of products within the module a_B is, 0 where none of them is.
     """
 
@@ -64,6 +66,7 @@ class BinaryActivation:
     layouts: tuple[Layout, ...] = ()
     latent_channels: int = 0
     aligned: bool = True
+    mixed: str | None = None
     product: int = 0
 
     @property
@@ -155,12 +158,14 @@ def _described(history: History, b: Binarization) -> _Found:
         binary, latent = _cheapest(b.source.held.sightings, b.latent.held.sightings, module)
         shape, latent_shape = binary.held.shape, latent.held.shape
         spatial, reason = spatial_dims(b)
-        reason = _reason_against_shapes(history, binary, latent, spatial) or reason
+        mixed = _mixed(history, binary, latent, spatial)
+        reason = _reason_against_shapes(history, binary, latent, spatial, mixed) or reason
     if reason is not None or b.latent is None:
         return _Found(BinaryActivation("", 0, reason, module, call), place)
     scores = is_of_activations(b.consumer, b.operand)
-    layout = Layout(spatial, shape[0] != history.trace.batch, scores)
-    latent_layout = Layout(spatial, latent_shape[0] != history.trace.batch, scores)
+    batch = history.trace.batch
+    layout = Layout(spatial, not mixed and shape[0] != batch, scores, bool(mixed))
+    latent_layout = Layout(spatial, not mixed and latent_shape[0] != batch, scores, bool(mixed))
     within = [s for _, s in operands(history.trace, module) if s.from_input]
     activation = BinaryActivation(
         name="",
@@ -173,6 +178,7 @@ def _described(history: History, b: Binarization) -> _Found:
         layouts=(layout, latent_layout),
         latent_channels=latent_layout.channels(latent_shape),
         aligned=layout.positions(shape) == latent_layout.positions(latent_shape),
+        mixed=mixed,
         product=within.index(b.operand) if b.operand in within else 0,
     )
     return _Found(activation, place, _child(history, b.latent, module, call))
@@ -210,7 +216,7 @@ def _is_layer(event: Event) -> bool:
     return event.weighted and (event.name in CONVOLUTIONS or event.name in PRODUCTS | LAYERS | LOOKUPS)
 
 
-def _reason_against_shapes(history: History, binary: Sighting, latent: Sighting, spatial: int | None) -> str | None:
+def _mixed(history: History, binary: Sighting, latent: Sighting, spatial: int | None) -> str | None:
     """Why both sides, where they are picked up, cannot be read sample by sample, None where they can."""
     batch = history.trace.batch
     time_major = next((t.time_major for t in (history.trace, *history.others) if t.time_major), None)
@@ -229,6 +235,15 @@ def _reason_against_shapes(history: History, binary: Sighting, latent: Sighting,
             return f"which rows belong to one sample could not be seen: {shapes}; try an example of random values"
         if rows != batch and min(apart) >= _ALIKE:
             return f"the rows of one sample do not follow each other in its first dimension: {shapes}"
+    return None
+
+
+def _reason_against_shapes(
+    history: History, binary: Sighting, latent: Sighting, spatial: int | None, mixed: str | None
+) -> str | None:
+    """Why both sides, where they are picked up, cannot be read position by position, None where they can."""
+    if mixed and not history.grows(binary, Layout(spatial)):
+        return mixed  # it may have no batch at all
     if spatial is not None and spatial >= len(latent.held.shape):
         return f"its latent has another rank: {tuple(latent.held.shape)} for {tuple(binary.held.shape)}"
     if history.pair_differs(binary, latent, Layout(spatial)):

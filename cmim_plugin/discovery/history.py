@@ -147,6 +147,12 @@ class History:
                 return s.held.first_in_graph
         return None
 
+    def grows(self, sighting: Sighting, layout: Layout) -> bool:
+        """Whether a trace of another number of samples has another number of positions at its site."""
+        positions = layout.positions(sighting.held.shape)
+        others = [t.at[sighting.site] for t in self.others if t.batch != self.trace.batch and sighting.site in t.at]
+        return any(layout.positions(other.held.shape) != positions for other in others)
+
     def pair_differs(self, codes: Sighting, latent: Sighting, layout: Layout) -> bool:
         """Whether, at the sites of a_B and a_F, another trace has other channels, or codes of another latent.
 

@@ -19,6 +19,8 @@ class Layout:
     windowed: bool = False
     #: The channels are multiplied with another activation, as attention maps are: there may be as many as tokens.
     scores: bool = False
+    #: Its rows are not those of one sample after another.
+    mixed: bool = False
 
     def channels(self, shape: torch.Size) -> int:
         """Channels of an activation of this shape."""
@@ -31,7 +33,8 @@ class Layout:
     def tokens(self, shape: torch.Size) -> int:
         """The length of the sequence that the positions of a sample are; 0 where they are none."""
         spatial = self.spatial_shape(shape)
-        return spatial[-1] if spatial and self.spatial in (None, 1) and not self.windowed else 0
+        rows_are_samples = not self.windowed and not self.mixed
+        return spatial[-1] if spatial and self.spatial in (None, 1) and rows_are_samples else 0
 
     def positions(self, shape: torch.Size) -> int:
         """Positions of the whole batch."""
