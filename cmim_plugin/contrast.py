@@ -45,8 +45,8 @@ class Last(NamedTuple):
         return counts if self.mask is None else counts[self.mask]
 
 
-class Rows(NamedTuple):
-    """The embeddings of one tap, and what was given for each row."""
+class Embedded(NamedTuple):
+    """The embeddings of one tap, and what was given for each of them."""
 
     z_b: Tensor  # (n, D)
     z_f: Tensor
@@ -57,7 +57,7 @@ class Rows(NamedTuple):
 class Contrast(nn.Module):
     """The heads, queues and objective of all taps; the arguments are those of :class:`cmim_plugin.CMIM`."""
 
-    _loaded: Tensor
+    _saved_metrics: Tensor
 
     def __init__(
         self,
@@ -82,19 +82,19 @@ class Contrast(nn.Module):
         #: One weight per tap. They sum to 1: ``weight`` means the same for a shallow and for a deep network.
         self.layer_weights = tuple(w / sum(raw) for w in raw)
         self._layer_weights = self.heads.weights.new_tensor(self.layer_weights)
-        # The metrics of a loaded state, until there are new ones.
-        self.register_buffer("_loaded", torch.full((len(taps), 2), math.nan, dtype=torch.float32, device="cpu"))
+        # Those of a loaded state, until there are new ones: a run that resumes logs what the unbroken one does.
+        self.register_buffer("_saved_metrics", torch.full((len(taps), 2), math.nan, dtype=torch.float32, device="cpu"))
         #: How often a state was loaded, and how often since all ranks started from one state.
         self.loads = self.loads_since_sync = 0
         self.last: dict[int, Last] = {}
-        self._steps = 0
-        self._with_weight = 0
+        self._losses_checked = 0  # for negatives, up to _FIRST_STEPS
+        self._losses_with_weight = 0
 
     def forward(self, captured: Pass, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """The weighted sum of the losses of the taps that this pass captured, 0-d; the arguments are those of
         :meth:`cmim_plugin.CMIM.forward`."""
         rows = self.embed(captured, labels, mask)
-        # Taps with as many rows and as full a queue are one call of the objective.
+        # One call of the objective for all taps of as many rows and as full a queue.
         counted = [k for k in rows if len(rows[k].z_b) > 0]
         filled = [queue.filled for queue in self._queues] or [0] * len(self.taps)
         sums = []
@@ -103,16 +103,16 @@ class Contrast(nn.Module):
             layer_weights = torch.cat([self._layer_weights[k : k + 1] for k in taps])
             sums.append(losses.dot(layer_weights.to(losses.dtype)))
         if not torch.compiler.is_compiling():  # each number would be compiled anew
-            self._steps = min(self._steps + 1, _FIRST_STEPS)
+            self._losses_checked = min(self._losses_checked + 1, _FIRST_STEPS)
         return sum(sums[1:], sums[0]) if sums else zero_of(rows)
 
-    def embed(self, captured: Pass, labels: Tensor | None, mask: Tensor | None) -> dict[int, Rows]:
+    def embed(self, captured: Pass, labels: Tensor | None, mask: Tensor | None) -> dict[int, Embedded]:
         """The embeddings of each tap that a pass captured; on several ranks, the rows of all of them."""
         pairs = {k: captured.pairs[k] for k in captured.scheduled if captured.pairs[k].complete}
         together = distributed.ranks() > 1
         weights = distributed.averaged(self.heads.weights) if together else self.heads.weights
         # No rows, but a graph: other ranks may have some, and wait for this one in the backward pass.
-        rows = {captured.scheduled[0]: Rows(weights[:0], weights[:0])}
+        rows = {captured.scheduled[0]: Embedded(weights[:0], weights[:0])}
         own = mask is not None and mask is captured.usable_mask
         if pairs:
             first = next(iter(pairs.values()))
@@ -125,20 +125,20 @@ class Contrast(nn.Module):
                     _check_given("mask", mask, first, _MASK, lambda t: not pooled and t.ndim == 2)
                 mask = mask.to(weights.device)
                 if not torch.compiler.is_compiling():
-                    self._warn_of_unmasked(pairs, mask)
+                    self._warn_of_padding(pairs, mask)
             z = self.heads(list(pairs), [pair.sides for pair in pairs.values()], weights)
             rows = {
-                k: Rows(
+                k: Embedded(
                     z_b,
                     z_f,
                     None if labels is None else labels_of(pair, labels, self.taps[k].name),
-                    None if mask is None else pair.counts if own else mask_of(pair, mask),
+                    None if mask is None else pair.unpadded if own else mask_of(pair, mask),
                 )
                 for (k, pair), z_b, z_f in zip(pairs.items(), z[: len(pairs)], z[len(pairs) :], strict=True)
             }
         return self._of_all_ranks(rows, captured.scheduled) if together else rows
 
-    def _of_all_ranks(self, rows: dict[int, Rows], taps: Sequence[int]) -> dict[int, Rows]:
+    def _of_all_ranks(self, rows: dict[int, Embedded], taps: Sequence[int]) -> dict[int, Embedded]:
         """The same with the rows of all ranks, in the order that one process would have them in. Raises CMIMError on
         every rank where some of them loaded a state since all started from one, and others did not."""
         some = list(rows.values())
@@ -158,7 +158,7 @@ class Contrast(nn.Module):
             found = distributed.gather(torch.cat(list(parts)), counts)
             return found.split([sum(of_tap) for of_tap in zip(*counts, strict=True)])
 
-        def or_else(own: Tensor | None, rows: Rows, value: int) -> Tensor:
+        def or_else(own: Tensor | None, rows: Embedded, value: int) -> Tensor:
             return rows.z_b.new_full(rows.z_b.shape[:1], value).long() if own is None else own.long()
 
         z = gathered(torch.stack([r.z_b, r.z_f], 1) for r in some)
@@ -166,11 +166,11 @@ class Contrast(nn.Module):
         labels = gathered(or_else(r.labels, r, -1) for r in some) if any(has_labels) else [None] * len(taps)
         mask = gathered(or_else(r.mask, r, 1) for r in some) if any(has_mask) else [None] * len(taps)
         return {
-            k: Rows(z_k[:, 0], z_k[:, 1], of_label, None if of_mask is None else of_mask.bool())
+            k: Embedded(z_k[:, 0], z_k[:, 1], of_label, None if of_mask is None else of_mask.bool())
             for k, z_k, of_label, of_mask in zip(taps, z, labels, mask, strict=True)
         }
 
-    def _warn_of_unmasked(self, pairs: dict[int, Pair], mask: Tensor) -> None:
+    def _warn_of_padding(self, pairs: dict[int, Pair], mask: Tensor) -> None:
         for k, pair in pairs.items():
             if pair.mixed or pair.tokens not in (0, mask.shape[1]):
                 warn_once(  # once, so without the numbers, which change from batch to batch
@@ -180,24 +180,23 @@ class Contrast(nn.Module):
                     "the tap out with taps=.",
                 )
 
-    def _losses(self, taps: list[int], rows: list[Rows]) -> Tensor:
+    def _losses(self, taps: list[int], rows: list[Embedded]) -> Tensor:
         """The losses of taps with as many rows each: ``(taps,)``."""
         z_b, z_f = torch.stack([*(r.z_b for r in rows), *(r.z_f for r in rows)]).unflatten(0, (2, -1))
         labels, mask = _stacked(r.labels for r in rows), _stacked(r.mask for r in rows)
         settings: dict[str, Tensor] = {} if mask is None else {"mask": mask}
         if len(self.queues):
-            queues = [self._queues[k] for k in taps]
-            contents = zip(*(queue.contents() for queue in queues), strict=True)
+            contents = zip(*(self._queues[k].contents() for k in taps), strict=True)
             # Copies: the loss keeps them for its backward pass, and push() overwrites in place before that.
             settings.update(zip(("queue_b", "queue_f", "queue_labels"), map(torch.stack, contents), strict=True))
-            for i, queue in enumerate(queues):
-                queue.push(z_b[i].detach(), z_f[i].detach(), None if labels is None else labels[i])
         losses = self.objective(z_b, z_f, temperature=self.temperature, labels=labels, **settings)
         if not isinstance(losses, Tensor) or losses.shape != (len(taps),):
             raise CMIMError(
                 f"objective got embeddings of {len(taps)} taps, shape {tuple(z_b.shape)}, and must return their "
                 f"losses, shape ({len(taps)},); found {getattr(losses, 'shape', losses)!r}."
             )
+        for i, k in enumerate(taps if len(self.queues) else ()):
+            self._queues[k].push(z_b[i].detach(), z_f[i].detach(), None if labels is None else labels[i])
         queue_labels = settings.get("queue_labels")
         n, queued = z_b.shape[1], 0 if queue_labels is None else queue_labels.shape[-1]
         for i, (k, r) in enumerate(zip(taps, rows, strict=True)):
@@ -206,7 +205,7 @@ class Contrast(nn.Module):
         no_negatives = n + queued == 1
         if (
             (labels is not None or mask is not None)
-            and self._steps < _FIRST_STEPS
+            and self._losses_checked < _FIRST_STEPS
             and not torch.compiler.is_compiling()
         ):
             no_negatives |= not bool(count_negatives(n, labels, queue_labels, queued, mask).any(-1).all())
@@ -224,8 +223,8 @@ class Contrast(nn.Module):
                 found[tap.name] = {"loss": last.loss}
                 if bound is not None and (last.mask is None or bool(last.mask.any())):
                     found[tap.name]["bound"] = bound(last.loss, last.negatives())
-            elif not self._loaded[k].isnan().all():
-                values = zip(("loss", "bound"), self._loaded[k].clone(), strict=True)
+            elif not self._saved_metrics[k].isnan().all():
+                values = zip(("loss", "bound"), self._saved_metrics[k].clone(), strict=True)
                 found[tap.name] = {name: value for name, value in values if not value.isnan()}
         return found
 
@@ -252,8 +251,8 @@ class Contrast(nn.Module):
 
     def tell_of_idle_heads(self, weight: float | Tensor) -> None:
         """A loss was asked for. After some with a weight above zero, warn of heads that do not learn."""
-        self._with_weight += isinstance(weight, Tensor) or weight > 0
-        due = self._with_weight == _CHECK_HEADS_AT and self.heads.lr
+        self._losses_with_weight += isinstance(weight, Tensor) or weight > 0
+        due = self._losses_with_weight == _CHECK_HEADS_AT and self.heads.lr
         if due and float(weight) and not bool(self.heads.steps):
             warn_once(
                 self,
@@ -265,12 +264,12 @@ class Contrast(nn.Module):
     def _save_to_state_dict(self, *args: Any) -> None:
         for k, values in enumerate(map(self.metrics().get, (tap.name for tap in self.taps))):
             for i, name in enumerate(("loss", "bound")):
-                self._loaded[k, i] = (values or {}).get(name, math.nan)
+                self._saved_metrics[k, i] = (values or {}).get(name, math.nan)
         super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state, prefix, *args)  # type: ignore[arg-type]
-        if prefix + "_loaded" in state:  # with strict=False a state may be another module's
+        if prefix + "_saved_metrics" in state:  # with strict=False a state may be another module's
             self.last.clear()
             self.loads += 1
             self.loads_since_sync += 1
@@ -289,7 +288,7 @@ def _stacked(parts: Iterable[Tensor | None]) -> Tensor | None:
     return torch.stack(given) if given else None
 
 
-def zero_of(rows: dict[int, Rows]) -> Tensor:
+def zero_of(rows: dict[int, Embedded]) -> Tensor:
     """A zero with a graph, for where no rank has rows."""
     return next(iter(rows.values())).z_b[:0].sum()
 

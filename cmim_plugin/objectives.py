@@ -4,7 +4,7 @@ Row ``i`` of ``z_b`` (binary side) and row ``i`` of ``z_f`` (full-precision side
 form the positive pair; every other row is a negative. The critic is ``s_ij = <z_b^i, z_f^j> / temperature``.
 Both directions count: binary anchors against full-precision candidates, and the reverse.
 
-Dimensions before the last two are problems of their own, side by side: several taps in one call.
+Dimensions before the last two are independent problems: several taps in one call.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class InfoNCE(_Objective):
         return scores.log_softmax(-1).diagonal(0, -2, -1)
 
     def bound(self, loss: Tensor | float, num_negatives: Tensor | int) -> Tensor:
-        """Lower bound on the mutual information in nats: ``I(a_B; a_F) >= log(N + 1) - loss`` (1807.03748, eq. 5).
+        """Lower bound on the mutual information in nats: ``I(a_B; a_F) >= log(N + 1) - loss`` (1807.03748, sec. 2.3).
 
         Args:
             loss: as it was returned.
@@ -138,7 +138,7 @@ class NCE(_Objective):
         return positive + (F.logsigmoid(-shifted) * negatives).sum(-1)
 
     def bound(self, loss: Tensor | float, num_negatives: Tensor | int) -> Tensor:
-        """Lower bound on the mutual information, in nats: ``I(a_B; a_F) >= log N - loss`` (arXiv 1910.10699, eq. 12).
+        """Lower bound on the mutual information, in nats: ``I(a_B; a_F) >= log N - loss`` (arXiv 1910.10699).
 
         The arguments are those of :meth:`InfoNCE.bound`.
         """

@@ -39,7 +39,7 @@ class Pair:
     windows = False  # a sample is cut into several rows of the first dimension
     mixed = False  # or which rows are those of one sample is not known
     tokens = 0  # of a sample, 0 where its positions are no sequence
-    counts: Tensor | None = None  # (n,) bool, what the mask that the model was given says of each row
+    unpadded: Tensor | None = None  # (n,) bool, what the mask that the model was given says of each row
     left_out: tuple[str, str] | None = None  # FAILED, EXCUSED or MISSED, and why, where it adds nothing to the loss
 
     def __init__(self) -> None:
@@ -179,7 +179,7 @@ class Pass:
         """Raise CMIMError where something could not be captured or nothing is left to train. Warn once for each
         ``plugin`` about each tap that adds nothing to the loss. ``may_reach_none``: accept a pass that reached no tap,
         as random skipping of layers can make it."""
-        lines = self.troubles()
+        lines = self.troubles()  # before those that may be warnings alone are added
         self._check_counts()
         left_out = [pair.left_out[0] for pair in self.pairs.values() if pair.left_out]
         reached = any(pair.complete for pair in self.pairs.values())
@@ -211,7 +211,7 @@ class Pass:
             other_calls = any(self.calls.get(site.module, 0) != site.calls for site in sites)
             if pair.complete and (k in self.miscounted or (other_calls and not tap.in_one_call)):
                 pair.rows = [None, None]
-                self.leave_out(k, MISSED, "a function or module was called more or less often than in the dry run")
+                self.leave_out(k, MISSED, "a function or module was not called as often as in the dry run")
 
     def ask_for_one_pass(self) -> None:
         """The gradients of the contrast and of the network's loss are to come in one backward pass."""
@@ -233,7 +233,7 @@ class Pass:
         pair.mixed = layout.mixed
         pair.batch_size = (self.batch_size or 0) if layout.windowed or layout.mixed else len(x)
         if self.random is None:
-            pair.rows[side] = layout.pooled(_unmasked(x, side, layout), pair.batch_size)
+            pair.rows[side] = layout.pooled(_without_masked_scores(x, side, layout), pair.batch_size)
             return
         pair.total, pair.spatial = layout.positions(x.shape), layout.spatial_shape(x.shape)
         pair.tokens = layout.tokens(x.shape)
@@ -243,9 +243,9 @@ class Pass:
         else:
             pair.index, elements = self._positions(k, layout, x)
             rows = sampled(x, elements, self._zero(x), self.backward)
-        pair.rows[side] = _unmasked(rows, side, layout)
+        pair.rows[side] = _without_masked_scores(rows, side, layout)
         if side == BINARY and self.usable_mask is not None:
-            pair.counts = mask_of(pair, self.usable_mask.to(x.device))
+            pair.unpadded = mask_of(pair, self.usable_mask.to(x.device))
 
     def _trouble(self, tap: Tap, pair: Pair, side: int, x: Any) -> tuple[str, str] | None:
         """Why the rows of an activation cannot be taken: FAILED or EXCUSED, and a message."""
@@ -317,18 +317,18 @@ def samples_of(pair: Pair) -> tuple[Tensor, Tensor]:
     return pair.index // max(each, 1), pair.index % max(each, 1)
 
 
-def _unmasked(values: Tensor, side: int, layout: Layout) -> Tensor:
+def _without_masked_scores(values: Tensor, side: int, layout: Layout) -> Tensor:
     """Zero where a latent with its channels last was masked, as attention scores are: by minus infinity, or by a number
     far below all others."""
     if side != LATENT or layout.spatial is not None:
         return values
     if torch.compiler.is_compiling():
         return F.threshold(values, _MASKED, 0.0)
-    found: Tensor = _Unmask.apply(values)
+    found: Tensor = _WithoutMaskedScores.apply(values)
     return found
 
 
-class _Unmask(torch.autograd.Function):
+class _WithoutMaskedScores(torch.autograd.Function):
     """``F.threshold``, which saves a tensor: checkpointing counts those, and we capture nothing when it recomputes."""
 
     @staticmethod

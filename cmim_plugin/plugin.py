@@ -67,8 +67,8 @@ class CMIM(nn.Module):
         heads_lr: learning rate of the heads' Adam. 0 leaves the training of ``cmim.heads.weights`` to you.
         queue_size: past embeddings kept per tap as further negatives, of the steps that contrasted it; 0 for none.
         layer_decay: in (0, 1]; below 1 the weights grow towards the output.
-        teacher: a full-precision network with the same modules. What its product receives in the place of a_B (the
-            output, of a module without products) stands in for a_F. It runs on the same inputs without gradients, in
+        teacher: a full-precision network with the same modules. The input of its product replaces a_F; in a module
+            without a product, the output does. It runs on the same inputs without gradients, in
             eval mode, and is not kept in this module's state.
         teacher_modules: tap name to teacher module name, for the taps whose module has another name in the teacher.
         batch_size: samples in ``example_input``, where its tensors leave that open.
@@ -179,13 +179,13 @@ class CMIM(nn.Module):
             CMIMError: nothing was captured, or something could not be, and why; another model; labels or a mask of the
                 wrong shape; the hooks were removed or are paused.
         """
-        captured = self._captured(model)
+        captured = self._begin_step(model)
         mask = _mask_for_loss(self, captured, mask)
         # On two lines: in one, torch.compile of torch 2.6 keeps the bound method of the first call and compiles anew.
         value = self.contrast(captured, labels, mask)
-        return self._finished(value, captured)
+        return self._finish_step(value, captured)
 
-    def _captured(self, model: nn.Module) -> Pass:
+    def _begin_step(self, model: nn.Module) -> Pass:
         """The pass to take the loss of. The heads take the step that is due."""
         path = path_to(self._capture.model_ref(), model)
         captured = self._capture.pop()
@@ -197,7 +197,7 @@ class CMIM(nn.Module):
         self.heads.step()
         return captured
 
-    def _finished(self, value: Tensor, captured: Pass) -> Tensor:
+    def _finish_step(self, value: Tensor, captured: Pass) -> Tensor:
         """The weighted loss, scaled from the taps of this step to all. Warns where that is due, and ends the step."""
         if not torch.compiler.is_compiling():
             if not self.schedule.step and self._capture.model_was_loaded:
@@ -233,7 +233,8 @@ class CMIM(nn.Module):
     @property
     def draws(self) -> Tensor:
         """``(taps, num_positions)`` int64: the random numbers by which the next pass chooses its positions
-        (:func:`stratified_indices`). Write into it to fix them."""
+        (:func:`stratified_indices`), a row for each of :attr:`scheduled`. Each loss replaces them: write into it before
+        a pass to choose that pass's positions."""
         return self.schedule.draws
 
     @property
@@ -315,6 +316,7 @@ class CMIM(nn.Module):
         memo[id(self)] = copied
         memo[id(self._teacher)] = self._teacher  # shared, for it is not trained
         copied.__dict__.update(copy.deepcopy({k: v for k, v in self.__dict__.items() if k != "_capture"}, memo))
+        # Of a model that is gone at once: the capture holds it by a weak reference.
         copied._capture = Capture(nn.Module(), self.taps, copied.schedule, None)
         return copied
 
@@ -386,7 +388,7 @@ def _chosen(
         raise CMIMError(f"taps must be a list of names, or a function of (name, module); found {taps!r}.")
     wrong = [name for name in taps if name not in {f.name for f in tappable}]
     if wrong or not taps:
-        what = f"names {wrong}, which is nothing that can be tapped" if wrong else "is empty"
+        what = f"names {wrong}, which cannot be tapped" if wrong else "is empty"
         raise CMIMError(f"taps= {what}. Found:\n{listing}")
     return [f for f in tappable if f.name in taps]
 

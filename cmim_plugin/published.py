@@ -111,21 +111,21 @@ class PublishedCMIM(CMIM):
         Raises:
             CMIMError: as in :meth:`CMIM.forward`, and for indices of another number or outside of the training set.
         """
-        captured = self._captured(model)
-        return self._finished(self.bank(self.contrast, captured, indices), captured)
+        captured = self._begin_step(model)
+        return self._finish_step(self.bank(self.contrast, captured, indices), captured)
 
 
 class MemoryBank(nn.Module):
     """An entry for each side of each sample of the training set, and the loss against those of other classes.
 
-    Noise-contrastive (arXiv 1910.10699, eq. 9, 18), the sum over both directions:
+    Noise-contrastive (arXiv 1910.10699), the sum over both directions:
     ``L = -1/n sum_i [ log h(i, 0) + sum_{j > 0} log(1 - h(i, j)) ]`` with ``h = p / (p + N/M)`` and
     ``p_ij = exp(s_ij) / Z``. Candidate 0 is the anchor's own entry of the other side; the ``N`` others are negatives.
 
     The arguments are those of :class:`PublishedCMIM`.
     """
 
-    entries: Tensor  # (taps, 2, M, D) unit rows, of the binary and of the full-precision side
+    entries: Tensor  # (taps, 2, M, D), of the binary and of the full-precision side; of unit length once updated
     normalizers: Tensor  # (taps, 2), the constants Z in place of the partition functions: from the first batch
     draws: Tensor  # (N,) int64, a random sequence for each negative; a batch of any size reads on from it
     targets: Tensor
@@ -137,7 +137,7 @@ class MemoryBank(nn.Module):
         super().__init__()
         self.num_negatives = num_negatives
         self.momentum = momentum
-        generator = seeded_generator()
+        generator = seeded_generator(1)  # not that of the heads
         taps, dim = len(contrast.taps), contrast.heads.embed_dim
         with torch.device("cpu"):
             targets = targets.cpu().unique(return_inverse=True)[1]
@@ -162,7 +162,7 @@ class MemoryBank(nn.Module):
                 # In half precision, exp(s / temperature) would be another number.
                 with torch.autocast(z_b.device.type, enabled=False):
                     loss = self._loss(k, z_b, z_f, of_rows, contrast.temperature)
-                # Of the batch an anchor has itself alone, and the others out of the bank.
+                # One candidate is the anchor's own, the others come out of the bank.
                 contrast.last[k] = Last(loss.detach(), 1, self.num_negatives)
                 total = total + contrast.layer_weights[k] * loss
         return total

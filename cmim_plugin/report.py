@@ -272,9 +272,7 @@ def measure(
     found = [tally for tally in tallies if tally.positions and not tally.astray]
     if not found:
         why = f" {troubles[0]}" if troubles else ""
-        raise CMIMError(
-            f"In eval mode the model reached none of the taps with a binary activation and its latent.{why}"
-        )
+        raise CMIMError(f"In eval mode no tap had both its binary activation and its latent.{why}")
     if len(found) < len(tallies):
         astray = [tally.tap.name for tally in tallies if tally not in found]
         warnings.warn(
@@ -338,8 +336,8 @@ class _Tally:
             self.astray = self.astray or any(rows is not None for rows in pair.rows)
             return
         binary, latent = pair.sides
-        if pair.counts is not None:
-            binary, latent = binary[pair.counts], latent[pair.counts]
+        if pair.unpadded is not None:
+            binary, latent = binary[pair.unpadded], latent[pair.unpadded]
         n = len(binary)
         if n < 2:
             return

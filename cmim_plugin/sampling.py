@@ -14,9 +14,12 @@ from .errors import CMIMError
 _MULTIPLIER, _INCREMENT = 6364136223846793005, 1442695040888963407
 
 
-def seeded_generator() -> torch.Generator:
-    """A generator of the CPU whose seed follows the user's ``torch.manual_seed()``; reading it does not move theirs."""
-    return torch.Generator("cpu").manual_seed(torch.initial_seed() % 2**63)
+def seeded_generator(stream: int = 0) -> torch.Generator:
+    """A generator of the CPU whose seed follows the user's ``torch.manual_seed()``; reading it does not move theirs.
+
+    Two streams draw different numbers.
+    """
+    return torch.Generator("cpu").manual_seed((torch.initial_seed() + stream) % 2**63)
 
 
 def new_draws(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -34,12 +37,12 @@ def advance(draws: Tensor) -> None:
 
 
 class Schedule(nn.Module):
-    """Which taps the next pass captures, and at which positions: ``positions`` of each on all ranks together, of which
-    a rank takes its share if they are ``shared``; None to pool over all. ``generator``: for the first draws.
+    """Which taps the next pass captures, and at which positions: ``positions`` of each, split over the ranks if they
+    are ``shared``; None pools over all. ``generator``: for the first draws.
     """
 
     draws: Tensor  # (count, positions) int64; a pass of m taps uses the first m rows
-    #: How many losses were asked for so far.
+    #: How many losses were asked for so far, of an eager model.
     step = 0
     #: Each pass captures all taps, whatever taps_per_step says: each choice of some would be compiled anew.
     all_taps = False
@@ -123,7 +126,7 @@ def indices_among(random: Tensor, total: int, numbers: Tensor) -> Tensor:
 
 
 class BackwardRule:
-    """What is asked of the backward passes of one forward pass."""
+    """What is watched in the backward passes of one forward pass."""
 
     #: The graph node of a leaf, or None for no rule. The gradients of the contrast and of the network's loss must come
     #: to the leaf in one backward pass; where they come in two, the second raises CMIMError.
@@ -198,15 +201,15 @@ class AddSampledGradient:
         self.shape = x.shape
         self.rule = rule
         self.sampled: Tensor | None = None
-        self._arrived: set[str] = set()
+        self._alone: set[str] = set()  # whose gradient came in a backward pass without the other
 
     def __call__(self, grad: Tensor) -> Tensor | None:
         sampled, self.sampled = self.sampled, None
         # Nothing but our expanded zero: the gradient of the network's loss did not come in this pass.
-        alone = sampled is not None and not any(grad.stride()) and bool(self.shape)
+        alone = sampled is not None and not any(grad.stride())
         if self.rule.one_pass_to is not None and _compat.accumulates(self.rule.one_pass_to):
-            self._arrived.add("network" if sampled is None else "contrast" if alone else "both")
-        if {"network", "contrast"} <= self._arrived:
+            self._alone |= {"network"} if sampled is None else {"contrast"} if alone else set()
+        if self._alone == {"network", "contrast"}:
             raise CMIMError(
                 "Two backward passes ran, one for the network's loss and one for cmim's. DistributedDataParallel "
                 "averages the gradients of the first only. Add the losses: (loss + cmim(model)).backward()."

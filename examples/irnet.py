@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--workers", type=int, default=0, help="processes that augment images")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cmim-weight", type=float, default=1.0, help="0: the baseline")
+    parser.add_argument("--cmim-weight", type=float, default=0.1, help="0: the baseline")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)

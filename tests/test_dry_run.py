@@ -279,13 +279,12 @@ def windows(m, x, major):
 
 
 @pytest.mark.parametrize("example", [torch.randn(4, 3, 8, 8), torch.zeros(2, 3, 16, 8), torch.zeros(1, 3, 8, 8)])
-def test_rows_of_windows_belong_to_their_images_or_are_refused(example):
+def test_rows_of_windows_belong_to_their_images_or_to_none(example):
     for major in (True, False):
         parts = {"stem": nn.Conv2d(3, 16, 1), "n": nn.LayerNorm(16), "b": BinaryLinear(16, 16)}
         (found,) = find_binary_activations(Of(lambda m, x, major=major: windows(m, x, major), **parts), example)
-        assert found.tapped == major, found.reason
-        if major:
-            assert found.layouts[0].windowed and found.layouts[1].windowed
+        assert found.tapped and (found.mixed is None) == major, found.reason
+        assert all((layout.windowed, layout.mixed) == (major, not major) for layout in found.layouts)
 
 
 # -- structure ---------------------------------------------------------------------------------------------------
@@ -616,7 +615,7 @@ def test_a_sign_that_is_constant_at_first_is_tapped_where_the_call_is_known(func
 
 
 def test_a_constant_operand_that_no_known_call_made_is_listed():
-    assert "one value" in reasons(wide(Of(lambda m, x: (x * 1e6 + 1e9).clamp(-1, 1))), X)["2"]
+    assert "constant" in reasons(wide(Of(lambda m, x: (x * 1e6 + 1e9).clamp(-1, 1))), X)["2"]
 
 
 SUMS = {
@@ -987,7 +986,7 @@ def test_what_cannot_be_read_is_passed_over(function):
 
 def test_inputs_without_a_tensor_are_refused():
     batch = types.SimpleNamespace(x=torch.randn(4, 8))
-    with pytest.raises(CMIMError, match="tuples, lists, dicts"):
+    with pytest.raises(CMIMError, match="tuples, lists and dicts"):
         find_binary_activations(Of(lambda m, b: m.encoder(b.x), encoder=encoder()), (batch,), batch_size=4)
 
 
@@ -1286,7 +1285,7 @@ def test_a_layer_that_takes_the_batch_for_time_hides_no_map(layer):
     assert tapped(Of(forward, conv=conv, layer=layer), torch.randn(4, 3, 8, 8)) == ["conv.2"]
 
 
-STRAIGHT = "it goes straight from one autograd.Function into another: pass it through a module between the two"
+STRAIGHT = "one autograd.Function passes it straight to another: put a module between the two, as nn.Identity()"
 
 
 @pytest.mark.parametrize("between, expected", [(nn.Identity(), None), (None, STRAIGHT)])

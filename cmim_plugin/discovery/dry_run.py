@@ -94,9 +94,7 @@ def _dry_run(model: nn.Module, inputs: Inputs, batch_size: int | None) -> tuple[
                     f"example_input that the model accepts in training mode, on its device (zeros will do).{several}"
                 ) from error
         if not any(True for _ in tensors_in(inputs)):
-            raise CMIMError(
-                "example_input holds no tensor that can be seen: they are read out of tuples, lists, dicts."
-            )
+            raise CMIMError("example_input holds no tensor. Tensors are looked for in tuples, lists and dicts.")
         batch = _clear_size(sizes, first)
         made = [first] if first is not None and len(sizes) == 1 else []
         failure: Exception | None = None

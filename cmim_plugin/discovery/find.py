@@ -190,7 +190,7 @@ def _reason_against(history: History, b: Binarization) -> str | None:
     if not any(_is_layer(event) for event in history.trace.events if event.seq <= b.source.seq):
         return "it is the network's input that is binarized, not an activation"
     if not codes.first_in_graph and b.operand.requires_grad:
-        return "it goes straight from one autograd.Function into another: pass it through a module between the two"
+        return "one autograd.Function passes it straight to another: put a module between the two, as nn.Identity()"
     if not codes.first_in_graph:
         before = history.trace.sightings[: b.source.seq]
         return _NO_GRADIENT if any(s.requires_grad and s.from_input for s in before) else _FROZEN
@@ -198,7 +198,7 @@ def _reason_against(history: History, b: Binarization) -> str | None:
         return "it is one-hot: a choice, not a code"
     if b.latent is None:
         if codes.constant:
-            return "it held one value only in the dry run, and the call that binarizes is not known: a dead sign"
+            return "it was constant in the dry run, and no call that binarizes was found: a dead sign"
         return "no tensor in the graph was found that it is the sign of"
     latent = b.latent.held
     if codes.pattern is not None:
@@ -247,7 +247,7 @@ def _reason_against_shapes(
     if spatial is not None and spatial >= len(latent.held.shape):
         return f"its latent has another rank: {tuple(latent.held.shape)} for {tuple(binary.held.shape)}"
     if history.pair_differs(binary, latent, Layout(spatial)):
-        return "its latent, or its number of channels, is another one from pass to pass: layers are skipped at random"
+        return "its latent or its number of channels changes from pass to pass, as where layers are skipped at random"
     return None
 
 

@@ -118,7 +118,7 @@ def _other_way(path: Path, names: list[str]) -> Path:
 
 
 def is_offsets(inputs: Inputs, source: BatchSource) -> bool:
-    """Whether all that has one entry a sample is in rising order: places in another tensor where samples start.
+    """Whether all tensors with one entry a sample rise: offsets, at which samples start in another tensor.
 
     Those of other samples are out of order, which on a GPU ends the process.
     """

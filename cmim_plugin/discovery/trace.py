@@ -58,7 +58,7 @@ class Snapshot:
     constant: bool = False  # all its elements are equal
     levels: int = 0  # how many values it has, if they are few; 0 where it is constant, two-valued, or has many
     one_hot: bool = False  # along some dimension it is zero but for a single element
-    twin_distance: float | None = None  # of two samples that got the same input, divided by that of different ones
+    twin_distance: float | None = None  # of two samples of equal input, divided by that of two different ones
     sightings: list[Sighting] = field(default_factory=list)  # all of the tensor while it held this, in order
 
     @property
