@@ -179,7 +179,7 @@ class Capture:
     @property
     def holds(self) -> bool:
         """Whether some hooks of a forward pass are still on the model."""
-        return any(map(_is_on, self._handles[:-1]))
+        return any(map(_is_on, self._handles[:-1]))  # the last one is called when the model loads a state
 
     def forget(self) -> None:
         """The pass of this thread that waits gives no loss."""

@@ -142,8 +142,8 @@ class BackwardRule:
         self.one_pass_to = node
 
 
-def sampled(x: Tensor, index: Tensor, zero: Tensor, rule: BackwardRule) -> Tensor:
-    """``x.take(index)``, with a gradient that costs what the sample does and not what ``x`` does.
+def sampled(x: Tensor, elements: Tensor, zero: Tensor, rule: BackwardRule) -> Tensor:
+    """``x.take(elements)``, with a gradient that costs what the sample does and not what ``x`` does.
 
     The gradient of a sample is zero nearly everywhere. Plain autograd would fill a tensor of x's size with it and add
     that to the network's own gradient. Here a single zero, expanded, goes to ``x`` instead: the engine waits for it,
@@ -151,13 +151,13 @@ def sampled(x: Tensor, index: Tensor, zero: Tensor, rule: BackwardRule) -> Tenso
 
     A whole tensor is used where something could tell the difference: another hook on the gradient of ``x`` was
     registered before ours and would not see the sampled entries, deterministic algorithms are asked for, or a subclass
-    of Tensor. ``index``: int64, distinct places in the flattened ``x``; ``zero``: 0-d, of x's dtype and device.
+    of Tensor. ``elements``: int64, distinct places in the flattened ``x``; ``zero``: 0-d, of x's dtype and device.
     """
     hook = None
-    if index.numel() and _in_place_is_safe(x):
-        hook = AddSampledGradient(x, index, zero, rule)
+    if elements.numel() and _in_place_is_safe(x):
+        hook = AddSampledGradient(x, elements, zero, rule)
         x.register_hook(hook)
-    found: Tensor = _Sample.apply(x, index, hook)
+    found: Tensor = _Sample.apply(x, elements, hook)
     return found
 
 
@@ -171,20 +171,20 @@ def _in_place_is_safe(x: Tensor) -> bool:
 
 
 class _Sample(torch.autograd.Function):
-    """``x.take(index)``. Autograd's own keeps ``x``, and raises where the network overwrites it later."""
+    """``x.take(elements)``. Autograd's own keeps ``x``, and raises where the network overwrites it later."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, hook: AddSampledGradient | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, elements: Tensor, hook: AddSampledGradient | None) -> Tensor:
         # Attributes, not saved tensors: checkpointing counts those, and we capture nothing when it recomputes.
-        ctx.index, ctx.shape, ctx.hook = index, x.shape, hook
-        return x.take(index)
+        ctx.elements, ctx.shape, ctx.hook = elements, x.shape, hook
+        return x.take(elements)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         hook = ctx.hook
         if hook is None or torch.is_grad_enabled():  # with create_graph=True, a graph of the gradient is wanted
-            return grad.new_zeros(ctx.shape).put(ctx.index, grad, accumulate=True), None, None
-        hook.sampled = grad
+            return grad.new_zeros(ctx.shape).put(ctx.elements, grad, accumulate=True), None, None
+        hook.of_sample = grad
         return hook.zero.expand(hook.shape), None, None
 
 
@@ -195,28 +195,28 @@ class AddSampledGradient:
     holds that tensor, and into a new tensor otherwise, so nothing of anybody else's is written into.
     """
 
-    def __init__(self, x: Tensor, index: Tensor, zero: Tensor, rule: BackwardRule) -> None:
-        self.index = index
+    def __init__(self, x: Tensor, elements: Tensor, zero: Tensor, rule: BackwardRule) -> None:
+        self.elements = elements
         self.zero = zero
         self.shape = x.shape
         self.rule = rule
-        self.sampled: Tensor | None = None
+        self.of_sample: Tensor | None = None
         self._alone: set[str] = set()  # whose gradient came in a backward pass without the other
 
     def __call__(self, grad: Tensor) -> Tensor | None:
-        sampled, self.sampled = self.sampled, None
+        of_sample, self.of_sample = self.of_sample, None
         # Nothing but our expanded zero: the gradient of the network's loss did not come in this pass.
-        alone = sampled is not None and not any(grad.stride())
+        alone = of_sample is not None and not any(grad.stride())
         if self.rule.one_pass_to is not None and _compat.accumulates(self.rule.one_pass_to):
-            self._alone |= {"network"} if sampled is None else {"contrast"} if alone else set()
+            self._alone |= {"network"} if of_sample is None else {"contrast"} if alone else set()
         if self._alone == {"network", "contrast"}:
             raise CMIMError(
                 "Two backward passes ran, one for the network's loss and one for cmim's. DistributedDataParallel "
                 "averages the gradients of the first only. Add the losses: (loss + cmim(model)).backward()."
             )
-        if sampled is None:
+        if of_sample is None:
             self.rule.network_only = True
             return None
         if alone:
             grad = grad.contiguous() if grad.numel() > 1 else grad.clone()
-        return grad.put_(self.index, sampled.to(grad.dtype), accumulate=True)
+        return grad.put_(self.elements, of_sample.to(grad.dtype), accumulate=True)
