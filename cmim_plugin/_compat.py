@@ -70,6 +70,16 @@ def base_of(tensor: Tensor) -> Tensor | None:
     return getattr(tensor, "_base", None)
 
 
+def drop_hooks(module: nn.Module, mine: Callable[[Any], bool]) -> None:
+    """Take those hooks off a module that are ``mine``, without their handles. Without it: they stay."""
+    for name in ("_forward_pre_hooks", "_forward_hooks", "_load_state_dict_post_hooks"):
+        hooks = getattr(module, name, {})
+        for key in [key for key, hook in hooks.items() if mine(hook)]:
+            del hooks[key]
+            for flags in ("_with_kwargs", "_always_called"):
+                getattr(module, name + flags, {}).pop(key, None)
+
+
 def running_calls(module: nn.Module) -> int:
     """How many calls of a module are on this thread's Python stack. Without it: 0, and a nested call starts anew."""
     call = getattr(nn.Module, "_call_impl", None)

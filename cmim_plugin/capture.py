@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from . import _compat
+from .discovery.dry_run import is_dry_run
 from .discovery.find import Tap
 from .discovery.inputs import BatchSource, is_strided, positional_names
 from .errors import CMIMError, CMIMWarning, warn_once
@@ -110,6 +111,13 @@ class Capture:
         self._handles.append(root.closing)
         self._handles.append(model.register_load_state_dict_post_hook(root.loaded))
 
+    def make_last(self) -> None:
+        """Move the hooks behind those that others registered since: these may change what modules get and return."""
+        for handle in self._handles[1:-1]:  # the first opens the pass, the last one is called when a state is loaded
+            hooks: Any = handle.hooks_dict_ref() or {}
+            if handle.id in hooks and next(reversed(hooks)) != handle.id:
+                hooks.move_to_end(handle.id)
+
     def detach(self) -> None:
         """Take the hooks off, forget what was captured, and leave no mode on torch's stack, also after an interrupt."""
         self.attached = False
@@ -179,7 +187,7 @@ class Capture:
     @property
     def holds(self) -> bool:
         """Whether some hooks of a forward pass are still on the model."""
-        return any(map(_is_on, self._handles[:-1]))  # the last one is called when the model loads a state
+        return any(map(_is_on, self._handles[:-1]))
 
     def forget(self) -> None:
         """The pass of this thread that waits gives no loss."""
@@ -278,6 +286,10 @@ class _RootHook(_Hook):
         if not self.will_close():
             capture.forget()  # else cmim(model) would give the loss of an older pass
         elif capture.observer is not None or (torch.is_grad_enabled() and not _compat.is_no_training_step()):
+            if not torch.compiler.is_compiling():
+                if is_dry_run():
+                    return
+                capture.make_last()
             with _compat.unrecorded():
                 capture.begin(module, args, kwargs or {}, self)
 
@@ -384,13 +396,23 @@ def _recording_a_graph() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def attached_to(model: nn.Module) -> bool:
-    """Whether a living plug-in is on this very model, on a part of it, or on a model that it is a part of.
+def attached_to(model: nn.Module) -> list[Capture]:
+    """Those of living plug-ins on this very model, on a part of it, or on a model that it is a part of.
 
     Not: on another model that shares modules with this one, where the two do not meet.
     """
+    found = []
     for capture in list(_CAPTURES):
         other = capture.model_ref()
         if other is not None and capture.holds and (model in set(other.modules()) or other in set(model.modules())):
-            return True
-    return False
+            found.append(capture)
+    return found
+
+
+def clear(model: nn.Module) -> None:
+    """Take all hooks of this library off a model, those that do nothing in a copy too."""
+    for capture in attached_to(model):
+        capture.removed = True
+        capture.detach()
+    for module in model.modules():
+        _compat.drop_hooks(module, lambda hook: isinstance(getattr(hook, "__self__", None), _Hook))

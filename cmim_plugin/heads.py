@@ -149,7 +149,8 @@ class Heads(nn.Module):
             buffer = getattr(self, name)
             # In half precision small steps of Adam would round to nothing; its kernel on a GPU reads float32 steps.
             dtype = torch.float32 if name == "steps" else torch.promote_types(buffer.dtype, torch.float32)
-            setattr(self, name, buffer.detach().to(dtype))
+            if not (buffer.requires_grad and buffer.is_leaf and buffer.dtype == dtype):  # an optimizer may hold it
+                setattr(self, name, buffer.detach().to(dtype))
         self.weights.requires_grad_()
         self.weights.grad = torch.zeros_like(self.weights)
         self._unit = self.weights.new_full((self.embed_dim,), self.embed_dim**-0.5)

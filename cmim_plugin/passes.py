@@ -183,13 +183,15 @@ class Pass:
         self._check_counts()
         left_out = [pair.left_out[0] for pair in self.pairs.values() if pair.left_out]
         reached = any(pair.complete for pair in self.pairs.values())
-        if self.failure or FAILED in left_out or (EXCUSED in left_out and not reached):
+        # Of some taps, those of this step may be frozen; of all, none is left to train.
+        frozen = EXCUSED in left_out and not reached
+        if self.failure or FAILED in left_out or (frozen and len(self.scheduled) == len(self.taps)):
             raise CMIMError("\n".join(["The forward pass could not be captured.", *lines]))
         for k, pair in self.pairs.items():
             if not pair.complete:
                 self.leave_out(k, MISSED, "the forward pass did not reach it")
         lines = self.troubles()
-        if not reached and not may_reach_none:
+        if not (reached or frozen or may_reach_none):
             raise CMIMError(
                 "The forward pass reached none of the taps. Was the model compiled and run before CMIM was attached "
                 "(attach first, or call torch._dynamo.reset()), were modules replaced or hooks cleared (attach again), "

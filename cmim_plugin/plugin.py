@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import numbers
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .capture import Capture, attached_to
+from .capture import Capture, attached_to, clear
 from .contrast import Contrast
 from .discovery.find import BinaryActivation, Tap, discover
 from .errors import CMIMError, warn_once
@@ -78,8 +79,7 @@ class CMIM(nn.Module):
             is then as it was.
     """
 
-    # Which taps are contrasted where the user says nothing of them.
-    _default_taps = slice(None)
+    _default_taps = slice(None)  # which are contrasted where the user says nothing of them
 
     def __init__(
         self,
@@ -105,14 +105,10 @@ class CMIM(nn.Module):
         _check_settings(locals())
         model = unwrapped(model)
         if attached_to(model):
-            raise CMIMError("A CMIM is attached to this model already: call remove() on it first.")
+            raise CMIMError("A CMIM is attached to this model already: call its remove(), or CMIM.remove_from(model).")
 
         found, batch_source = discover(model, example_input, batch_size)
-        if instances == "image":
-            found = tuple(replace(f, reason=f.reason or f.mixed) for f in found)
-        elif teacher is None:
-            misaligned = 'its latent has another number of positions: only instances="image" can contrast them'
-            found = tuple(replace(f, reason=misaligned) if f.tapped and not f.aligned else f for f in found)
+        found = tuple(replace(f, reason=_reason_against(f, instances, teacher)) for f in found)
         chosen = _chosen(found, taps, model)
         tapped = tuple(chosen if taps is not None else chosen[self._default_taps])
         # A teacher replaces the latent of each tap. Capture.begin() delivers it, before the binary side is seen.
@@ -181,7 +177,7 @@ class CMIM(nn.Module):
         """
         captured = self._begin_step(model)
         mask = _mask_for_loss(self, captured, mask)
-        # On two lines: in one, torch.compile of torch 2.6 keeps the bound method of the first call and compiles anew.
+        # Not in one line: torch.compile of torch 2.6 would keep the bound method of the first call.
         value = self.contrast(captured, labels, mask)
         return self._finish_step(value, captured)
 
@@ -189,7 +185,8 @@ class CMIM(nn.Module):
         """The pass to take the loss of. The heads take the step that is due."""
         path = path_to(self._capture.model_ref(), model)
         captured = self._capture.pop()
-        captured.check(self, may_reach_none=self.schedule.step > 0 and self._capture.hooked)
+        may_reach_none = self.schedule.step > 0 or all(self.taps[k].skipped for k in captured.scheduled)
+        captured.check(self, may_reach_none and self._capture.hooked)
         # DistributedDataParallel averages gradients in the next backward pass, and in no other one.
         if any(isinstance(m, nn.parallel.DistributedDataParallel) and m.require_backward_grad_sync for m in path):
             captured.ask_for_one_pass()
@@ -204,6 +201,8 @@ class CMIM(nn.Module):
                 self.contrast.tell_of_new_heads()
             self.contrast.tell_of_idle_heads(self.weight)
         self.schedule.advance()
+        if not isinstance(self.weight, Tensor) and self.weight == 0:
+            return self.heads.weights[:0].sum()  # zero times an infinite loss is NaN; a gradient of zero is not None
         return self.weight * len(self.taps) / len(captured.scheduled) * value
 
     def _sync(self) -> None:
@@ -221,11 +220,6 @@ class CMIM(nn.Module):
         return self.contrast.heads
 
     @property
-    def taps_per_step(self) -> int | None:
-        """How many taps a step contrasts, None for all."""
-        return self.schedule.taps_per_step
-
-    @property
     def scheduled(self) -> tuple[str, ...]:
         """Names of the taps that the next pass captures."""
         return tuple(self.taps[k].name for k in self.schedule.taps)
@@ -233,8 +227,7 @@ class CMIM(nn.Module):
     @property
     def draws(self) -> Tensor:
         """``(taps, num_positions)`` int64: the random numbers by which the next pass chooses its positions
-        (:func:`stratified_indices`), a row for each of :attr:`scheduled`. Each loss replaces them: write into it before
-        a pass to choose that pass's positions."""
+        (:func:`stratified_indices`), a row for each of :attr:`scheduled`. Write into it to fix those of one pass."""
         return self.schedule.draws
 
     @property
@@ -289,6 +282,11 @@ class CMIM(nn.Module):
         """Take every hook off the model, which is then as it was. Calling it again does nothing."""
         self._capture.removed = True
         self._capture.detach()
+
+    @staticmethod
+    def remove_from(model: nn.Module) -> None:
+        """Take the hooks of every CMIM off a model, also those that do nothing, in a copy."""
+        clear(unwrapped(model))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -363,6 +361,14 @@ def _listing(cmim: CMIM) -> str:
     return table([("tap", "channels", "share", "what"), *folded(rows)])
 
 
+def _reason_against(found: BinaryActivation, instances: str, teacher: nn.Module | None) -> str | None:
+    """Why a binary activation cannot be contrasted as the user wants it, None where it can."""
+    misaligned = 'its latent has another number of positions: only instances="image" can contrast them'
+    if instances == "image":
+        return found.reason or found.mixed
+    return found.reason or (misaligned if teacher is None and not found.aligned else None)
+
+
 def _chosen(
     found: tuple[BinaryActivation, ...],
     taps: Collection[str] | Callable[[str, nn.Module], bool] | None,
@@ -401,16 +407,16 @@ def _default_embed_dim(model: nn.Module, taps: tuple[Tap, ...]) -> int:
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
-    number, integer, positive = (int, float), "an integer, {} or more", lambda v: v is None or v >= 1
+    number, integer, positive = numbers.Real, "an integer, {} or more", lambda v: v is None or v >= 1
     function = "a function such as InfoNCE() or NCE(num_samples=...)"
     rules: list[tuple[str, Any, Callable[[Any], bool], str]] = [
         ("weight heads_lr", number, lambda v: 0 <= v < math.inf, "a number, zero or more"),
         ("temperature", number, lambda v: 0 < v < math.inf, "positive"),
         ("layer_decay", number, lambda v: 0 < v <= 1, "in (0, 1]"),
-        ("num_positions", int, positive, integer.format(1)),
-        ("queue_size", int, lambda v: v >= 0, integer.format(0)),
-        ("taps_per_step", int | None, positive, f"{integer.format(1)}, or None for all"),
-        ("embed_dim batch_size", int | None, positive, f"{integer.format(1)}, or None"),
+        ("num_positions", numbers.Integral, positive, integer.format(1)),
+        ("queue_size", numbers.Integral, lambda v: v >= 0, integer.format(0)),
+        ("taps_per_step", numbers.Integral | None, positive, f"{integer.format(1)}, or None for all"),
+        ("embed_dim batch_size", numbers.Integral | None, positive, f"{integer.format(1)}, or None"),
         ("instances", str, lambda v: v in ("position", "image"), '"position" or "image"'),
         ("objective", Callable | None, lambda v: not isinstance(v, type), function),
         ("teacher", nn.Module | None, lambda v: True, "a torch.nn.Module or None"),

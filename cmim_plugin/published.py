@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import numbers
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -66,12 +67,12 @@ class PublishedCMIM(CMIM):
         if not isinstance(teacher, nn.Module):
             raise CMIMError(f"teacher must be a torch.nn.Module; found {teacher!r}.")
         if not isinstance(targets, Tensor) or targets.ndim != 1 or not holds_integers(targets):
-            raise CMIMError("targets must be the (M,) integer classes of the training set, in its order.")
+            raise CMIMError("targets must be a tensor of the (M,) integer classes of the training set, in its order.")
         if len(targets.unique()) < 2:
             raise CMIMError("targets has one class only: negatives are drawn from other classes.")
-        if not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
+        if not isinstance(momentum, numbers.Real) or not 0 <= momentum < 1:
             raise CMIMError(f"momentum must be in [0, 1); found {momentum!r}.")
-        if not isinstance(num_negatives, int) or num_negatives < 1:
+        if not isinstance(num_negatives, numbers.Integral) or num_negatives < 1:
             raise CMIMError(f"num_negatives must be an integer, 1 or more; found {num_negatives!r}.")
         super().__init__(
             model,
@@ -88,7 +89,9 @@ class PublishedCMIM(CMIM):
             teacher_modules=teacher_modules,
         )
         try:
-            self.bank = MemoryBank(self.contrast, targets, num_negatives, momentum).to(self.heads.weights.device)
+            self.bank: MemoryBank = MemoryBank(self.contrast, targets, num_negatives, momentum).to(
+                self.heads.weights.device
+            )
         except BaseException:  # out of memory, an interrupt
             self.remove()
             raise
@@ -151,6 +154,13 @@ class MemoryBank(nn.Module):
             self.register_buffer("normalizers", torch.zeros(taps, 2, dtype=torch.float32))
             self.register_buffer("draws", new_draws((num_negatives,), generator))
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MemoryBank:
+        super()._apply(fn, recurse)
+        for name in ("entries", "normalizers"):  # as the heads: half precision would round what momentum adds
+            buffer = getattr(self, name)
+            setattr(self, name, buffer.to(torch.promote_types(buffer.dtype, torch.float32)))
+        return self
+
     def forward(self, contrast: Contrast, captured: Pass, indices: Tensor) -> Tensor:
         """The weighted sum of the losses of all taps, 0-d."""
         indices = self._checked(captured, indices)
@@ -171,7 +181,7 @@ class MemoryBank(nn.Module):
         """Indices of the batch of a pass, int64, on the device of the bank."""
         is_list = isinstance(indices, Tensor) and indices.ndim == 1
         if not is_list or not holds_integers(indices) or indices.dtype == torch.bool:
-            raise CMIMError("indices must be (B,) integers: where the samples stand in the training set.")
+            raise CMIMError("indices must be a tensor of (B,) integers: where the samples stand in the training set.")
         indices = indices.to(self.entries.device, torch.int64)
         sizes = [pair.batch_size for pair in captured.pairs.values() if pair.complete]
         if sizes and sizes[0] != len(indices):

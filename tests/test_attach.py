@@ -295,6 +295,13 @@ def test_settings_out_of_range_are_refused(setting, said):
         CMIM(network(), X, **setting)
 
 
+def test_numbers_of_numpy_are_numbers():
+    model = network()
+    numbers = {"weight": np.float32(0.1), "num_positions": np.int64(32), "embed_dim": np.int32(8)}
+    cmim = CMIM(model, X, queue_size=np.int64(4), taps_per_step=np.int64(2), temperature=np.float64(0.2), **numbers)
+    assert a_loss(model, cmim).dtype == torch.float32 and cmim.draws.shape == (len(cmim.taps), 32)
+
+
 @pytest.mark.parametrize("width, expected", [(900, 128), (1500, 64), (2500, 32)])
 def test_embeddings_are_128_wide_and_narrower_where_the_heads_would_outweigh_a_small_network(width, expected):
     cmim = CMIM(nn.Sequential(nn.Conv2d(2, width, 1), Binary(), nn.Conv2d(width, 1, 1)), X)
@@ -304,10 +311,36 @@ def test_embeddings_are_128_wide_and_narrower_where_the_heads_would_outweigh_a_s
 def test_a_second_plug_in_on_the_same_model_is_refused():
     model = network()
     cmim = CMIM(model, X)
-    with pytest.raises(CMIMError, match=r"attached to this model already: call remove\(\)"):
+    with pytest.raises(CMIMError, match=r"attached to this model already: call its remove\(\)"):
         CMIM(model, X)
     with pytest.raises(CMIMError, match="already"):
         CMIM(model.layer1, torch.randn(2, 4, 4, 4))
+    assert a_loss(model, cmim).isfinite()
+
+
+def test_a_plug_in_that_is_out_of_reach_can_be_removed():
+    model = network()
+    kept = [CMIM(model, X)]  # as the traceback of an interrupted cell keeps it
+    CMIM.remove_from(model)
+    assert a_loss(model, CMIM(model, X)).isfinite()
+    with pytest.raises(CMIMError, match="removed from its model"):
+        kept[0](model)
+
+
+def test_a_copied_model_can_be_freed_of_the_hooks_that_do_nothing_in_it():
+    def hooks(model):
+        kinds = ("_forward_pre_hooks", "_forward_hooks", "_load_state_dict_post_hooks")
+        flags = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+        return [list(getattr(m, name)) for m in model.modules() for name in (*kinds, *flags)]
+
+    model = network()
+    handle = model.conv1.register_forward_hook(lambda *args: None, with_kwargs=False)
+    bare = hooks(model)
+    cmim = CMIM(model, X)
+    copied = copy.deepcopy(model)
+    assert hooks(copied) != bare
+    CMIM.remove_from(copied)
+    assert hooks(copied) == bare and handle.id in model.conv1._forward_hooks
     assert a_loss(model, cmim).isfinite()
 
 

@@ -984,6 +984,11 @@ def test_what_cannot_be_read_is_passed_over(function):
     assert tapped(model, torch.randn(8, 8)) == ["encoder.2"]
 
 
+def test_an_example_without_values_is_refused():
+    with pytest.raises(CMIMError, match="meta device"):
+        CMIM(net(), torch.zeros(2, 3, 8, 8, device="meta"))
+
+
 def test_inputs_without_a_tensor_are_refused():
     batch = types.SimpleNamespace(x=torch.randn(4, 8))
     with pytest.raises(CMIMError, match="tuples, lists and dicts"):

@@ -424,6 +424,19 @@ def test_heads_that_learn_or_are_not_meant_to_are_not_told(backwards, settings):
     assert losses(101, backwards, **settings) == []
 
 
+def test_an_optimizer_of_the_users_keeps_the_heads():
+    model, x = tiny()
+    cmim = CMIM(model, x, heads_lr=0)
+    weights = cmim.heads.weights
+    cmim.to("cpu")
+    cmim.zero_grad()
+    torch.optim.SGD([weights], lr=0.1).zero_grad()
+    cmim.load_state_dict(cmim.state_dict())
+    model(x)
+    cmim(model).backward()
+    assert cmim.heads.weights is weights and weights.grad.any()
+
+
 def test_heads_whose_weight_was_zero_until_now_are_not_told():
     model, x = tiny()
     cmim = CMIM(model, x, weight=0)

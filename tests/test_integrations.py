@@ -71,7 +71,7 @@ def check_trained(cmim: Watched, steps: int, gradient: float = 1.0) -> None:
     assert all(np.isfinite(cmim.losses))
     assert cmim.state_dict()["contrast.heads.steps"] == steps
     reached = [k for k, tap in enumerate(cmim.taps) if tap.name in cmim.metrics]
-    assert len(reached) == min(len(cmim.taps), steps * (cmim.taps_per_step or len(cmim.taps)))
+    assert len(reached) == min(len(cmim.taps), steps * (cmim.schedule.taps_per_step or len(cmim.taps)))
     for k in reached:
         for now, before in zip(cmim.heads.of(k), cmim.heads.of(k, cmim.built), strict=True):
             assert not torch.equal(now, before)

@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import random
 import threading
 import warnings
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cmim_plugin import CMIM, CMIMError, CMIMWarning
+from cmim_plugin import CMIM, CMIMError, CMIMWarning, find_binary_activations
 from cmim_plugin.discovery.layout import Layout
 from cmim_plugin.passes import LATENT, _without_masked_scores
 from networks import BIREAL, METHODS, Binary, BinaryConv, X, Y, a_loss, assert_same, batch, gradients, network, told
@@ -49,6 +50,82 @@ def clean_stack():
 def assert_nothing_captured(model, cmim):
     with pytest.raises(CMIMError, match="No forward pass"):
         cmim(model)
+
+
+def test_a_weight_of_zero_leaves_what_the_task_does_not_reach_without_a_gradient():
+    """The task's loss is taken of the stem alone; an infinite latent has a finite code."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), BinaryConv(4, 4, 1))
+    cmim = CMIM(model, X, weight=0)
+    task = model[0](X).sum()
+    model[1].register_forward_hook(lambda module, x, y: y / (y > 0).to(y.dtype))
+    model(X)
+    loss = task + cmim(model)
+    loss.backward()
+    assert loss == task and model[0].weight.grad.isfinite().all()
+    assert [p.grad for p in model[1:].parameters()] == [None] * 4
+
+
+def test_looking_for_binary_activations_leaves_the_pass_that_waits():
+    model, reference = network(), network()
+    cmim, other = CMIM(model, X), CMIM(reference, X)
+    model(X)
+    reference(X)
+    assert find_binary_activations(model, batch(seed=7)[0])
+    assert_same(cmim(model), other(reference))
+
+
+@pytest.mark.parametrize("place", ["output of the norm", "input of the convolution", "output of the model's part"])
+def test_hooks_of_others_that_change_activations_may_come_after_ours(place):
+    """Manifold mixup registers a hook in each step."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.conv = nn.BatchNorm2d(4), BinaryConv(4, 4, 1)
+
+        def forward(self, x):
+            return self.conv(self.norm(x))
+
+    def mixed(module, x, y=None):
+        x = x[0] if y is None else y
+        return 0.3 * x + 0.7 * x.flip(0)
+
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), Block(), nn.Flatten(), nn.LazyLinear(3))
+    model(X)
+    cmim = CMIM(model, X)
+    handle = {
+        "output of the norm": model[1].norm.register_forward_hook,
+        "input of the convolution": model[1].conv.register_forward_pre_hook,
+        "output of the model's part": model[0].register_forward_hook,
+    }[place](mixed)
+    for _ in range(2):
+        model(X)
+        (captured,) = cmim._capture._waiting.values()
+        binary, latent = captured.pairs[0].sides
+        assert torch.equal(binary, latent.detach().sign())
+        assert cmim(model).isfinite()
+    handle.remove()
+
+
+def test_a_first_pass_that_by_chance_skips_all_taps_adds_nothing():
+    class Skipping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.block = nn.Conv2d(2, 4, 1), nn.Sequential(nn.BatchNorm2d(4), BinaryConv(4, 4, 1))
+            self.skip = lambda: random.random() < 0.5
+
+        def forward(self, x):
+            x = self.stem(x)
+            return x if self.skip() else x + self.block(x)
+
+    model = Skipping()
+    cmim = CMIM(model, X)
+    assert cmim.taps[0].skipped
+    model.skip = lambda: True
+    model(X)
+    with pytest.warns(CMIMWarning, match="did not reach it"):
+        assert cmim(model) == 0
 
 
 # -- one pass, one loss --------------------------------------------------------------------------------------------

@@ -232,6 +232,21 @@ def test_indices_may_be_of_any_integer_dtype(dtype):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16])
+def test_the_bank_stays_in_single_precision(dtype):
+    model, _, cmim = start()
+    cmim.to(dtype)
+    model(X.double())
+    assert cmim(model, indices=torch.arange(4)).isfinite() and cmim.bank.entries.dtype == torch.float32
+
+
+def test_the_bank_does_not_start_as_the_heads():
+    _, _, cmim = start(num_negatives=3)
+    heads, entries = cmim.heads.weights.detach().flatten(), cmim.bank.entries.flatten()
+    n = min(len(heads), len(entries))
+    assert torch.corrcoef(torch.stack([heads[:n], entries[:n]]))[0, 1].abs() < 0.5
+
+
 def test_the_papers_reading_is_not_of_this_class():
     with pytest.raises(CMIMError, match=r"The paper's plain reading is CMIM\.paper"):
         PublishedCMIM.paper(network(), X, 10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -33,8 +34,14 @@ from .trace import Trace, record
 
 # Passes at most where layers are skipped at random.
 _PASSES = 10
+_running = threading.local()
 # Samples at most of a pass that is traced, to attach in less time than two training steps take.
 _SAMPLES = 4
+
+
+def is_dry_run() -> bool:
+    """Whether this thread is in a dry run, whose passes are none of a training step."""
+    return getattr(_running, "depth", 0) > 0
 
 
 def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:
@@ -46,7 +53,7 @@ def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[lis
     more passes follow until nothing new appears.
     """
     inputs = as_inputs(example)
-    _check(model)
+    _check(model, inputs)
     asked: list[None] = []
 
     def not_kept(nothing: None) -> Tensor:
@@ -57,12 +64,16 @@ def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[lis
         )
 
     # Nothing runs backward, so the graph need not keep the activations, which are most of the memory.
-    with contextlib.suppress(CMIMError), saved_tensors_hooks(lambda tensor: None, not_kept):
-        found = _dry_run(model, inputs, batch_size)
-        if not asked:
-            return found
-    # There is an error to tell, or the forward itself takes a gradient.
-    return _dry_run(model, inputs, batch_size)
+    _running.depth = getattr(_running, "depth", 0) + 1
+    try:
+        with contextlib.suppress(CMIMError), saved_tensors_hooks(lambda tensor: None, not_kept):
+            found = _dry_run(model, inputs, batch_size)
+            if not asked:
+                return found
+        # There is an error to tell, or the forward itself takes a gradient.
+        return _dry_run(model, inputs, batch_size)
+    finally:
+        _running.depth -= 1
 
 
 def _dry_run(model: nn.Module, inputs: Inputs, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:
@@ -109,12 +120,14 @@ def _dry_run(model: nn.Module, inputs: Inputs, batch_size: int | None) -> tuple[
         ) from failure
 
 
-def _check(model: nn.Module) -> None:
+def _check(model: nn.Module, inputs: Inputs) -> None:
     parameters = list(model.parameters())
     if torch.is_inference_mode_enabled():
         raise CMIMError("Attach outside of torch.inference_mode(), within which nothing has a gradient.")
-    if any(tensor.is_meta for tensor in parameters):
-        raise CMIMError("The model is on the meta device, without values: attach after model.to_empty() and loading.")
+    if any(tensor.is_meta for tensor in [*parameters, *(t for _, t in tensors_in(inputs))]):
+        raise CMIMError(
+            "The model or its example is on the meta device, without values: attach after to_empty() and loading."
+        )
     # Its state is in objects of its own, which a dry run would disturb.
     if any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__):
         raise CMIMError("The model is sharded already: attach CMIM first, then call fully_shard().")

@@ -53,6 +53,7 @@ class BinaryActivation:
         aligned: whether both have the same number of positions.
         mixed: why its rows are not those of one sample after another, None where they are. Its positions can be
             contrasted all the same; whole images cannot, and labels and masks do not apply.
+        skipped: whether a pass of the dry run did not call its module, as where layers are skipped at random.
         product: which of the operands of products within the module a_B is, 0 where none of them is.
     """
 
@@ -67,6 +68,7 @@ class BinaryActivation:
     latent_channels: int = 0
     aligned: bool = True
     mixed: str | None = None
+    skipped: bool = False
     product: int = 0
 
     @property
@@ -94,7 +96,8 @@ def discover(
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     for trace in traces[:1] + [t for t in traces[1:] if t.calls != traces[0].calls]:
         _merge(order, found, _found_in(trace, [other for other in traces if other is not trace]))
-    return tuple(_named(found)), source
+    named = [replace(f, skipped=not all(t.calls[f.module] for t in traces)) for f in _named(found)]
+    return tuple(named), source
 
 
 def find_binary_activations(

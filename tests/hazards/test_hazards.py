@@ -714,6 +714,25 @@ def test_a_tap_of_layers_frozen_after_attaching_adds_nothing_and_is_warned_about
         step(model, cmim)
 
 
+def test_where_all_taps_of_a_step_are_frozen_training_goes_on():
+    """Of eight taps six take turns, and all but the last are frozen."""
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.BatchNorm2d(4), Binary(), nn.Conv2d(4, 4, 1)) for _ in range(8)]
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), *blocks)
+    cmim = CMIM(model, torch.zeros(2, 3, 8, 8), taps_per_step=2)
+    model[:8].requires_grad_(False)
+    losses = []
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", CMIMWarning)
+        for _ in range(8):
+            model(torch.randn(4, 3, 8, 8))
+            losses.append(cmim(model))
+            losses[-1].backward()
+    assert [bool(loss) for loss in losses].count(True) == 2  # the steps with the last tap
+    frozen = [line for warning in warned for line in str(warning.message).splitlines()]
+    assert len(frozen) == 7 and all("frozen" in line for line in frozen)
+
+
 @each_way
 def test_binarizations_of_layers_frozen_before_are_left_out(inside):
     torch.manual_seed(0)
