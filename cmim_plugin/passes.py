@@ -179,8 +179,8 @@ class Pass:
         """Raise CMIMError where something could not be captured or nothing is left to train. Warn once for each
         ``plugin`` about each tap that adds nothing to the loss. ``may_reach_none``: accept a pass that reached no tap,
         as random skipping of layers can make it."""
-        lines = self.troubles()  # before those that may be warnings alone are added
         self._check_counts()
+        lines = self.troubles()
         left_out = [pair.left_out[0] for pair in self.pairs.values() if pair.left_out]
         reached = any(pair.complete for pair in self.pairs.values())
         # Of some taps, those of this step may be frozen; of all, none is left to train.
@@ -211,9 +211,9 @@ class Pass:
             tap = self.taps[k]
             sites = [site for site in (tap.binary, tap.latent) if site is not None]
             other_calls = any(self.calls.get(site.module, 0) != site.calls for site in sites)
-            if pair.complete and (k in self.miscounted or (other_calls and not tap.in_one_call)):
+            if k in self.miscounted or (other_calls and (pair.left_out or not tap.in_one_call)):
                 pair.rows = [None, None]
-                self.leave_out(k, MISSED, "a function or module was not called as often as in the dry run")
+                pair.left_out = MISSED, "a function or module was not called as often as in the dry run"
 
     def ask_for_one_pass(self) -> None:
         """The gradients of the contrast and of the network's loss are to come in one backward pass."""

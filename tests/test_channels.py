@@ -153,6 +153,25 @@ def test_channels_are_what_the_product_contracts(made, dim, channels):
     assert (found.channels, found.layouts[0].spatial is None) == (channels, dim == -1)
 
 
+def test_channels_are_followed_through_what_takes_a_dimension_away():
+    def last_step(m, x, n):
+        return m.linear(sign(m.conv(x))[torch.arange(len(x)), :, n])
+
+    class Sequences(nn.Module):
+        def __init__(self, forward):
+            super().__init__()
+            self.conv = nn.Sequential(nn.Conv1d(3, 16, 3, padding=1), nn.BatchNorm1d(16))
+            self.linear, self.function = nn.Linear(16, 4), forward
+
+        def forward(self, *inputs):
+            return self.function(self, *inputs)
+
+    x, steps = torch.randn(4, 3, 7), torch.randint(7, (4,))
+    for function, example in ((lambda m, x: m.linear(sign(m.conv(x) - 1).amax(-1)), x), (last_step, (x, steps))):
+        (found,) = find_binary_activations(Sequences(function), example)
+        assert (found.reason, found.channels) == (None, 16)
+
+
 def test_channels_that_are_neither_last_nor_next_to_the_batch_are_refused():
     def frames(m, x):
         return m.conv2(sign(x.transpose(1, 2)).flatten(0, 1))

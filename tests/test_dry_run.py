@@ -1123,6 +1123,111 @@ def test_codes_times_a_gate_of_their_size_have_three_values(gate):
     assert list(reasons(model, X8).values()) == ["it has three values: its zeros are not only signs of zero"]
 
 
+def shifted(x):
+    b, moved = Sign.apply(x), torch.zeros_like(x)
+    moved[:, :2, 1:], moved[:, 2:, :-1] = b[:, :2, :-1], b[:, 2:, 1:]
+    return moved
+
+
+def padded_by_hand(x):
+    b = Sign.apply(x)
+    padded = b.new_ones(*b.shape[:2], b.shape[2] + 2, b.shape[3] + 2)
+    padded[:, :, 1:-1, 1:-1] = b
+    return padded
+
+
+def by_masks(x):
+    codes = x.clone()
+    codes[codes >= 0] = 1
+    codes[codes < 0] = -1
+    return x + (codes - x).detach()
+
+
+def by_fills(x):
+    codes = x.clone()
+    codes.masked_fill_(codes >= 0, 1).masked_fill_(codes < 0, -1)
+    return x + (codes - x).detach()
+
+
+@pytest.mark.parametrize("written", [shifted, padded_by_hand, by_masks, by_fills])
+def test_codes_that_are_written_into_a_tensor_have_the_latent_that_was_signed(written):
+    def forward(m, x):
+        m.latent = m.norm(m.stem(x))
+        return m.last(written(m.latent))
+
+    parts = {"stem": nn.Conv2d(3, 8, 3, padding=1), "norm": nn.BatchNorm2d(8), "last": nn.Conv2d(8, 4, 1)}
+    model = Of(forward, **parts)
+    cmim = CMIM(model, X)
+    assert [tap.channels for tap in cmim.taps] == [8]
+    model(X)
+    (captured,) = cmim._capture._waiting.values()
+    binary, latent = captured.pairs[0].sides
+    assert torch.equal(binary, latent.sign())
+    positions = model.latent.movedim(1, -1).reshape(-1, 8)
+    assert torch.equal(positions[captured.pairs[0].index], latent)
+
+
+@pytest.mark.parametrize("scales", [(0.8, 0.4), (1.0, 1.0), (1.0, 1.0, 1.0)])
+def test_a_sum_of_codes_has_a_tap_for_each_whatever_their_scales(scales):
+    model = Of(
+        lambda m, x: m.last(sum(scale * Sign.apply(m.norm(m.stem(x)) - i / 2) for i, scale in enumerate(scales))),
+        stem=nn.Conv2d(3, 8, 3, padding=1),
+        norm=nn.BatchNorm2d(8),
+        last=nn.Conv2d(8, 4, 1),
+    )
+    assert len(tapped(model, X)) == len(scales)
+
+
+@pytest.mark.parametrize("padding", [0, 4])
+def test_tokens_of_two_kinds_show_all_taps(padding):
+    class PlainSign(Sign):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.sign()
+
+    binary = [Of(lambda m, x: PlainSign.apply(x)) for _ in range(3)]
+    layers = [layer for b in binary for layer in (nn.LayerNorm(16), b, nn.Linear(16, 16))]
+    ids = torch.ones(4, 12, dtype=torch.long)
+    ids[:, 12 - padding :] = 0
+    assert tapped(nn.Sequential(nn.Embedding(30, 16), *layers), ids) == ["2", "5", "8"]
+
+
+def test_a_sign_and_its_product_in_one_function_are_named():
+    class BinaryDense(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, weight)
+            return x.sign() @ weight.sign().t()
+
+        @staticmethod
+        def backward(ctx, g):
+            x, weight = ctx.saved_tensors
+            return g @ weight.sign() * (x.abs() < 1), g.t() @ x.sign()
+
+    model = Of(
+        lambda m, x: BinaryDense.apply(m.norm(m.first(x)), m.weight),
+        first=nn.Linear(8, 16),
+        norm=nn.BatchNorm1d(16),
+        weight=nn.Parameter(torch.randn(4, 16)),
+    )
+    (reason,) = reasons(model, X8).values()
+    assert reason == "its sign and its product are in one autograd.Function: take the sign in a Function of its own"
+
+
+def test_codes_made_outside_torch_may_have_a_threshold_for_each_channel():
+    class Kernel(Sign):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            high = x.numpy() > np.linspace(-1, 1, 8)[:, None, None]
+            return torch.from_numpy(np.where(high, 1, -1).astype("float32"))
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Of(lambda m, x: Kernel.apply(x)), nn.Conv2d(8, 4, 1))
+    (found,) = find_binary_activations(model, X)
+    assert found.tapped, found.reason
+
+
 def over_tokens(function, **more):
     return Of(function, first=nn.Linear(8, 16), norm=nn.LayerNorm(16), last=BinaryLinear(16, 4), **more)
 

@@ -108,6 +108,31 @@ def test_hooks_of_others_that_change_activations_may_come_after_ours(place):
     handle.remove()
 
 
+def test_a_tap_that_meets_another_layers_activation_is_left_out():
+    """One binarizer for all layers, of which one is skipped: its calls move on to layers of another width."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = Binary()
+            self.convs = nn.ModuleList([nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 1)])
+            self.skip = False
+
+        def forward(self, x):
+            x = self.convs[0](x)
+            for i, conv in enumerate(self.convs[1:]):
+                x = x if i == 0 and self.skip else conv(self.act(x))
+            return x
+
+    model = Shared()
+    cmim = CMIM(model, X)
+    assert [tap.channels for tap in cmim.taps] == [4, 4, 8]
+    model.skip = True
+    model(X)
+    with pytest.warns(CMIMWarning, match="not called as often as in the dry run"):
+        assert cmim(model).isfinite()
+
+
 def test_a_first_pass_that_by_chance_skips_all_taps_adds_nothing():
     class Skipping(nn.Module):
         def __init__(self):

@@ -30,7 +30,7 @@ def spatial_dims(b: Binarization) -> tuple[int | None, str | None]:
         contracted = _contracted(consumer, operand)
         found = _followed(operand, contracted, lambda s: s.held is source.held, since=source.seq)
         # A function in between may hide what it does: a guess.
-        dims = found[1] if found else contracted if last == len(operand.held.shape) - 1 else {last}
+        dims = found[1] if found else contracted if last == len(operand.held.shape) - 1 else _of_layer(b) or {last}
         dims = dims - {0} or dims  # samples folded into groups
         if last > 1 and dims == set(range(1, last + 1)):  # it was flattened for a linear layer
             dims = _of_layer(b) or {1}
@@ -149,8 +149,9 @@ def _before(result: Sighting, argument: Sighting, dims: set[int]) -> set[int] | 
     if len(old) == len(new):
         return dims
     # Rows were picked, as by `x[samples, neighbours]`: dimensions before and behind stay.
-    first = next((d for d, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), 0)
-    behind = next((d for d, (a, b) in enumerate(zip(old[::-1], new[::-1], strict=False)) if a != b), 0)
+    alike = min(len(old), len(new))
+    first = next((d for d, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), alike)
+    behind = next((d for d, (a, b) in enumerate(zip(old[::-1], new[::-1], strict=False)) if a != b), alike)
     if all(i < first or i >= len(new) - behind for i in dims):
         return {i if i < first else i - len(new) + len(old) for i in dims}
     return None

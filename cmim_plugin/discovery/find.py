@@ -194,6 +194,8 @@ def _reason_against(history: History, b: Binarization) -> str | None:
         return "it is the network's input that is binarized, not an activation"
     if not codes.first_in_graph and b.operand.requires_grad:
         return "one autograd.Function passes it straight to another: put a module between the two, as nn.Identity()"
+    if not codes.first_in_graph and any(not r.in_graph and r.held.first_in_graph for r in b.consumer.results):
+        return "its sign and its product are in one autograd.Function: take the sign in a Function of its own"
     if not codes.first_in_graph:
         before = history.trace.sightings[: b.source.seq]
         return _NO_GRADIENT if any(s.requires_grad and s.from_input for s in before) else _FROZEN
@@ -201,7 +203,7 @@ def _reason_against(history: History, b: Binarization) -> str | None:
         return "it is one-hot: a choice, not a code"
     if b.latent is None:
         if codes.constant:
-            return "it was constant in the dry run, and no call that binarizes was found: a dead sign"
+            return "it was constant in the dry run, and no call that binarizes was found: a dead sign or layer"
         return "no tensor in the graph was found that it is the sign of"
     latent = b.latent.held
     if codes.pattern is not None:

@@ -88,9 +88,15 @@ class History:
         return self._terms[operand]
 
     def _terms_of(self, operand: Sighting, depth: int) -> list[Sighting]:
-        if self.is_two_valued(operand):
-            return [operand]
         event = operand.producer
+        if self.is_two_valued(operand):
+            # Of two codes of one scale the sum has three values, evenly spaced.
+            pattern = operand.held.pattern
+            has_zeros = pattern is not None and bool((pattern == 0).any())
+            is_sum = event is not None and event.name in functions.SUMS
+            parts = operand.given(same_size=True) if is_sum and has_zeros else []
+            terms = [self.terms(part, depth + 1) for part in parts]
+            return [t for found in terms for t in found] if len(terms) > 1 and all(terms) else [operand]
         if event is None or depth > _DEPTH:
             return []
         size, arguments = operand.held.numel, operand.given()
@@ -111,7 +117,13 @@ class History:
         """The last call before the source that made its codes."""
         events = [e for e in self._binarizing.get(source.held.code, ()) if e.results[0].seq <= source.seq]
         # Sums rebuild codes in the detach trick (`sign(x).detach() - f(x).detach() + f(x)`); they do not make them.
-        return next((e for e in reversed(events) if e.name not in functions.SUMS), events[-1] if events else None)
+        made = [e for e in events if e.name not in functions.SUMS] or events[-1:]
+        # `o[o >= 0] = 1; o[o < 0] = -1` compares twice, the second time what is overwritten in part.
+        for event in reversed(made):
+            before = {id(b.held) for a in event.arguments for b in _overwritten(a)}
+            if not any(id(a.held) in before for e in made if e is not event for a in e.arguments):
+                return event
+        return None
 
     def _latent(self, source: Sighting, event: Event | None) -> Sighting | None:
         """The first sighting of a_F in the graph."""
@@ -140,7 +152,10 @@ class History:
             return None
         for s in reversed(self.trace.sightings[: source.seq]):
             fits = s.in_graph and s.held.continuous and not s.held.two_valued and s.held.numel == source.held.numel
-            if not fits or not _separated(s, pattern):
+            if not fits:
+                continue
+            index = kept_positions(s.held.numel, pattern.device)
+            if not is_split_by_threshold(s.held.values, pattern, index, s.held.shape):
                 continue
             # Not `codes + x` of the estimator `codes + x - x.detach()`.
             if not any(_separated(a, pattern, levels=True) for a in s.given(same_size=True)):
@@ -201,6 +216,8 @@ def _sources(sighting: Sighting, like: Callable[[Snapshot], bool]) -> list[Sight
             before = []  # cut off the graph: what it was made of gets no gradient from here
         if event is not None and event.name in functions.SUMS:  # the detach trick: not its latent, which may have two
             before = [a for a in before if a.held.code == current.held.code]
+        if event is not None and event.name in functions.STEPS:  # nor a latent of which a group has two values only
+            before = [a for a in before if a.held.code == current.held.code or not a.held.continuous]
         # Not a factor that is expanded: one scale a sample has two values where there are two samples.
         before = [a for a in before if a.distinct * 4 > a.held.numel] or before
         if event is not None and event.name in functions.SCALINGS:  # nor is a gate a code
@@ -227,6 +244,12 @@ def _zeroes(gate: Sighting, product: Sighting) -> bool:
     if gate.held.pattern is None or product.held.pattern is None:
         return False
     return bool((gate.held.values[product.held.pattern == 0] == 0).any())
+
+
+def _overwritten(sighting: Sighting) -> list[Sighting]:
+    """What a tensor held before the call that wrote into it."""
+    event = sighting.producer
+    return [a for a in sighting.given() if event is not None and event.writes and event.name not in functions.NORMS]
 
 
 def _step(operand: Sighting) -> Event | None:

@@ -39,7 +39,7 @@ class Site:
 
     module: str  # qualified name of the module whose forward it is in ("" for the model itself)
     call: int  # which call of that module in this pass, from 0
-    kind: str  # "input" or "output" of the module, or "argument" or "result" of a torch function called within it
+    kind: str  # "input" or "output" of the module; "argument", "result" or "written" of a torch function in it
     path: Path  # keys that lead to the tensor within the (args, kwargs) pair or the output
     function: Callable[..., Any] | None = None  # of the last two kinds
     nth: int = 0  # which call of the function with gradients since the module was entered,
@@ -132,6 +132,7 @@ class Event:
     arguments: list[Sighting]  # without parameters
     equation: Any = ""  # of torch.einsum; of torch.tensordot the dimensions
     results: list[Sighting] = field(default_factory=list)
+    writes: bool = False  # into its first argument
 
 
 @dataclass
@@ -246,11 +247,18 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         if name in RANDOM:
             self._drawn(result)
+        written: list[Tensor] = []
         if from_input and writes(func, kwargs):
-            for tensor in (activations[0], _compat.base_of(activations[0])):
-                if tensor is not None and tensor in self._from_input:
+            written = [t for t in (activations[0], _compat.base_of(activations[0])) if t is not None]
+            for tensor in written:
+                if tensor in self._from_input:
                     self._from_input[tensor] = True
         event.results = self._see(result, "result", func, nth, from_input)
+        if written:  # `x[mask] = 1` returns nothing, and a write into a view changes all of the tensor
+            event.writes = True
+            with torch.no_grad():  # never to be picked up here
+                seen = self._see([t for t in written if t is not result], "written", func, nth)
+            event.results += [s for s in seen if not any(s.held is a.held for a in arguments)]
         for sighting in event.results:
             sighting.event = event
         self.trace.events.append(event)
