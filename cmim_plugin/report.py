@@ -37,7 +37,7 @@ _NOISE = 1e-6
 # fmt: off
 _COLUMNS = {
     "tap": ("name", "{}"), "channels": ("channels", "{}"), "bound": ("bound", "{:.2f}"),
-    "at most": ("ceiling", "{:.2f}"), "kept": ("kept", "{:.0%}"), "retrieval": ("retrieval", "{:.1f}%"),
+    "at most": ("ceiling", "{:.2f}"), "kept": ("kept", "{:.0%}"), "retrieval": ("retrieval", "{:.1%}"),
     "+1": ("plus", "{:.1%}"), "dead": ("dead", "{}"), "saturated": ("saturated", "{}"), "flips": ("flips", "{:.2%}"),
 }
 # fmt: on
@@ -53,8 +53,8 @@ class TapReport:
         bound: lower bound on the mutual information of a_B and what it is contrasted with, in nats: the mean over the
             batches, each counted by its instances. None for an objective of the user's own.
         ceiling: what the bound can be at most, in nats: the logarithm of the number of candidates.
-        retrieval: how often the embedding of an a_B is nearest to that of its own a_F among those of the batch, in %;
-            a tie of ``k`` of them counts ``1 / k``.
+        retrieval: how often the embedding of an a_B is nearest to that of its own a_F among those of the batch, in
+            [0, 1]; a tie of ``k`` of them counts ``1 / k``.
         plus: share of the higher code, of all positions and channels, in [0, 1].
         dead, saturated: channels whose code was always the lower, always the higher one.
         flips: share of the codes that differ from an earlier report, in [0, 1]; None without one.
@@ -166,7 +166,7 @@ class Report:
             ) from error
         panels: list[tuple[str, Callable[[TapReport], float | None]]] = [
             ("mutual information, at least (nats)", lambda tap: tap.bound),
-            ("own latent retrieved (%)", lambda tap: tap.retrieval),
+            ("own latent retrieved (%)", lambda tap: None if tap.retrieval is None else 100 * tap.retrieval),
             ("codes +1 (%)", lambda tap: 100 * tap.plus),
             ("channels of one code (%)", lambda tap: 100 * (tap.dead + tap.saturated) / tap.channels),
         ]
@@ -357,7 +357,7 @@ class _Tally:
             self.tap.channels,
             bound=self.bound / n if n and self.bound_of is not None else None,
             ceiling=self.ceiling / n if n else None,
-            retrieval=100 * self.retrieved / n if n else None,
+            retrieval=self.retrieved / n if n else None,
             plus=int(self.higher.sum()) / (self.positions * self.tap.channels),
             dead=int((self.higher == 0).sum()),
             saturated=int((self.higher == self.positions).sum()),
