@@ -355,7 +355,8 @@ def _listing(cmim: CMIM) -> str:
     rows, teacher = [], cmim._teacher
     for k, (tap, share) in enumerate(zip(cmim.taps, cmim.contrast.layer_weights, strict=True)):
         other = "its latent" if teacher is None else teacher.described(k)
-        rows.append((tap.name, f"{tap.channels}", f"{share:.3f}", f"a_B against {other}"))
+        what = f"a_B against {other}" + (", samples mixed" if tap.mixed else "")
+        rows.append((tap.name, f"{tap.channels}", f"{share:.3f}", what))
     tapped = {tap.name for tap in cmim.taps}
     rows += [(f.name, "-", "-", f.reason or "not chosen by taps=") for f in cmim.found if f.name not in tapped]
     return table([("tap", "channels", "share", "what"), *folded(rows)])

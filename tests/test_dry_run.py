@@ -1259,7 +1259,7 @@ def test_positions_are_contrasted_where_the_rows_do_not_follow_the_samples(case)
     function, why = NO_ORDER_OF_SAMPLES[case]
     model = over_tokens(function)
     cmim = CMIM(model, torch.randn(4, 7, 8), num_positions=16)
-    assert cmim.taps[0].mixed.startswith(why)
+    assert cmim.taps[0].mixed.startswith(why) and str(cmim).endswith("a_B against its latent, samples mixed")
     for samples in (4, 9, 3):
         model(torch.randn(samples, 7, 8))
         (captured,) = cmim._capture._waiting.values()
