@@ -115,13 +115,20 @@ class Contrast(nn.Module):
         rows = {captured.scheduled[0]: Embedded(weights[:0], weights[:0])}
         own = mask is not None and mask is captured.usable_mask
         if pairs:
-            first = next(iter(pairs.values()))
+            # Of what mixes the samples, the number of samples may be that of time steps.
+            first = min(pairs.values(), key=lambda pair: pair.mixed)
             pooled = first.index is None
             if labels is not None:
+                for k, pair in pairs.items():
+                    if pair.mixed:
+                        raise CMIMError(
+                            f"Tap {self.taps[k].name} mixes the samples, and labels are of samples: "
+                            "leave it out with taps=."
+                        )
                 _check_given("labels", labels, first, _LABELS[pooled], lambda t: not pooled or t.ndim == 1)
                 labels = labels.to(weights.device)
             if mask is not None:
-                if pooled or not own:  # a size that is compared again is a constant to torch.compile
+                if pooled or not (own or first.mixed):  # a size that is compared again is a constant to torch.compile
                     _check_given("mask", mask, first, _MASK, lambda t: not pooled and t.ndim == 2)
                 mask = mask.to(weights.device)
                 if not torch.compiler.is_compiling():
@@ -172,12 +179,17 @@ class Contrast(nn.Module):
 
     def _warn_of_padding(self, pairs: dict[int, Pair], mask: Tensor) -> None:
         for k, pair in pairs.items():
-            if pair.mixed or pair.tokens not in (0, mask.shape[1]):
+            if pair.mixed:
+                warn_once(
+                    self,
+                    "The mask is not applied to taps that mix the samples (print(cmim) names them): their padding "
+                    "counts. Bring the batch to the front before the sign, or leave them out with taps=.",
+                )
+            elif pair.tokens not in (0, mask.shape[1]):
                 warn_once(  # once, so without the numbers, which change from batch to batch
                     self,
-                    f"Tap {self.taps[k].name} has more or fewer tokens a sample than the mask, or mixes the samples. "
-                    "The mask is not applied to it, and its padding counts. Pass a mask with as many tokens, or leave "
-                    "the tap out with taps=.",
+                    f"Tap {self.taps[k].name} has more or fewer tokens a sample than the mask, which is not applied to "
+                    "it: its padding counts. Pass a mask with as many tokens, or leave the tap out with taps=.",
                 )
 
     def _losses(self, taps: list[int], rows: list[Embedded]) -> Tensor:
@@ -299,15 +311,14 @@ def _check_given(name: str, value: Any, pair: Pair, wanted: str, fits: Callable[
     if not is_one or not fits(value):
         found = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         # Written here only: a size that is formatted is a constant to torch.compile.
-        raise CMIMError(f"{name} must be {wanted.format(pair.batch_size)}; found {found}.")
+        time = "" if is_one else " (Have the inputs time first? Then attach with batch_size=.)"
+        raise CMIMError(f"{name} must be {wanted.format(pair.batch_size)}; found {found}.{time}")
 
 
 def labels_of(pair: Pair, labels: Tensor, name: str) -> Tensor:
     """The label of each row: that of its sample, or that under its position, the nearest in a map of labels."""
     if pair.index is None:
         return labels
-    if pair.mixed:
-        raise CMIMError(f"Tap {name} mixes the samples, and labels are of samples: leave it out with taps=.")
     samples, rest = samples_of(pair)
     if labels.ndim == 1:
         return labels[samples]

@@ -377,7 +377,10 @@ def _chosen(
 ) -> list[BinaryActivation]:
     """The binary activations that the user wants tapped, all of them tappable."""
     tappable = [f for f in found if f.tapped]
-    listing = "\n".join(f"  {f.name}: {f.reason or 'can be tapped'}" for f in found) or "  (none)"
+    listing = (
+        "\n".join(f"  {f.name}: {f.reason or 'can be tapped'}" for f in found)
+        or "  (none: binary weights alone do not count)"
+    )
     if not tappable:
         raise CMIMError(
             f"No binary activation that can be tapped was found in this {type(model).__name__}. A binary activation is "

@@ -35,7 +35,9 @@ def _refuse_replicas(model: nn.Module) -> None:
 def path_to(own: nn.Module | None, model: nn.Module) -> list[nn.Module]:
     """The wrappers from the model that was passed in down to the one that was attached to, both included."""
     if not isinstance(model, nn.Module):
-        raise CMIMError(f"Pass the model, a torch.nn.Module, and not its output; found a {type(model).__name__}.")
+        raise CMIMError(
+            f"Pass the model, a torch.nn.Module, and not its input or output; found a {type(model).__name__}."
+        )
     _refuse_replicas(model)
     path = None if own is None else _path(own, model)
     if path is None:

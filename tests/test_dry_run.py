@@ -1240,6 +1240,23 @@ def test_time_that_is_as_long_as_the_batch_is_still_not_the_batch(samples, lengt
     assert found.tapped and found.mixed.startswith("the batch is not its first dimension")
 
 
+@pytest.mark.parametrize("steps", [11, 12])
+def test_time_before_the_batch_in_all_inputs_is_read_by_the_number_that_is_stated(steps):
+    model = over_tokens(lambda m, x, padding: m.last(m.norm(m.first(x)) * (~padding).t().unsqueeze(-1) + 1e-3))
+    padding = torch.zeros(4, steps, dtype=torch.bool)
+    cmim = CMIM(model, (torch.randn(steps, 4, 8), padding), batch_size=4)
+    assert cmim.taps[0].mixed
+    for samples in (4, 3):
+        model(torch.randn(steps, samples, 8), padding[:samples])
+        assert cmim(model).isfinite()
+    model(torch.randn(steps, 4, 8), padding)
+    with pytest.raises(CMIMError, match="mixes the samples"):
+        cmim(model, torch.arange(4))
+    model(torch.randn(steps, 4, 8), padding)
+    with pytest.warns(CMIMWarning, match="The mask is not applied"):
+        cmim(model, mask=~padding)
+
+
 def some_rows(m, x):
     """As experts, or as the boxes of a detector: another number of rows in each pass."""
     x = m.norm(m.first(x)).flatten(0, 1)
@@ -1271,7 +1288,7 @@ def test_positions_are_contrasted_where_the_rows_do_not_follow_the_samples(case)
     with pytest.raises(CMIMError, match="Tap last mixes the samples, and labels are of samples"):
         cmim(model, torch.arange(4))
     model(torch.randn(4, 7, 8))
-    with pytest.warns(CMIMWarning, match="mixes the samples. The mask is not applied"):
+    with pytest.warns(CMIMWarning, match="The mask is not applied to taps that mix"):
         cmim(model, mask=torch.ones(4, 7, dtype=torch.bool))
     cmim.remove()
     with pytest.raises(CMIMError, match=why):

@@ -177,6 +177,8 @@ def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_A
     attempts: list[_Attempt] = [lambda n: (varied(inputs, n, source), batch, False), lambda n: (inputs, batch, False)]
     if source is None or is_offsets(inputs, source):
         return attempts
+    if source.of_first_dimensions not in (None, source):  # another one may be as long as the batch by accident
+        attempts = _attempts(inputs, batch, source.of_first_dimensions)
 
     def with_twins(size: int, different: int, n: int) -> tuple[Inputs, int, bool]:
         """The first pass has ``size`` samples, the later ones so many different ones, and the last of them again."""

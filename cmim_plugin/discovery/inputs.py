@@ -65,6 +65,12 @@ class BatchSource:
     #: Keys that lead to a tensor or a list within (args, kwargs), and the tensor's dimension, None for a list.
     places: tuple[tuple[Path, int | None], ...]
 
+    @property
+    def of_first_dimensions(self) -> BatchSource | None:
+        """The places that are no other dimension, None where there are none."""
+        first = tuple((path, dim) for path, dim in self.places if not dim)
+        return BatchSource(first) if first else None
+
     def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
         """The number of samples in these inputs, None where it cannot be read."""
         for path, dim in self.places:
@@ -89,7 +95,7 @@ def positional_names(model: nn.Module) -> list[str]:
 def batch_sources(model: nn.Module, inputs: Inputs, stated: int | None = None) -> dict[int, BatchSource]:
     """The numbers of samples that the inputs may have, most likely first, each with where it is read.
 
-    They are lengths of first dimensions; or of any dimension, for the number that the user stated.
+    They are lengths of first dimensions; for the number that the user stated, behind these of any other one.
     """
     places: dict[int, list[tuple[Path, int | None]]] = defaultdict(list)
     for path, value in _lists_in(inputs):
@@ -98,8 +104,9 @@ def batch_sources(model: nn.Module, inputs: Inputs, stated: int | None = None) -
     for path, tensor in tensors:
         if tensor.ndim:
             places[tensor.size(0)].append((path, 0))
-    if stated is not None and stated not in places:
-        places[stated] = [(path, t.shape.index(stated)) for path, t in tensors if not t.is_nested and stated in t.shape]
+    if stated is not None:
+        others = [(path, t) for path, t in tensors if not t.is_nested and stated in t.shape and t.size(0) != stated]
+        places[stated] += [(path, t.shape.index(stated)) for path, t in others]
     names = positional_names(model)
     sources = {}
     for size, found in places.items():
