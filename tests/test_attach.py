@@ -188,7 +188,7 @@ def test_other_examples_are_refused():
 
 
 def test_a_network_without_binary_activation_is_refused_with_what_came_nearest():
-    with pytest.raises(CMIMError, match=r"was found in this Sequential.*\n  \(none\)"):
+    with pytest.raises(CMIMError, match=r"was found in this Sequential.*\n  \(none: binary weights"):
         CMIM(teacher(), X)
     with pytest.raises(CMIMError, match="network's input that is binarized") as raised:
         CMIM(nn.Sequential(Binary(), nn.Conv2d(2, 4, 3)), X)
