@@ -1,8 +1,9 @@
 """Hooks on the model: one forward pass becomes rows of a_B and a_F, tap by tap.
 
 The hooks change nothing that the model returns, and raise nothing: what goes wrong is kept in the :class:`Pass`, and
-raised when the loss is asked for. Where each activation is picked up was decided in the dry run. A pass changes one
-setting, and for good: once a part of the model ran compiled, every pass captures all taps.
+raised when the loss is asked for. Where each activation is picked up was decided in the dry run. A pass changes two
+things, for good: once a part of the model ran compiled, every pass captures all taps; and hooks that others registered
+since come before ours.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ class Capture:
         self.running: dict[int, Pass] = {}
         self._waiting: dict[int, Pass] = {}
         self._handles: list[RemovableHandle] = []
+        self._last: list[RemovableHandle] = []  # of those, the ones that come behind the hooks of others
         names = positional_names(model)
         #: Which positional input of the model is its mask; past all of them where none is.
         self._mask_at = names.index("attention_mask") if "attention_mask" in names else sys.maxsize
@@ -104,16 +106,19 @@ class Capture:
         self._handles.append(model.register_forward_pre_hook(root.enter, prepend=True, with_kwargs=True))
         for name, plan in self._plan.items():
             hook = _ModuleHook(self, modules[name], name, {call: tuple(found) for call, found in plan.items()})
-            self._handles.append(modules[name].register_forward_pre_hook(hook.enter, with_kwargs=True))
+            opening = modules[name].register_forward_pre_hook(hook.enter, with_kwargs=True)
             hook.closing = modules[name].register_forward_hook(hook.leave, with_kwargs=True, always_call=True)
-            self._handles.append(hook.closing)
+            self._handles += [opening, hook.closing]
+            kinds = {pickup.site.kind for found in plan.values() for pickup in found}
+            # Hooks on outputs run outside of what counts the functions that the module calls.
+            self._last += [opening, hook.closing] if kinds <= {"input", "output"} and "output" in kinds else [opening]
         root.closing = model.register_forward_hook(root.leave, with_kwargs=True, always_call=True)
         self._handles.append(root.closing)
         self._handles.append(model.register_load_state_dict_post_hook(root.loaded))
 
     def make_last(self) -> None:
         """Move the hooks behind those that others registered since: these may change what modules get and return."""
-        for handle in self._handles[1:-1]:  # the first opens the pass, the last one is called when a state is loaded
+        for handle in self._last:
             hooks: Any = handle.hooks_dict_ref() or {}
             if handle.id in hooks and next(reversed(hooks)) != handle.id:
                 hooks.move_to_end(handle.id)
@@ -124,6 +129,7 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._last.clear()
         for running in self.running.values():
             running.abandon()
         self.running.clear()
@@ -187,7 +193,7 @@ class Capture:
     @property
     def holds(self) -> bool:
         """Whether some hooks of a forward pass are still on the model."""
-        return any(map(_is_on, self._handles[:-1]))
+        return any(map(_is_on, self._handles[:-1]))  # the last one is called when the model loads a state
 
     def forget(self) -> None:
         """The pass of this thread that waits gives no loss."""
@@ -396,23 +402,24 @@ def _recording_a_graph() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def attached_to(model: nn.Module) -> list[Capture]:
-    """Those of living plug-ins on this very model, on a part of it, or on a model that it is a part of.
+def attached_to(model: nn.Module) -> bool:
+    """Whether a living plug-in is on this very model, on a part of it, or on a model that it is a part of.
 
     Not: on another model that shares modules with this one, where the two do not meet.
     """
-    found = []
     for capture in list(_CAPTURES):
         other = capture.model_ref()
         if other is not None and capture.holds and (model in set(other.modules()) or other in set(model.modules())):
-            found.append(capture)
-    return found
+            return True
+    return False
 
 
 def clear(model: nn.Module) -> None:
     """Take all hooks of this library off a model, those that do nothing in a copy too."""
-    for capture in attached_to(model):
-        capture.removed = True
-        capture.detach()
-    for module in model.modules():
+    modules = set(model.modules())
+    for capture in list(_CAPTURES):
+        if capture.model_ref() in modules:
+            capture.removed = True
+            capture.detach()
+    for module in modules:
         _compat.drop_hooks(module, lambda hook: isinstance(getattr(hook, "__self__", None), _Hook))

@@ -115,20 +115,17 @@ class Contrast(nn.Module):
         rows = {captured.scheduled[0]: Embedded(weights[:0], weights[:0])}
         own = mask is not None and mask is captured.usable_mask
         if pairs:
-            # Of what mixes the samples, the number of samples may be that of time steps.
-            first = min(pairs.values(), key=lambda pair: pair.mixed)
+            # What mixes the samples may have another number of them.
+            first = ([pair for pair in pairs.values() if not pair.mixed] or [*pairs.values()])[0]
             pooled = first.index is None
             if labels is not None:
-                for k, pair in pairs.items():
-                    if pair.mixed:
-                        raise CMIMError(
-                            f"Tap {self.taps[k].name} mixes the samples, and labels are of samples: "
-                            "leave it out with taps=."
-                        )
+                mixed = [tap.name for tap in self.taps if tap.mixed]  # of all, so that each rank raises
+                if mixed:
+                    raise CMIMError(f"Labels are of samples, which these taps mix: {mixed}. Leave them out with taps=.")
                 _check_given("labels", labels, first, _LABELS[pooled], lambda t: not pooled or t.ndim == 1)
                 labels = labels.to(weights.device)
             if mask is not None:
-                if pooled or not (own or first.mixed):  # a size that is compared again is a constant to torch.compile
+                if pooled or not own:  # a size that is compared again is a constant to torch.compile
                     _check_given("mask", mask, first, _MASK, lambda t: not pooled and t.ndim == 2)
                 mask = mask.to(weights.device)
                 if not torch.compiler.is_compiling():
@@ -307,12 +304,12 @@ def zero_of(rows: dict[int, Embedded]) -> Tensor:
 
 def _check_given(name: str, value: Any, pair: Pair, wanted: str, fits: Callable[[Tensor], bool]) -> None:
     """Labels or a mask: a tensor of integers or booleans with an entry for each sample of the pair's batch."""
-    is_one = isinstance(value, Tensor) and holds_integers(value) and value.ndim > 0 and len(value) == pair.batch_size
-    if not is_one or not fits(value):
+    is_one = isinstance(value, Tensor) and holds_integers(value) and value.ndim > 0
+    if not is_one or not (pair.mixed or len(value) == pair.batch_size) or not fits(value):
         found = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         # Written here only: a size that is formatted is a constant to torch.compile.
-        time = "" if is_one else " (Have the inputs time first? Then attach with batch_size=.)"
-        raise CMIMError(f"{name} must be {wanted.format(pair.batch_size)}; found {found}.{time}")
+        time = "Have the inputs time first? Then attach with batch_size=."
+        raise CMIMError(f"{name} must be {wanted.format(pair.batch_size)}; found {found}. {time}")
 
 
 def labels_of(pair: Pair, labels: Tensor, name: str) -> Tensor:

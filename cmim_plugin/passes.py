@@ -211,9 +211,11 @@ class Pass:
             tap = self.taps[k]
             sites = [site for site in (tap.binary, tap.latent) if site is not None]
             other_calls = any(self.calls.get(site.module, 0) != site.calls for site in sites)
-            if k in self.miscounted or (other_calls and (pair.left_out or not tap.in_one_call)):
+            failed = pair.left_out is not None and pair.left_out[0] == FAILED
+            if k in self.miscounted or (other_calls and (failed or not tap.in_one_call)):
                 pair.rows = [None, None]
-                pair.left_out = MISSED, "a function or module was not called as often as in the dry run"
+                why = f" ({pair.left_out[1]})" if pair.left_out else ""
+                pair.left_out = MISSED, f"a function or module was not called as often as in the dry run{why}"
 
     def ask_for_one_pass(self) -> None:
         """The gradients of the contrast and of the network's loss are to come in one backward pass."""

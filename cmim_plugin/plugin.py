@@ -72,7 +72,7 @@ class CMIM(nn.Module):
             without a product, the output does. It runs on the same inputs without gradients, in
             eval mode, and is not kept in this module's state.
         teacher_modules: tap name to teacher module name, for the taps whose module has another name in the teacher.
-        batch_size: samples in ``example_input``, where its tensors leave that open.
+        batch_size: samples in ``example_input``, where its tensors leave that open or have time first.
 
     Raises:
         CMIMError: no binary activation was found, an argument does not fit, or a CMIM is attached already. The model
@@ -108,7 +108,7 @@ class CMIM(nn.Module):
             raise CMIMError("A CMIM is attached to this model already: call its remove(), or CMIM.remove_from(model).")
 
         found, batch_source = discover(model, example_input, batch_size)
-        found = tuple(replace(f, reason=_reason_against(f, instances, teacher)) for f in found)
+        found = tuple(replace(f, reason=_reason_as_wanted(f, instances, teacher)) for f in found)
         chosen = _chosen(found, taps, model)
         tapped = tuple(chosen if taps is not None else chosen[self._default_taps])
         # A teacher replaces the latent of each tap. Capture.begin() delivers it, before the binary side is seen.
@@ -168,8 +168,8 @@ class CMIM(nn.Module):
                 ``instances="image"``: the model's is not read there, and one passed here is an error.
 
         Returns:
-            0-d float32, with gradients to heads and network. Zero, with its graph, where the batch has no negatives.
-            On several ranks the same number on each: the loss over the batches of all of them.
+            0-d float32, with gradients to heads and network (none to the network for a weight of 0). Zero where the
+            batch has no negatives. On several ranks the loss over the batches of all of them.
 
         Raises:
             CMIMError: nothing was captured, or something could not be, and why; another model; labels or a mask of the
@@ -202,7 +202,7 @@ class CMIM(nn.Module):
             self.contrast.tell_of_idle_heads(self.weight)
         self.schedule.advance()
         if not isinstance(self.weight, Tensor) and self.weight == 0:
-            return self.heads.weights[:0].sum()  # zero times an infinite loss is NaN; a gradient of zero is not None
+            return self.heads.weights[:0].sum()  # 0 * inf would be NaN, and parameters would get a gradient of zero
         return self.weight * len(self.taps) / len(captured.scheduled) * value
 
     def _sync(self) -> None:
@@ -211,6 +211,15 @@ class CMIM(nn.Module):
             loads = self.contrast.loads
             distributed.start_alike(self, self.heads.weights.device)
             self._synced, self.contrast.loads, self.contrast.loads_since_sync = True, loads, 0
+
+    @property
+    def weight(self) -> float | Tensor:
+        """What the loss is multiplied by."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, weight: float | Tensor) -> None:
+        self._weight = weight if isinstance(weight, Tensor) else float(weight)
 
     # -- figures -------------------------------------------------------------------------------------------------
 
@@ -285,7 +294,7 @@ class CMIM(nn.Module):
 
     @staticmethod
     def remove_from(model: nn.Module) -> None:
-        """Take the hooks of every CMIM off a model, also those that do nothing, in a copy."""
+        """Take the hooks of every CMIM off a model and its parts, also those that do nothing, in a copy."""
         clear(unwrapped(model))
 
     @contextlib.contextmanager
@@ -319,19 +328,10 @@ class CMIM(nn.Module):
         return copied
 
     def __reduce__(self) -> Any:
-        raise CMIMError(
-            "A CMIM cannot be pickled, for it belongs to a model in this process. Save cmim.state_dict(); to restore, "
-            "build CMIM(model, example_input) and call its load_state_dict()."
-        )
+        raise CMIMError("A CMIM cannot be pickled. Save its state_dict(), and load that into a CMIM built anew.")
 
     def __repr__(self) -> str:
-        count, chosen = len(self.taps), len(self.schedule.taps)
-        some = f", {chosen} of them a step" if chosen < count else ""
-        title = (
-            f"CMIM: {count} of {len(self.found)} binary activations tapped{some}, one instance = one "
-            f"{self.instances}, weight {float(self.weight):g}{'' if self._capture.attached else ', not attached'}"
-        )
-        return f"{title}\n{_listing(self)}"
+        return _listing(self, attached=self._capture.attached)
 
 
 # -- helpers ---------------------------------------------------------------------------------------------------------
@@ -350,8 +350,14 @@ def _mask_for_loss(cmim: CMIM, captured: Pass, mask: Tensor | None) -> Tensor | 
     return captured.usable_mask
 
 
-def _listing(cmim: CMIM) -> str:
-    """A table of all binary activations: what they are contrasted with, and why others are not."""
+def _listing(cmim: CMIM, attached: bool) -> str:
+    """A title, and a table of all binary activations: what they are contrasted with, and why others are not."""
+    count, chosen = len(cmim.taps), len(cmim.schedule.taps)
+    some = f", {chosen} of them a step" if chosen < count else ""
+    title = (
+        f"CMIM: {count} of {len(cmim.found)} binary activations tapped{some}, one instance = one {cmim.instances}, "
+        f"weight {float(cmim.weight):g}{'' if attached else ', not attached'}"
+    )
     rows, teacher = [], cmim._teacher
     for k, (tap, share) in enumerate(zip(cmim.taps, cmim.contrast.layer_weights, strict=True)):
         other = "its latent" if teacher is None else teacher.described(k)
@@ -359,10 +365,10 @@ def _listing(cmim: CMIM) -> str:
         rows.append((tap.name, f"{tap.channels}", f"{share:.3f}", what))
     tapped = {tap.name for tap in cmim.taps}
     rows += [(f.name, "-", "-", f.reason or "not chosen by taps=") for f in cmim.found if f.name not in tapped]
-    return table([("tap", "channels", "share", "what"), *folded(rows)])
+    return f"{title}\n{table([('tap', 'channels', 'share', 'what'), *folded(rows)])}"
 
 
-def _reason_against(found: BinaryActivation, instances: str, teacher: nn.Module | None) -> str | None:
+def _reason_as_wanted(found: BinaryActivation, instances: str, teacher: nn.Module | None) -> str | None:
     """Why a binary activation cannot be contrasted as the user wants it, None where it can."""
     misaligned = 'its latent has another number of positions: only instances="image" can contrast them'
     if instances == "image":

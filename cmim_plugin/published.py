@@ -46,6 +46,7 @@ class PublishedCMIM(CMIM):
         CMIMError: as for :class:`CMIM`, and for targets that are no classes or of a single class.
     """
 
+    bank: MemoryBank
     _default_taps = slice(-1, None)
 
     def __init__(
@@ -89,9 +90,8 @@ class PublishedCMIM(CMIM):
             teacher_modules=teacher_modules,
         )
         try:
-            self.bank: MemoryBank = MemoryBank(self.contrast, targets, num_negatives, momentum).to(
-                self.heads.weights.device
-            )
+            self.bank = MemoryBank(self.contrast, targets, num_negatives, momentum)
+            self.bank.to(self.heads.weights.device)
         except BaseException:  # out of memory, an interrupt
             self.remove()
             raise

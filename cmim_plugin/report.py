@@ -6,6 +6,7 @@ import contextlib
 import csv
 import itertools
 import math
+import numbers
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -228,7 +229,7 @@ def measure(
     since: Report | None,
 ) -> Report:
     """:meth:`cmim_plugin.CMIM.report`, of the model inside any wrapper. ``num_positions``: None for whole images."""
-    if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
+    if max_batches is not None and (not isinstance(max_batches, numbers.Integral) or max_batches < 1):
         raise CMIMError(f"max_batches must be an integer, 1 or more, or None for all; found {max_batches!r}.")
     if isinstance(loader, Tensor):
         raise CMIMError("The loader must give batches: for a single batch x, pass [x]; found a tensor.")

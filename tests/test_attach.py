@@ -299,6 +299,8 @@ def test_numbers_of_numpy_are_numbers():
     model = network()
     numbers = {"weight": np.float32(0.1), "num_positions": np.int64(32), "embed_dim": np.int32(8)}
     cmim = CMIM(model, X, queue_size=np.int64(4), taps_per_step=np.int64(2), temperature=np.float64(0.2), **numbers)
+    cmim.weight = np.float32(0.2)
+    assert type(cmim.weight) is float  # for torch.compile, to which numbers of numpy are tensors
     assert a_loss(model, cmim).dtype == torch.float32 and cmim.draws.shape == (len(cmim.taps), 32)
 
 

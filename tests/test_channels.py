@@ -166,10 +166,26 @@ def test_channels_are_followed_through_what_takes_a_dimension_away():
         def forward(self, *inputs):
             return self.function(self, *inputs)
 
-    x, steps = torch.randn(4, 3, 7), torch.randint(7, (4,))
-    for function, example in ((lambda m, x: m.linear(sign(m.conv(x) - 1).amax(-1)), x), (last_step, (x, steps))):
-        (found,) = find_binary_activations(Sequences(function), example)
-        assert (found.reason, found.channels) == (None, 16)
+    for length in (7, 16):
+        x, steps = torch.randn(4, 3, length), torch.randint(length, (4,))
+        for function, example in ((lambda m, x: m.linear(sign(m.conv(x) - 1).amax(-1)), x), (last_step, (x, steps))):
+            (found,) = find_binary_activations(Sequences(function), example)
+            assert (found.reason, found.channels, found.layouts[0].spatial) == (None, 16, 1)
+        (found,) = find_binary_activations(*tokens(lambda m, x: m.linear(sign(x - 1).amax(1)), length))
+        assert (found.reason, found.channels, found.layouts[0].spatial) == (None, 16, None)
+
+
+def test_channels_first_with_the_batch_second_are_refused():
+    def forward(m, x):
+        return torch.tensordot(m.weight, sign(x).transpose(0, 1), ([1], [0]))
+
+    def turned(m, x):
+        return torch.tensordot(m.weight, sign(x.transpose(0, 1)), ([1], [0]))
+
+    (found,) = find_binary_activations(*signals(forward, 7))
+    assert (found.reason, found.channels) == (None, 16)
+    (found,) = find_binary_activations(*signals(turned, 7))
+    assert found.reason.startswith("the batch is not its first dimension")
 
 
 def test_channels_that_are_neither_last_nor_next_to_the_batch_are_refused():

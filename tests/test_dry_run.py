@@ -1250,7 +1250,7 @@ def test_time_before_the_batch_in_all_inputs_is_read_by_the_number_that_is_state
         model(torch.randn(steps, samples, 8), padding[:samples])
         assert cmim(model).isfinite()
     model(torch.randn(steps, 4, 8), padding)
-    with pytest.raises(CMIMError, match="mixes the samples"):
+    with pytest.raises(CMIMError, match="Labels are of samples, which these taps mix"):
         cmim(model, torch.arange(4))
     model(torch.randn(steps, 4, 8), padding)
     with pytest.warns(CMIMWarning, match="The mask is not applied"):
@@ -1285,14 +1285,30 @@ def test_positions_are_contrasted_where_the_rows_do_not_follow_the_samples(case)
         cmim(model).backward()
         assert cmim.heads.weights.grad.any()
     model(torch.randn(4, 7, 8))
-    with pytest.raises(CMIMError, match="Tap last mixes the samples, and labels are of samples"):
+    with pytest.raises(CMIMError, match="Labels are of samples, which these taps mix"):
         cmim(model, torch.arange(4))
+    for wrong in ([1] * 4, torch.ones(4, dtype=torch.bool), torch.ones(4, 7)):
+        model(torch.randn(4, 7, 8))
+        with pytest.raises(CMIMError, match="mask must be"):
+            cmim(model, mask=wrong)
     model(torch.randn(4, 7, 8))
     with pytest.warns(CMIMWarning, match="The mask is not applied to taps that mix"):
         cmim(model, mask=torch.ones(4, 7, dtype=torch.bool))
     cmim.remove()
     with pytest.raises(CMIMError, match=why):
         CMIM(model, torch.randn(4, 7, 8), instances="image")
+
+
+def test_labels_are_refused_at_once_where_a_tap_that_mixes_the_samples_has_its_turn_later():
+    blocks = [nn.Sequential(nn.BatchNorm2d(3), Binary(), nn.Conv2d(3, 3, 1)) for _ in range(2)]
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), *blocks)
+    joined = Of(lambda m, x: m.last(m.norm(torch.cat([m.first(x)] * 2))), first=model, norm=nn.BatchNorm2d(3))
+    joined.last = BinaryConv(3, 3, 1)
+    cmim = CMIM(joined, torch.randn(4, 3, 8, 8), taps_per_step=1)
+    assert [bool(tap.mixed) for tap in cmim.taps] == [False, False, True]
+    joined(torch.randn(4, 3, 8, 8))
+    with pytest.raises(CMIMError, match="Labels are of samples, which these taps mix"):
+        cmim(joined, torch.arange(4))
 
 
 @pytest.mark.parametrize(

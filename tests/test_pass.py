@@ -75,37 +75,54 @@ def test_looking_for_binary_activations_leaves_the_pass_that_waits():
     assert_same(cmim(model), other(reference))
 
 
-@pytest.mark.parametrize("place", ["output of the norm", "input of the convolution", "output of the model's part"])
-def test_hooks_of_others_that_change_activations_may_come_after_ours(place):
+class Block(nn.Module):
+    """The latent is the output of ``norm``, or, where ``conv`` binarizes, the input of that."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(4), BinaryConv(4, 4, 1) if inside else nn.Conv2d(4, 4, 1)
+        self.sign = nn.Identity() if inside else Binary().forward
+
+    def forward(self, x):
+        return self.conv(self.sign(self.norm(x)))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_hooks_of_others_that_change_activations_may_come_after_ours(inside):
     """Manifold mixup registers a hook in each step."""
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm, self.conv = nn.BatchNorm2d(4), BinaryConv(4, 4, 1)
-
-        def forward(self, x):
-            return self.conv(self.norm(x))
 
     def mixed(module, x, y=None):
         x = x[0] if y is None else y
         return 0.3 * x + 0.7 * x.flip(0)
 
-    model = nn.Sequential(nn.Conv2d(2, 4, 1), Block(), nn.Flatten(), nn.LazyLinear(3))
-    model(X)
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), Block(inside))
     cmim = CMIM(model, X)
-    handle = {
-        "output of the norm": model[1].norm.register_forward_hook,
-        "input of the convolution": model[1].conv.register_forward_pre_hook,
-        "output of the model's part": model[0].register_forward_hook,
-    }[place](mixed)
+    if inside:
+        model[1].conv.register_forward_pre_hook(mixed)
+    else:
+        model[1].norm.register_forward_hook(mixed)
     for _ in range(2):
         model(X)
         (captured,) = cmim._capture._waiting.values()
         binary, latent = captured.pairs[0].sides
         assert torch.equal(binary, latent.detach().sign())
         assert cmim(model).isfinite()
-    handle.remove()
+
+
+def test_a_hook_on_an_output_may_call_what_the_module_calls():
+    """The convolution binarizes by ``sub``, and a hook that comes later centres what it returns."""
+
+    class Detach(nn.Conv2d):
+        def forward(self, x):
+            x = torch.sub(x, 0.1)
+            return F.conv2d(torch.where(x >= 0, 1.0, -1.0).detach() + x - x.detach(), self.weight)
+
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), Detach(4, 4, 1))
+    cmim = CMIM(model, X)
+    assert cmim.taps[0].latent.function is torch.sub
+    model[2].register_forward_hook(lambda module, x, y: torch.sub(y, y.mean()))
+    for _ in range(2):
+        assert a_loss(model, cmim) > 0
 
 
 def test_a_tap_that_meets_another_layers_activation_is_left_out():
@@ -131,6 +148,7 @@ def test_a_tap_that_meets_another_layers_activation_is_left_out():
     model(X)
     with pytest.warns(CMIMWarning, match="not called as often as in the dry run"):
         assert cmim(model).isfinite()
+    assert set(cmim.metrics) == {"act"}  # its call #2 has another width now, and call #3 did not come
 
 
 def test_a_first_pass_that_by_chance_skips_all_taps_adds_nothing():

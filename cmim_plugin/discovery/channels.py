@@ -27,10 +27,7 @@ def spatial_dims(b: Binarization) -> tuple[int | None, str | None]:
     if consumer.name in functions.CONVOLUTIONS and len(operand.held.shape) == 1 + functions.CONVOLUTIONS[consumer.name]:
         return None, "the convolution receives a single sample, without a batch dimension"
     if _has_weight(consumer, operand):
-        contracted = _contracted(consumer, operand)
-        found = _followed(operand, contracted, lambda s: s.held is source.held, since=source.seq)
-        # A function in between may hide what it does: a guess.
-        dims = found[1] if found else contracted if last == len(operand.held.shape) - 1 else _of_layer(b) or {last}
+        dims = _summed(b)
         dims = dims - {0} or dims  # samples folded into groups
         if last > 1 and dims == set(range(1, last + 1)):  # it was flattened for a linear layer
             dims = _of_layer(b) or {1}
@@ -41,6 +38,21 @@ def spatial_dims(b: Binarization) -> tuple[int | None, str | None]:
     if dims == set(range(1, max(dims) + 1)):
         return last - max(dims), None
     return None, f"its channels are dimension {min(dims)} of {tuple(shape)}: neither the last nor next to the batch"
+
+
+def sums_over_rows(b: Binarization) -> bool:
+    """Whether a product with a weight sums over the first dimension, which then may be the channels."""
+    return _has_weight(b.consumer, b.operand) and _summed(b) == {0}
+
+
+def _summed(b: Binarization) -> set[int]:
+    """The dimensions of a binary tensor that its product with a weight sums over."""
+    contracted, last = _contracted(b.consumer, b.operand), len(b.source.held.shape) - 1
+    found = _followed(b.operand, contracted, lambda s: s.held is b.source.held, since=b.source.seq)
+    if found:
+        return found[1]
+    # A function in between may hide what it does: a guess.
+    return contracted if last == len(b.operand.held.shape) - 1 else _of_layer(b) or {last}
 
 
 def is_of_activations(consumer: Event, operand: Sighting) -> bool:
@@ -132,7 +144,8 @@ def _before(result: Sighting, argument: Sighting, dims: set[int]) -> set[int] | 
         }
         whole = {d for d, n in enumerate(old) if shared[d] == n > 1}
         return whole or {d for d in shared if shared[d] > 1}
-    if name in functions.REORDERS or (name in functions.SELECTIONS and len(old) != len(new)):
+    picked = result.producer is not None and len(result.producer.shapes) > 1  # by a tensor of places
+    if name in functions.REORDERS or (name in functions.SELECTIONS and len(old) != len(new) and not picked):
         # Views: a dimension keeps its length and its stride.
         kept = [*zip(old, argument.strides, strict=True)]
         moved = [(new[i], result.strides[i]) for i in dims]
@@ -152,6 +165,8 @@ def _before(result: Sighting, argument: Sighting, dims: set[int]) -> set[int] | 
     alike = min(len(old), len(new))
     first = next((d for d, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), alike)
     behind = next((d for d, (a, b) in enumerate(zip(old[::-1], new[::-1], strict=False)) if a != b), alike)
+    if any(len(new) - behind <= i < first for i in dims):
+        return None  # of two dimensions of one length, either may have gone
     if all(i < first or i >= len(new) - behind for i in dims):
         return {i if i < first else i - len(new) + len(old) for i in dims}
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -84,9 +85,9 @@ def is_split_by_threshold(values: Tensor, pattern: Tensor, index: Tensor, shape:
     values, is_high, place = values[signed].float(), pattern[signed] > 0, torch.unravel_index(index[signed], shape)
     for shared in _groupings(len(shape), by_position=False):
         group = torch.zeros_like(is_high, dtype=torch.int64)
-        if shared:
-            group = torch.stack([place[d] for d in shared], 1).unique(dim=0, return_inverse=True)[1]
-        groups = int(group.max()) + 1 if len(group) else 0
+        for d in shared:
+            group = group * shape[d] + place[d]
+        groups = math.prod(shape[d] for d in shared)
         # With few values in each group a threshold splits anything.
         if groups > 1 and len(values) < 4 * groups:
             continue

@@ -41,7 +41,7 @@ _SAMPLES = 4
 
 def is_dry_run() -> bool:
     """Whether this thread is in a dry run, whose passes are none of a training step."""
-    return getattr(_running, "depth", 0) > 0
+    return getattr(_running, "here", False)
 
 
 def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:
@@ -64,7 +64,7 @@ def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[lis
         )
 
     # Nothing runs backward, so the graph need not keep the activations, which are most of the memory.
-    _running.depth = getattr(_running, "depth", 0) + 1
+    outer, _running.here = is_dry_run(), True
     try:
         with contextlib.suppress(CMIMError), saved_tensors_hooks(lambda tensor: None, not_kept):
             found = _dry_run(model, inputs, batch_size)
@@ -73,7 +73,7 @@ def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[lis
         # There is an error to tell, or the forward itself takes a gradient.
         return _dry_run(model, inputs, batch_size)
     finally:
-        _running.depth -= 1
+        _running.here = outer
 
 
 def _dry_run(model: nn.Module, inputs: Inputs, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from .channels import is_of_activations, spatial_dims
+from .channels import is_of_activations, spatial_dims, sums_over_rows
 from .dry_run import dry_run
 from .functions import CONVOLUTIONS, LAYERS, LOOKUPS, PRODUCTS
 from .history import Binarization, History, is_one_call, is_sign_of, operands, origin
@@ -162,7 +162,10 @@ def _described(history: History, b: Binarization) -> _Found:
         shape, latent_shape = binary.held.shape, latent.held.shape
         spatial, reason = spatial_dims(b)
         mixed = _mixed(history, binary, latent, spatial)
-        reason = _reason_against_shapes(history, binary, latent, spatial, mixed) or reason
+        if mixed and (sums_over_rows(b) or not history.grows(binary, Layout(spatial))):
+            reason = mixed  # it may have no batch at all, or its channels first
+        else:
+            reason = _reason_against_shapes(history, binary, latent, spatial) or reason
     if reason is not None or b.latent is None:
         return _Found(BinaryActivation("", 0, reason, module, call), place)
     scores = is_of_activations(b.consumer, b.operand)
@@ -243,12 +246,8 @@ def _mixed(history: History, binary: Sighting, latent: Sighting, spatial: int | 
     return None
 
 
-def _reason_against_shapes(
-    history: History, binary: Sighting, latent: Sighting, spatial: int | None, mixed: str | None
-) -> str | None:
+def _reason_against_shapes(history: History, binary: Sighting, latent: Sighting, spatial: int | None) -> str | None:
     """Why both sides, where they are picked up, cannot be read position by position, None where they can."""
-    if mixed and not history.grows(binary, Layout(spatial)):
-        return mixed  # it may have no batch at all
     if spatial is not None and spatial >= len(latent.held.shape):
         return f"its latent has another rank: {tuple(latent.held.shape)} for {tuple(binary.held.shape)}"
     if history.pair_differs(binary, latent, Layout(spatial)):

@@ -155,7 +155,7 @@ class History:
             if not fits:
                 continue
             index = kept_positions(s.held.numel, pattern.device)
-            if not is_split_by_threshold(s.held.values, pattern, index, s.held.shape):
+            if not (_separated(s, pattern) or is_split_by_threshold(s.held.values, pattern, index, s.held.shape)):
                 continue
             # Not `codes + x` of the estimator `codes + x - x.detach()`.
             if not any(_separated(a, pattern, levels=True) for a in s.given(same_size=True)):
@@ -249,7 +249,7 @@ def _zeroes(gate: Sighting, product: Sighting) -> bool:
 def _overwritten(sighting: Sighting) -> list[Sighting]:
     """What a tensor held before the call that wrote into it."""
     event = sighting.producer
-    return [a for a in sighting.given() if event is not None and event.writes and event.name not in functions.NORMS]
+    return [a for a in sighting.given() if event is not None and event.writes]
 
 
 def _step(operand: Sighting) -> Event | None:

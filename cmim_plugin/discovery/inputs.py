@@ -95,7 +95,7 @@ def positional_names(model: nn.Module) -> list[str]:
 def batch_sources(model: nn.Module, inputs: Inputs, stated: int | None = None) -> dict[int, BatchSource]:
     """The numbers of samples that the inputs may have, most likely first, each with where it is read.
 
-    They are lengths of first dimensions; for the number that the user stated, behind these of any other one.
+    They are lengths of first dimensions; for the number that the user stated also of others, tried after these.
     """
     places: dict[int, list[tuple[Path, int | None]]] = defaultdict(list)
     for path, value in _lists_in(inputs):

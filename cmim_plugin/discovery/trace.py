@@ -41,7 +41,7 @@ class Site:
     call: int  # which call of that module in this pass, from 0
     kind: str  # "input" or "output" of the module; "argument", "result" or "written" of a torch function in it
     path: Path  # keys that lead to the tensor within the (args, kwargs) pair or the output
-    function: Callable[..., Any] | None = None  # of the last two kinds
+    function: Callable[..., Any] | None = None  # of the last three kinds
     nth: int = 0  # which call of the function with gradients since the module was entered,
     nth_of_all: int = 0  # and which of all of them: the forward of an autograd.Function has none
     calls: int = 0  # how often the dry run called the module in a pass,
@@ -244,21 +244,24 @@ class _Recorder(TorchFunctionMode):
             kwargs["training"] = False
         if self._twins and "dropout_p" in kwargs:
             kwargs["dropout_p"] = 0.0
+        written: list[Tensor] = []
+        if from_input and writes(func, kwargs):
+            into = kwargs.get("out", activations[0])
+            written = [t for t in (into, _compat.base_of(into)) if t is not None] if isinstance(into, Tensor) else []
+        before = [self._last.get(tensor) for tensor in written]
         result = func(*args, **kwargs)
         if name in RANDOM:
             self._drawn(result)
-        written: list[Tensor] = []
-        if from_input and writes(func, kwargs):
-            written = [t for t in (activations[0], _compat.base_of(activations[0])) if t is not None]
-            for tensor in written:
-                if tensor in self._from_input:
-                    self._from_input[tensor] = True
+        for tensor in written:
+            if tensor in self._from_input:
+                self._from_input[tensor] = True
         event.results = self._see(result, "result", func, nth, from_input)
-        if written:  # `x[mask] = 1` returns nothing, and a write into a view changes all of the tensor
-            event.writes = True
-            with torch.no_grad():  # never to be picked up here
-                seen = self._see([t for t in written if t is not result], "written", func, nth)
-            event.results += [s for s in seen if not any(s.held is a.held for a in arguments)]
+        # `x[mask] = 1` returns nothing, and a write into a view changes all of the tensor.
+        with torch.no_grad():  # never to be picked up here
+            seen = self._see(written, "written", func, nth)
+        changed = [s for s in seen if not any(s.held is held for held in before)]
+        event.writes = bool(changed)
+        event.results += [s for s in changed if not any(s.held is r.held for r in event.results)]
         for sighting in event.results:
             sighting.event = event
         self.trace.events.append(event)

@@ -715,7 +715,7 @@ def test_a_tap_of_layers_frozen_after_attaching_adds_nothing_and_is_warned_about
 
 
 def test_where_all_taps_of_a_step_are_frozen_training_goes_on():
-    """Of eight taps six take turns, and all but the last are frozen."""
+    """Of eight taps two take turns, and all but the last are frozen."""
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.BatchNorm2d(4), Binary(), nn.Conv2d(4, 4, 1)) for _ in range(8)]
     model = nn.Sequential(nn.Conv2d(3, 4, 1), *blocks)
