@@ -217,7 +217,7 @@ def test_a_copy_of_model_and_plug_in_gives_no_loss_and_the_original_goes_on():
 
 
 def test_pickling_the_plug_in_is_refused_with_what_to_do_instead():
-    with pytest.raises(CMIMError, match=r"Save cmim\.state_dict\(\)"):
+    with pytest.raises(CMIMError, match=r"Save its state_dict\(\)"):
         pickle.dumps(Whole().cmim)
 
 
