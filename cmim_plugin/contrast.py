@@ -108,6 +108,9 @@ class Contrast(nn.Module):
 
     def embed(self, captured: Pass, labels: Tensor | None, mask: Tensor | None) -> dict[int, Embedded]:
         """The embeddings of each tap that a pass captured; on several ranks, the rows of all of them."""
+        mixed = [tap.name for tap in self.taps if tap.mixed]  # of all, so that each rank raises
+        if mixed and labels is not None:
+            raise CMIMError(f"Labels are of samples, which these taps mix: {mixed}. Leave them out with taps=.")
         pairs = {k: captured.pairs[k] for k in captured.scheduled if captured.pairs[k].complete}
         together = distributed.ranks() > 1
         weights = distributed.averaged(self.heads.weights) if together else self.heads.weights
@@ -116,12 +119,9 @@ class Contrast(nn.Module):
         own = mask is not None and mask is captured.usable_mask
         if pairs:
             # What mixes the samples may have another number of them.
-            first = ([pair for pair in pairs.values() if not pair.mixed] or [*pairs.values()])[0]
+            first = ([pair for pair in pairs.values() if not pair.tap.mixed] or [*pairs.values()])[0]
             pooled = first.index is None
             if labels is not None:
-                mixed = [tap.name for tap in self.taps if tap.mixed]  # of all, so that each rank raises
-                if mixed:
-                    raise CMIMError(f"Labels are of samples, which these taps mix: {mixed}. Leave them out with taps=.")
                 _check_given("labels", labels, first, _LABELS[pooled], lambda t: not pooled or t.ndim == 1)
                 labels = labels.to(weights.device)
             if mask is not None:
@@ -129,13 +129,13 @@ class Contrast(nn.Module):
                     _check_given("mask", mask, first, _MASK, lambda t: not pooled and t.ndim == 2)
                 mask = mask.to(weights.device)
                 if not torch.compiler.is_compiling():
-                    self._warn_of_padding(pairs, mask)
+                    self._warn_of_padding(pairs.values(), mask)
             z = self.heads(list(pairs), [pair.sides for pair in pairs.values()], weights)
             rows = {
                 k: Embedded(
                     z_b,
                     z_f,
-                    None if labels is None else labels_of(pair, labels, self.taps[k].name),
+                    None if labels is None else labels_of(pair, labels),
                     None if mask is None else pair.unpadded if own else mask_of(pair, mask),
                 )
                 for (k, pair), z_b, z_f in zip(pairs.items(), z[: len(pairs)], z[len(pairs) :], strict=True)
@@ -174,9 +174,9 @@ class Contrast(nn.Module):
             for k, z_k, of_label, of_mask in zip(taps, z, labels, mask, strict=True)
         }
 
-    def _warn_of_padding(self, pairs: dict[int, Pair], mask: Tensor) -> None:
-        for k, pair in pairs.items():
-            if pair.mixed:
+    def _warn_of_padding(self, pairs: Iterable[Pair], mask: Tensor) -> None:
+        for pair in pairs:
+            if pair.tap.mixed:
                 warn_once(
                     self,
                     "The mask is not applied to taps that mix the samples (print(cmim) names them): their padding "
@@ -185,7 +185,7 @@ class Contrast(nn.Module):
             elif pair.tokens not in (0, mask.shape[1]):
                 warn_once(  # once, so without the numbers, which change from batch to batch
                     self,
-                    f"Tap {self.taps[k].name} has more or fewer tokens a sample than the mask, which is not applied to "
+                    f"Tap {pair.tap.name} has more or fewer tokens a sample than the mask, which is not applied to "
                     "it: its padding counts. Pass a mask with as many tokens, or leave the tap out with taps=.",
                 )
 
@@ -305,23 +305,24 @@ def zero_of(rows: dict[int, Embedded]) -> Tensor:
 def _check_given(name: str, value: Any, pair: Pair, wanted: str, fits: Callable[[Tensor], bool]) -> None:
     """Labels or a mask: a tensor of integers or booleans with an entry for each sample of the pair's batch."""
     is_one = isinstance(value, Tensor) and holds_integers(value) and value.ndim > 0
-    if not is_one or not (pair.mixed or len(value) == pair.batch_size) or not fits(value):
+    if not is_one or not (pair.tap.mixed or len(value) == pair.batch_size) or not fits(value):
         found = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         # Written here only: a size that is formatted is a constant to torch.compile.
         time = "Have the inputs time first? Then attach with batch_size=."
         raise CMIMError(f"{name} must be {wanted.format(pair.batch_size)}; found {found}. {time}")
 
 
-def labels_of(pair: Pair, labels: Tensor, name: str) -> Tensor:
+def labels_of(pair: Pair, labels: Tensor) -> Tensor:
     """The label of each row: that of its sample, or that under its position, the nearest in a map of labels."""
     if pair.index is None:
         return labels
     samples, rest = samples_of(pair)
     if labels.ndim == 1:
         return labels[samples]
-    if pair.windows or pair.spatial is None or len(pair.spatial) != labels.ndim - 1:
+    windowed = any(layout.windowed for layout in pair.tap.layouts)
+    if windowed or pair.spatial is None or len(pair.spatial) != labels.ndim - 1:
         raise CMIMError(
-            f"A map of labels, shape {tuple(labels.shape)}, does not lie over the positions of tap {name}: "
+            f"A map of labels, shape {tuple(labels.shape)}, does not lie over the positions of tap {pair.tap.name}: "
             "give one label a sample, shape (B,) (a class, not one-hot), or leave the tap out with taps=."
         )
     at = []

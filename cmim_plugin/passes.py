@@ -36,13 +36,12 @@ class Pair:
     spatial: torch.Size | None = None  # the dimensions that the positions of one row of the batch are counted over
     total = 0  # positions of the whole batch
     batch_size = 0  # its samples
-    windows = False  # a sample is cut into several rows of the first dimension
-    mixed = False  # or which rows are those of one sample is not known
     tokens = 0  # of a sample, 0 where its positions are no sequence
     unpadded: Tensor | None = None  # (n,) bool, what the mask that the model was given says of each row
     left_out: tuple[str, str] | None = None  # FAILED, EXCUSED or MISSED, and why, where it adds nothing to the loss
 
-    def __init__(self) -> None:
+    def __init__(self, tap: Tap) -> None:
+        self.tap = tap
         #: ``(n, C_b)`` of a_B and ``(n, C_f)`` of a_F, in the autograd graph; None until seen.
         self.rows: list[Tensor | None] = [None, None]
 
@@ -109,7 +108,7 @@ class Pass:
         self.mask = mask
         self.observer = observer
         self.compiled = torch.compiler.is_compiling()
-        self.pairs = {k: Pair() for k in self.scheduled}
+        self.pairs = {k: Pair(taps[k]) for k in self.scheduled}
         #: Taps of which a function was called another number of times than in the dry run.
         self.miscounted: list[int] = []
         #: Calls of modules that run, the innermost last, and how often each module was called so far.
@@ -233,8 +232,6 @@ class Pass:
             return
         if side == BINARY and self.observer is not None:
             self.observer(self, k, x)
-        pair.windows |= layout.windowed
-        pair.mixed = layout.mixed
         pair.batch_size = (self.batch_size or 0) if layout.windowed or layout.mixed else len(x)
         if self.random is None:
             pair.rows[side] = layout.pooled(_without_masked_scores(x, side, layout), pair.batch_size)

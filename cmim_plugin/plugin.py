@@ -107,35 +107,33 @@ class CMIM(nn.Module):
         if attached_to(model):
             raise CMIMError("A CMIM is attached to this model already: call its remove(), or CMIM.remove_from(model).")
 
-        found, batch_source = discover(model, example_input, batch_size)
-        found = tuple(replace(f, reason=_reason_as_wanted(f, instances, teacher)) for f in found)
-        chosen = _chosen(found, taps, model)
+        seen, batch_source = discover(model, example_input, batch_size)
+        #: All that was found, tapped or not and why.
+        self.found = tuple(replace(f, reason=_reason_as_wanted(f, instances, teacher)) for f in seen)
+        chosen = _chosen(self.found, taps, model)
         tapped = tuple(chosen if taps is not None else chosen[self._default_taps])
         # A teacher replaces the latent of each tap. Capture.begin() delivers it, before the binary side is seen.
         self._teacher = None if teacher is None else Teacher(teacher, example_input, tapped, teacher_modules)
-        tapped = tapped if self._teacher is None else self._teacher.taps
 
-        #: All that was found, tapped or not and why.
-        self.found: tuple[BinaryActivation, ...] = found
         #: What is contrasted, in forward order.
-        self.taps: tuple[Tap, ...] = tapped
+        self.taps: tuple[Tap, ...] = tapped if self._teacher is None else self._teacher.taps
         self.weight = weight
         self.instances = instances
         generator = seeded_generator()
         self.contrast = Contrast(
-            tapped,
+            self.taps,
             objective=objective or InfoNCE(),
             temperature=temperature,
-            embed_dim=embed_dim or _default_embed_dim(model, tapped),
+            embed_dim=embed_dim or _default_embed_dim(model, self.taps),
             heads_lr=heads_lr,
             queue_size=queue_size,
             layer_decay=layer_decay,
             generator=generator,
         )
         positions = num_positions if instances == "position" else None
-        self.schedule = Schedule(len(tapped), taps_per_step, positions, generator)
+        self.schedule = Schedule(len(self.taps), taps_per_step, positions, generator)
         self.to(next((p.device for p in model.parameters()), torch.device("cpu")))
-        self._capture = Capture(model, tapped, self.schedule, batch_source, teacher=self._teacher)
+        self._capture = Capture(model, self.taps, self.schedule, batch_source, teacher=self._teacher)
         self._synced = False  # whether all ranks started from the same state
         self._sync()
         self._capture.attach()
@@ -219,6 +217,8 @@ class CMIM(nn.Module):
 
     @weight.setter
     def weight(self, weight: float | Tensor) -> None:
+        if not isinstance(weight, Tensor) and not 0 <= weight < math.inf:
+            raise CMIMError(f"weight must be a number, zero or more; found {weight!r}.")
         self._weight = weight if isinstance(weight, Tensor) else float(weight)
 
     # -- figures -------------------------------------------------------------------------------------------------

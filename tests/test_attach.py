@@ -295,6 +295,14 @@ def test_settings_out_of_range_are_refused(setting, said):
         CMIM(network(), X, **setting)
 
 
+@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
+def test_a_weight_that_no_loss_can_have_is_refused_at_any_time(weight):
+    cmim = CMIM(network(), X)
+    with pytest.raises(CMIMError, match="weight must be a number, zero or more; found"):
+        cmim.weight = weight
+    assert cmim.weight == 0.1
+
+
 def test_numbers_of_numpy_are_numbers():
     model = network()
     numbers = {"weight": np.float32(0.1), "num_positions": np.int64(32), "embed_dim": np.int32(8)}
