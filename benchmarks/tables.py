@@ -16,6 +16,7 @@ A section `<!-- KIND: NAMES -->` ... `<!-- end -->` is rewritten. NAMES may end 
 A number within a sentence stands between `<!-- number: KIND ... -->` and `<!-- end -->`:
 
     gain NAME ARM [REFERENCE]    the mean of ARM minus REFERENCE (`none`), its interval and the number of pairs
+    fit NAME ARM [REFERENCE]     the same of the accuracy on the training images, as counted during the last epoch
     between NAME OTHER ARM       the mean of ARM in file NAME minus ARM in file OTHER, over the runs that both have
     mean NAME ARM [OTHER]        mean test accuracy of an arm, by method; of the seeds that OTHER has as well
     cost DEVICE ARM              the lowest and the highest ratio of a training step to the bare step
@@ -100,11 +101,11 @@ def difference(arm: dict[int, float], reference: dict[int, float]) -> str:
     return interval(*paired_difference([reference[s] for s in seeds], [arm[s] for s in seeds])) if seeds else ""
 
 
-def by_seed(records: Records) -> dict[tuple[str, str], dict[int, float]]:
+def by_seed(records: Records, figure: str = "accuracy") -> dict[tuple[str, str], dict[int, float]]:
     """(method, arm) -> seed -> accuracy."""
     found: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
     for record in records:
-        found[record["method"], record["arm"]][record["seed"]] = record["accuracy"]
+        found[record["method"], record["arm"]][record["seed"]] = record[figure]
     return found
 
 
@@ -421,8 +422,9 @@ def number(wanted: list[str], results: Path) -> str:
     """One number within a sentence."""
     kind, *rest = wanted
     name = rest.pop(0) if rest else ""
-    if kind == "gain":
-        accuracy = by_seed(list(read_results(results / f"{name}.jsonl").values()))
+    if kind in ("gain", "fit"):
+        figure = "accuracy" if kind == "gain" else "train_accuracy"
+        accuracy = by_seed(list(read_results(results / f"{name}.jsonl").values()), figure)
         pairs = differences(accuracy, rest[0], rest[1] if len(rest) > 1 else "none")
         together = [d for of_method in pairs.values() for d in of_method]
         return in_words(together)

@@ -114,6 +114,7 @@ class Capture:
             self._last += [opening, hook.closing] if kinds <= {"input", "output"} and "output" in kinds else [opening]
         root.closing = model.register_forward_hook(root.leave, with_kwargs=True, always_call=True)
         self._handles.append(root.closing)
+        self._last += [root.closing] if "" in self._plan else []  # outputs of the model itself may be picked up
         self._handles.append(model.register_load_state_dict_post_hook(root.loaded))
 
     def make_last(self) -> None:

@@ -763,3 +763,27 @@ def test_batches_padded_to_another_length_leave_the_attention_maps_out():
             model(ids=ids[:, :length], attention_mask=mask[:, :length])
             assert cmim(model) > 0
     assert len(warned) == 1 and "its channels are the tokens of the batch, which were 12" in warned[0]
+
+
+class Hash(nn.Module):
+    """Deep hashing: the code is classified, and the latent returned for a loss of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.classifier = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        latent = torch.tanh(self.conv(x))
+        return self.classifier(latent.detach().sign() - latent.detach() + latent), latent
+
+
+def test_a_latent_that_the_model_returns_is_captured():
+    model = Hash()
+    cmim = CMIM(model, X)
+    assert cmim.taps[0].latent.module == "" and cmim.taps[0].latent.kind == "output"
+    for _ in range(2):
+        model(X)
+        (captured,) = cmim._capture._waiting.values()
+        binary, latent = captured.pairs[0].sides
+        assert torch.equal(binary.detach().sign(), latent.detach().sign())
+        assert cmim(model) > 0
