@@ -29,8 +29,8 @@ def spatial_dims(b: Binarization) -> tuple[int | None, str | None]:
     if _has_weight(consumer, operand):
         dims = _summed(b)
         dims = dims - {0} or dims  # samples folded into groups
-        if last > 1 and dims == set(range(1, last + 1)):  # it was flattened for a linear layer
-            dims = _of_layer(b) or {1}
+        if len(dims) > 1 and last in dims:  # it was flattened for a linear layer
+            dims = _of_layer(b) or ({1} if 1 in dims else dims)
     else:
         dims = _of_layer(b) or {last}
     if last in dims or dims == {0}:  # of a matrix that joins samples, as a graph's, the features are last

@@ -44,8 +44,10 @@ def is_dry_run() -> bool:
     return getattr(_running, "here", False)
 
 
-def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:
-    """Traces of the model in training mode.
+def dry_run(
+    model: nn.Module, example: Any, batch_size: int | None, all_samples: bool = False
+) -> tuple[list[Trace], BatchSource | None]:
+    """Traces of the model in training mode, on the first samples of the example or on all of them.
 
     The first pass runs the example as it is. It is the first trace, unless the example has many samples or says nothing
     but its shape. All other traces are made on inputs that are varied; where the model does not take these, on the
@@ -67,16 +69,18 @@ def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[lis
     outer, _running.here = is_dry_run(), True
     try:
         with contextlib.suppress(CMIMError), saved_tensors_hooks(lambda tensor: None, not_kept):
-            found = _dry_run(model, inputs, batch_size)
+            found = _dry_run(model, inputs, batch_size, all_samples)
             if not asked:
                 return found
         # There is an error to tell, or the forward itself takes a gradient.
-        return _dry_run(model, inputs, batch_size)
+        return _dry_run(model, inputs, batch_size, all_samples)
     finally:
         _running.here = outer
 
 
-def _dry_run(model: nn.Module, inputs: Inputs, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:
+def _dry_run(
+    model: nn.Module, inputs: Inputs, batch_size: int | None, all_samples: bool
+) -> tuple[list[Trace], BatchSource | None]:
     with preserve_state(model, [t for _, t in tensors_in(inputs)]), torch.enable_grad(), force_eager():
         # The result is to depend on the model alone.
         torch.default_generator.manual_seed(0)
@@ -109,7 +113,7 @@ def _dry_run(model: nn.Module, inputs: Inputs, batch_size: int | None) -> tuple[
         batch = _clear_size(sizes, first)
         made = [first] if first is not None and len(sizes) == 1 else []
         failure: Exception | None = None
-        for attempt in _attempts(inputs, batch, sources.get(batch)):
+        for attempt in _attempts(inputs, batch, sources.get(batch), all_samples):
             try:
                 return _traces(model, attempt, made), sources.get(batch)
             except Exception as error:
@@ -172,13 +176,13 @@ def _clear_size(sizes: list[int], first: Trace | None) -> int:
 _Attempt = Callable[[int], tuple[Inputs, int, bool]]
 
 
-def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_Attempt]:
+def _attempts(inputs: Inputs, batch: int, source: BatchSource | None, all_samples: bool) -> list[_Attempt]:
     """What to run, the best first."""
     attempts: list[_Attempt] = [lambda n: (varied(inputs, n, source), batch, False), lambda n: (inputs, batch, False)]
     if source is None or is_offsets(inputs, source):
         return attempts
     if source.of_first_dimensions not in (None, source):  # another one may be as long as the batch by accident
-        attempts = _attempts(inputs, batch, source.of_first_dimensions)
+        attempts = _attempts(inputs, batch, source.of_first_dimensions, all_samples)
 
     def with_twins(size: int, different: int, n: int) -> tuple[Inputs, int, bool]:
         """The first pass has ``size`` samples, the later ones so many different ones, and the last of them again."""
@@ -192,6 +196,8 @@ def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_A
     few = every if points_into_batch(inputs, source, _SAMPLES) else min(every, _SAMPLES)
     # With one sample more, what is as long as the batch by accident then is not. A model may take no other number.
     sizes = [(few, few if few <= _SAMPLES else few - 1), (every, max(every - 1, 2))]
+    if all_samples:  # fewer in the later passes, to see what grows with the batch
+        sizes[0] = every, max(every // 2, 2)
     return [*(partial(with_twins, *counts) for counts in dict.fromkeys(sizes)), *attempts]
 
 

@@ -23,7 +23,7 @@ from .channels import is_of_activations, spatial_dims, sums_over_rows
 from .dry_run import dry_run
 from .functions import CONVOLUTIONS, LAYERS, LOOKUPS, PRODUCTS
 from .history import Binarization, History, is_one_call, is_sign_of, operands, origin
-from .inputs import BatchSource
+from .inputs import BatchSource, as_inputs
 from .layout import Layout
 from .trace import FEW_LEVELS, Event, Sighting, Site, Trace
 
@@ -92,12 +92,22 @@ def discover(
     """:func:`find_binary_activations`, and where the number of samples is read off the inputs: None where the user
     stated it and no input has that size."""
     traces, source = dry_run(model, example_input, batch_size)
+    found = _found_in_all(model, traces)
+    more = source is not None and (source.of(*as_inputs(example_input)) or 0) > max(t.batch for t in traces)
+    # Few samples run first: of those an expert may get one, and drawn codes may look like anything.
+    if more and not all(f.tapped for f in found):
+        of_all = _found_in_all(model, dry_run(model, example_input, batch_size, all_samples=True)[0])
+        found = max(found, of_all, key=lambda of_one: sum(f.tapped for f in of_one))
+    return tuple(found), source
+
+
+def _found_in_all(model: nn.Module, traces: list[Trace]) -> list[BinaryActivation]:
+    """What the traces show together."""
     found: list[_Found] = []
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     for trace in traces[:1] + [t for t in traces[1:] if t.calls != traces[0].calls]:
         _merge(order, found, _found_in(trace, [other for other in traces if other is not trace]))
-    named = [replace(f, skipped=not all(t.calls[f.module] for t in traces)) for f in _named(found)]
-    return tuple(named), source
+    return [replace(f, skipped=not all(t.calls[f.module] for t in traces)) for f in _named(found)]
 
 
 def find_binary_activations(
@@ -192,16 +202,15 @@ def _described(history: History, b: Binarization) -> _Found:
 
 def _reason_against(history: History, b: Binarization) -> str | None:
     """Why this is nothing to tap, None where it is."""
-    codes = b.source.held
-    if not any(_is_layer(event) for event in history.trace.events if event.seq <= b.source.seq):
+    codes, made_of = b.source.held, _made_of(b.source)
+    if any(_is_input(s) for s in made_of) and not any(s.producer and _is_layer(s.producer) for s in made_of):
         return "it is the network's input that is binarized, not an activation"
     if not codes.first_in_graph and b.operand.requires_grad:
         return "one autograd.Function passes it straight to another: put a module between the two, as nn.Identity()"
     if not codes.first_in_graph and any(not r.in_graph and r.held.first_in_graph for r in b.consumer.results):
         return "its sign and its product are in one autograd.Function: take the sign in a Function of its own"
     if not codes.first_in_graph:
-        before = history.trace.sightings[: b.source.seq]
-        return _NO_GRADIENT if any(s.requires_grad and s.from_input for s in before) else _FROZEN
+        return _NO_GRADIENT if any(s.requires_grad and s.from_input for s in made_of) else _FROZEN
     if codes.one_hot:
         return "it is one-hot: a choice, not a code"
     if b.latent is None:
@@ -215,6 +224,22 @@ def _reason_against(history: History, b: Binarization) -> str | None:
         if not is_sign_of(history.trace, b.source if b.event is None else b.event.results[0], b.latent):
             return "no threshold splits its latent into its two values"
     return None
+
+
+def _made_of(sighting: Sighting) -> list[Sighting]:
+    """A tensor and all that it was computed from, as far back as torch functions show it."""
+    line, seen = [sighting], {id(sighting.held)}
+    for current in line:
+        before = [a for a in current.given() if id(a.held) not in seen]
+        line += before
+        seen |= {id(a.held) for a in before}
+    return line
+
+
+def _is_input(sighting: Sighting) -> bool:
+    """Whether it is an input of the whole model."""
+    first = sighting.held.sightings[0].site
+    return first.module == "" and first.kind == "input"
 
 
 def _is_layer(event: Event) -> bool:

@@ -28,6 +28,7 @@ from .trace import Event, Sighting, Site, Snapshot, Trace, kept_positions
 _DEPTH, _FAR, _NEAR = 96, 48, 8
 # Paths of a function's first argument.
 _FIRST = (0, 0), (1, "input")
+_SECOND = (0, 1), (1, "hx")
 
 
 @dataclass(frozen=True)
@@ -281,9 +282,11 @@ def operands(trace: Trace, module: str = "") -> Iterator[tuple[Event, Sighting]]
         if module and event.module != module and not event.module.startswith(inside):
             continue
         if event.name in functions.CONVOLUTIONS or event.name in functions.LAYERS:
-            # The first tensor of it where the input is a tuple: a value with its scale (brevitas).
-            first = [s for s in event.arguments if s.site.path[:2] in _FIRST][:1]
-            yield from ((event, s) for s in first)
+            recurrent = event.name in functions.LAYERS and event.name != "linear"
+            for place in (_FIRST, _SECOND) if recurrent else (_FIRST,):  # the second is the hidden state
+                # The first tensor of it where the input is a tuple: a value with its scale (brevitas).
+                found = [s for s in event.arguments if s.site.path[:2] in place and s.held.values.is_floating_point()]
+                yield from ((event, s) for s in found[:1])
         elif event.name in functions.PRODUCTS:
             addend = _FIRST if event.name.startswith(("addm", "addb", "badd")) else ()
             mask = "attention" in event.name

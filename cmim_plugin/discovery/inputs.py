@@ -173,12 +173,12 @@ def varied(inputs: Inputs, seed: int, source: BatchSource | None = None) -> Inpu
     """
     tensors = [t for _, t in tensors_in(inputs)]
     places = dict(source.places) if source is not None else {}
-    dense = [t for path, t in tensors_in(inputs) if path in places and _is_dense(t)]
+    dense = [t for path, t in tensors_in(inputs) if (path in places or path[:-1] in places) and _is_dense(t)]
     dense = dense or [t for t in tensors if _is_dense(t)]
     dense = [t for t in dense if t.ndim > 1] or dense
-    chosen = [t for t in dense if _has_many_values(t)]
+    chosen = [t for t in dense if _has_many_values(t)] or [t for t in dense if _is_stand_in(t)]
     if not chosen and not any(t.ndim > 1 and not t.is_floating_point() for t in tensors):
-        chosen = [t for t in dense if _is_stand_in(t)] or dense
+        chosen = dense  # beside token ids, ones are a mask
     ids = {id(t) for t in chosen}
     generator = torch.Generator().manual_seed(seed)
 
