@@ -26,12 +26,14 @@ _pop_mode = getattr(torch._C, "_pop_torch_function_stack", None)
 _push_mode = getattr(torch._C, "_push_on_torch_function_stack", None)
 _will_execute = getattr(torch._C, "_will_engine_execute_node", None)
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_dispatch_mode = getattr(torch._C, "_get_dispatch_mode", None)
+_proxy_mode = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "PROXY", None)
 _all_gather_single = getattr(dist, "all_gather_single", None)
 
 
 def is_no_training_step() -> bool:
     """Whether this thread is within a backward pass (a checkpoint is recomputed), a torch.func transform, forward-mode
-    differentiation, torch.jit.trace or torch.export: a forward pass is then none of a training step.
+    differentiation, torch.jit.trace, make_fx or torch.export: a forward pass is then none of a training step.
 
     Without them: False, and such a pass is captured like any other.
     """
@@ -43,6 +45,7 @@ def is_no_training_step() -> bool:
         or (_functorch_transforms_active is not None and _functorch_transforms_active())
         or getattr(forward_ad, "_current_level", -1) >= 0
         or (_jit_tracing_state is not None and _jit_tracing_state() is not None)
+        or (_dispatch_mode is not None and _proxy_mode is not None and _dispatch_mode(_proxy_mode) is not None)
     )
 
 

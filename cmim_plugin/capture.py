@@ -57,6 +57,7 @@ class Capture:
     taken = False  # the loss of the last pass was asked for
     attached = False  # the hooks are on the model
     removed = False  # the hooks are off for good
+    failure = ""  # why the last pass could not be captured at all
     model_was_loaded = False  # the model loaded a state_dict since the hooks were put on it
 
     def __init__(
@@ -140,7 +141,7 @@ class Capture:
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], hook: _RootHook) -> None:
         """A forward pass of the model starts, and is to be captured."""
-        self.taken = False
+        self.taken, self.failure = False, ""
         every = torch.compiler.is_compiling() or _recording_a_graph()
         scheduled = tuple(range(len(self.taps))) if every else self.schedule.taps
         draws = self.schedule.draws_of(len(scheduled))
@@ -228,6 +229,8 @@ class Capture:
                 "under torch.no_grad() nothing is captured. In a function that both trains and validates, write: "
                 "if torch.is_grad_enabled(): loss = loss + cmim(model)"
             )
+        elif self.failure:
+            why = f"capturing it raised {self.failure}"
         elif self._waiting:
             why = "the model ran in another thread. Call cmim(model) in the thread that runs the model"
         elif self.taken and not torch.compiler.is_compiling():
@@ -297,8 +300,13 @@ class _RootHook(_Hook):
                 if is_dry_run():
                     return
                 capture.make_last()
-            with _compat.unrecorded():
-                capture.begin(module, args, kwargs or {}, self)
+            try:
+                with _compat.unrecorded():
+                    capture.begin(module, args, kwargs or {}, self)
+            except Exception as error:  # as of fake tensors
+                capture.drop()
+                capture.forget()
+                capture.failure = f"{type(error).__name__}: {error}"
 
     def _is_nested(self, running: Pass, module: nn.Module) -> bool:
         """Whether the forward that starts is called by the one whose pass is open."""

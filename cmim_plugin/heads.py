@@ -127,7 +127,7 @@ class Heads(nn.Module):
         The device decides that: the host waits for nothing. The gradient is divided by its length, the sum of its
         absolute values: Adam averages over steps, and a GradScaler or another weight changes the scale between them.
         """
-        if not self.lr:
+        if not self.lr or not self.weights.requires_grad:  # a copy gets no gradient
             return
         grad = self.weights.grad
         if grad is None:  # somebody took it away

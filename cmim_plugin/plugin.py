@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import numbers
 import weakref
@@ -317,18 +316,16 @@ class CMIM(nn.Module):
         with torch.inference_mode(False):  # an evaluation that moves the model makes no inference tensors of our state
             return super()._apply(fn, recurse)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CMIM:
-        """A copy belongs to no model: it holds the same state, and gives no loss."""
-        copied = self.__new__(type(self))
-        memo[id(self)] = copied
-        memo[id(self._teacher)] = self._teacher  # shared, for it is not trained
-        copied.__dict__.update(copy.deepcopy({k: v for k, v in self.__dict__.items() if k != "_capture"}, memo))
-        # Of a model that is gone at once: the capture holds it by a weak reference.
-        copied._capture = Capture(nn.Module(), self.taps, copied.schedule, None)
-        return copied
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, made by copy or pickle. It belongs to no model: it holds the same state, and gives no loss."""
+        self.heads.step()  # pickle drops gradients
+        return {**self.__dict__, "_capture": None, "_teacher": None}
 
-    def __reduce__(self) -> Any:
-        raise CMIMError("A CMIM cannot be pickled. Save its state_dict(), and load that into a CMIM built anew.")
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Of a model that is gone at once: the capture holds it by a weak reference.
+        self._capture = Capture(nn.Module(), self.taps, self.schedule, None)
+        self.heads.weights.requires_grad_(False)  # averages of copies write into all tensors
 
     def __repr__(self) -> str:
         return _listing(self, attached=self._capture.attached)

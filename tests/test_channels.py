@@ -220,3 +220,31 @@ def test_a_long_way_from_the_product_is_followed_back():
 
     (found,) = find_binary_activations(*tokens(far))
     assert (found.reason, found.channels) == (None, 16)
+
+
+def test_a_sparse_matrix_is_no_weight():
+    """It has no values that a dry run could show; neither has a parameter."""
+    matrix = torch.rand(9, 9).to_sparse()
+
+    def forward(m, x):
+        x = sign(x).permute(1, 0, 2).reshape(9, -1)
+        return m.linear((matrix @ x).view(9, -1, 16).permute(1, 0, 2))
+
+    (found,) = find_binary_activations(*tokens(forward, 9))
+    assert found.channels == 16 and found.layouts[0].spatial is None
+
+
+def test_of_maps_that_are_flattened_in_part_the_channels_are_those_of_the_layer():
+    net = Net(nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), lambda m, x: m.flat3(sign(x).flatten(2)))
+    net.flat3 = nn.Linear(9, 4)
+    (found,) = find_binary_activations(net, torch.randn(4, 3, 3, 3))
+    assert found.channels == 16 and found.layouts[0].spatial == 2
+
+
+def test_of_maps_over_time_that_are_flattened_no_side_of_a_map_is_taken_for_channels():
+    def forward(m, x):
+        return m.flat(sign(x.movedim(1, 2)).flatten(2))
+
+    net = Net(nn.Conv3d(3, 16, 1), nn.BatchNorm3d(16), forward)
+    (found,) = find_binary_activations(net, torch.randn(4, 3, 2, 3, 3))
+    assert not found.tapped and found.reason.startswith("its channels are dimension 2 of")

@@ -1390,7 +1390,7 @@ def test_windows_of_a_model_that_takes_one_number_of_samples_are_tapped(samples)
 
     model = Of(forward, first=nn.Linear(8, 16), norm=nn.LayerNorm(16), last=nn.Linear(16, 4))
     found = find_binary_activations(model, torch.randn(samples, 6, 8))
-    assert [f.tapped for f in found] == [samples > 2], found
+    assert [(f.tapped, bool(f.mixed)) for f in found] == [(True, samples == 2)], found
 
 
 def test_a_deformable_convolution_is_a_product():
@@ -1544,3 +1544,132 @@ def test_regions_keep_the_numbers_of_their_images():
 def test_masks_of_any_type_beside_the_samples_are_taken(mask):
     model = Of(lambda m, x, mask: m.encoder(x).sum() + mask.sum(), encoder=encoder())
     assert tapped(model, (torch.randn(8, 8), mask)) == ["encoder.2"]
+
+
+# -- examples of many samples, beside other inputs, and of several kinds of rows --------------------------------------
+
+
+def experts(count=4):
+    """Each sample goes to one expert, by a gate."""
+
+    def forward(m, x):
+        x = m.first(x)
+        share, chosen = m.gate(x).softmax(-1).max(-1)
+        y = torch.zeros_like(x)
+        for i, expert in enumerate(m.experts):
+            rows = (chosen == i).nonzero()[:, 0]
+            if len(rows):
+                y = y.index_add(0, rows, expert(x[rows]) * share[rows, None])
+        return m.last(y)
+
+    parts = {"first": nn.Linear(8, 16), "gate": nn.Linear(16, count), "last": nn.Linear(16, 4)}
+    return Of(forward, experts=nn.ModuleList(BinaryLinear(16, 16) for _ in range(count)), **parts)
+
+
+def test_experts_that_few_samples_do_not_reach_are_found_with_all():
+    torch.manual_seed(0)
+    model, x = experts(), torch.randn(64, 8)
+    used = model.gate(model.first(x)).argmax(-1).bincount(minlength=4)
+    assert used.min() > 3
+    assert tapped(model, x) == [f"experts.{i}" for i in range(4)]
+    cmim = CMIM(model, x, taps_per_step=None)
+    model(x)
+    assert cmim(model) > 0
+
+
+def test_codes_that_are_drawn_from_their_latent_are_tapped_however_few_they_are():
+    def forward(m, x):
+        p = torch.sigmoid(m.first(x))
+        return m.last(torch.bernoulli(p.detach()) + p - p.detach())
+
+    for seed in range(20):
+        torch.manual_seed(seed)
+        assert tapped(Of(forward, first=nn.Linear(64, 8), last=nn.Linear(8, 4)), torch.rand(4, 64)), seed
+
+
+def test_sparse_codes_are_not_one_hot_by_chance():
+    """In four samples each may have a single one."""
+
+    def forward(m, x):
+        h = m.first(x) - 0.6
+        return m.last(h.clamp(0, 1) + ((h > 0).float() - h.clamp(0, 1)).detach())
+
+    for seed in range(30):
+        torch.manual_seed(seed)
+        assert tapped(Of(forward, first=nn.Linear(20, 3), last=nn.Linear(3, 4)), torch.randn(64, 20)), seed
+
+
+@pytest.mark.parametrize("value", [torch.zeros, torch.randn])
+def test_images_beside_a_map_of_labels_may_be_zeros(value):
+    def forward(m, images, labels):
+        x = m.c(m.b(m.a(images)))
+        return F.cross_entropy(x, labels), x
+
+    model = Of(forward, a=nn.Conv2d(3, 8, 3, padding=1), b=nn.BatchNorm2d(8), c=BinaryConv(8, 5, 3, padding=1))
+    assert tapped(model, {"images": value(4, 3, 8, 8), "labels": torch.zeros(4, 8, 8, dtype=torch.long)}) == ["c"]
+
+
+def test_boxes_beside_a_list_of_images_are_not_shuffled():
+    """As torchvision's detectors take them, which refuse boxes of no height."""
+
+    def forward(m, images, targets):
+        assert all((t["boxes"][:, 2:] > t["boxes"][:, :2]).all() for t in targets)
+        rows = torch.stack(images).flatten(2).mT.flatten(0, 1)
+        return m.b(m.a(rows[rows[:, 0] > rows[:, 1]]))  # some of them, as regions that are likely
+
+    targets = [{"boxes": torch.tensor([[5.0, 5, 30, 30], [10, 20, 60, 60]])} for _ in range(4)]
+    model, images = Of(forward, a=nn.Linear(3, 16), b=BinaryLinear(16, 4)), [torch.randn(3, 6, 6) for _ in range(4)]
+    found = find_binary_activations(model, (images, targets), batch_size=4)
+    assert [(f.name, f.tapped, bool(f.mixed)) for f in found] == [("b", True, True)]
+
+
+@pytest.mark.parametrize("batch_size", [None, 30, 5])
+def test_nodes_and_graphs_are_both_tapped(batch_size):
+    def forward(m, x, edges, graph):
+        x = m.last(Sign.apply(m.norm(m.first(x))))
+        x = x.index_add(0, edges[1], x[edges[0]])
+        return m.head(Sign.apply(m.norm(x.new_zeros(5, 16).index_add(0, graph, x))))
+
+    parts = {"first": nn.Linear(8, 16), "norm": nn.LayerNorm(16), "last": nn.Linear(16, 16), "head": nn.Linear(16, 3)}
+    inputs = torch.randn(30, 8), torch.randint(0, 30, (2, 40)), torch.arange(5).repeat_interleave(6)
+    found = find_binary_activations(Of(forward, **parts), inputs, batch_size=batch_size)
+    assert [(f.tapped, f.channels) for f in found] == [(True, 16)] * 2, found
+
+
+# -- what is binarized, and where it goes ------------------------------------------------------------------------------
+
+
+def test_each_binarization_of_an_input_of_the_network_is_called_that():
+    model = Of(lambda m, a, b: m.first(a) + m.short(b), first=BinaryConv(3, 8, 3), short=BinaryConv(3, 8, 3))
+    assert [reason.split(" that")[0] for reason in reasons(model, (X, X)).values()] == ["it is the network's input"] * 2
+
+
+@pytest.mark.parametrize("cell", [nn.RNNCell, nn.GRUCell])
+def test_a_binary_hidden_state_is_tapped_step_by_step(cell):
+    def forward(m, x):
+        state = x.new_zeros(len(x), 16)
+        for step in x.unbind(1):
+            state = Sign.apply(m.cell(step, state))
+        return m.last(state)
+
+    assert len(tapped(Of(forward, cell=cell(6, 16), last=nn.Linear(16, 3)), torch.zeros(4, 5, 6))) == 5
+
+
+def test_codes_of_which_some_are_set_to_zero_are_tapped():
+    def forward(m, x):
+        kept = torch.arange(x.shape[1]) < x.shape[1] - 2
+        return m.last(torch.where(kept[:, None], Sign.apply(m.norm(m.first(x))), 0.0))
+
+    parts = {"first": nn.Linear(8, 16), "norm": nn.LayerNorm(16), "last": nn.Linear(16, 4)}
+    assert tapped(Of(forward, **parts), torch.zeros(4, 9, 8)) == ["(model)"]
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="not in this release")
+def test_a_grouped_product_is_a_product():
+    def forward(m, x):
+        codes = Sign.apply(m.norm(m.first(x))).to(torch.bfloat16)
+        ends = torch.tensor([len(x) // 2, len(x)], dtype=torch.int32)
+        return F.grouped_mm(codes, m.weight.to(torch.bfloat16), offs=ends)
+
+    parts = {"first": nn.Linear(8, 16), "norm": nn.LayerNorm(16), "weight": nn.Parameter(torch.randn(2, 16, 8))}
+    assert [f.channels for f in find_binary_activations(Of(forward, **parts), torch.randn(4, 8)) if f.tapped] == [16]

@@ -40,9 +40,9 @@ def spatial_dims(b: Binarization) -> tuple[int | None, str | None]:
     return None, f"its channels are dimension {min(dims)} of {tuple(shape)}: neither the last nor next to the batch"
 
 
-def sums_over_rows(b: Binarization) -> bool:
-    """Whether a product with a weight sums over the first dimension, which then may be the channels."""
-    return _has_weight(b.consumer, b.operand) and _summed(b) == {0}
+def sums_with_weight(b: Binarization) -> set[int]:
+    """The dimensions of a binary tensor that a product with a weight sums over, none where it has no weight."""
+    return _summed(b) if _has_weight(b.consumer, b.operand) else set()
 
 
 def _summed(b: Binarization) -> set[int]:
@@ -63,7 +63,7 @@ def is_of_activations(consumer: Event, operand: Sighting) -> bool:
 
 def _has_weight(consumer: Event, operand: Sighting) -> bool:
     """Whether a parameter, or what was computed from parameters alone, takes part in a product."""
-    return len(consumer.shapes) > len(consumer.arguments) or any(
+    return consumer.parameters > 0 or any(
         a.requires_grad and not a.from_input for a in consumer.arguments if a is not operand
     )
 
@@ -97,7 +97,9 @@ def _contracted(consumer: Event, operand: Sighting) -> set[int]:
         letters = [*enumerate(before), *enumerate(after, len(shape) - len(after))]
         kept = result or [letter for letter in terms if terms.count(letter) == 1]
         return {dim for dim, letter in letters if letter not in kept} or {last}
-    if name in ("matmul", "bmm", "mm", "addmm", "baddbmm", "addbmm", "linalg_matmul") and _is_second(consumer, operand):
+    if name in ("matmul", "bmm", "mm", "addmm", "baddbmm", "addbmm", "grouped_mm", "linalg_matmul") and _is_second(
+        consumer, operand
+    ):
         return {max(last - 1, 0)}
     if name == "tensordot":
         first, dims = path[1] in (0, "a"), consumer.equation
@@ -144,7 +146,7 @@ def _before(result: Sighting, argument: Sighting, dims: set[int]) -> set[int] | 
         }
         whole = {d for d, n in enumerate(old) if shared[d] == n > 1}
         return whole or {d for d in shared if shared[d] > 1}
-    picked = result.producer is not None and len(result.producer.shapes) > 1  # by a tensor of places
+    picked = result.producer is not None and len(result.producer.arguments) > 1  # by a tensor of places
     if name in functions.REORDERS or (name in functions.SELECTIONS and len(old) != len(new) and not picked):
         # Views: a dimension keeps its length and its stride.
         kept = [*zip(old, argument.strides, strict=True)]

@@ -109,7 +109,10 @@ def _dry_run(
                     f"example_input that the model accepts in training mode, on its device (zeros will do).{several}"
                 ) from error
         if not any(True for _ in tensors_in(inputs)):
-            raise CMIMError("example_input holds no tensor. Tensors are looked for in tuples, lists and dicts.")
+            raise CMIMError(
+                "example_input holds no tensor. Tensors are looked for in tuples, lists and dicts, not in objects: "
+                "attach to the inner network, or let the model take tensors."
+            )
         batch = _clear_size(sizes, first)
         made = [first] if first is not None and len(sizes) == 1 else []
         failure: Exception | None = None

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from .channels import is_of_activations, spatial_dims, sums_over_rows
+from .channels import is_of_activations, spatial_dims, sums_with_weight
 from .dry_run import dry_run
 from .functions import CONVOLUTIONS, LAYERS, LOOKUPS, PRODUCTS
 from .history import Binarization, History, is_one_call, is_sign_of, operands, origin
@@ -172,7 +172,9 @@ def _described(history: History, b: Binarization) -> _Found:
         shape, latent_shape = binary.held.shape, latent.held.shape
         spatial, reason = spatial_dims(b)
         mixed = _mixed(history, binary, latent, spatial)
-        if mixed and (sums_over_rows(b) or not history.grows(binary, Layout(spatial))):
+        summed = sums_with_weight(b) if mixed else set()
+        many_vectors = summed == {len(b.source.held.shape) - 1} and shape[:-1].numel() > 1
+        if mixed and (summed == {0} or not (many_vectors or history.grows(binary, Layout(spatial)))):
             reason = mixed  # it may have no batch at all, or its channels first
         else:
             reason = _reason_against_shapes(history, binary, latent, spatial) or reason
@@ -211,7 +213,7 @@ def _reason_against(history: History, b: Binarization) -> str | None:
         return "its sign and its product are in one autograd.Function: take the sign in a Function of its own"
     if not codes.first_in_graph:
         return _NO_GRADIENT if any(s.requires_grad and s.from_input for s in made_of) else _FROZEN
-    if codes.one_hot:
+    if all(s.held.one_hot for s in (b.source, *history.again(b.source))):
         return "it is one-hot: a choice, not a code"
     if b.latent is None:
         if codes.constant:

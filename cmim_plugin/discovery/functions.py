@@ -14,7 +14,7 @@ CONVOLUTIONS = {f"conv{t}{d}d": d for t in ("", "_transpose") for d in (1, 2, 3)
 #: Other products, of which every argument may be an activation.
 PRODUCTS = _names(
     "matmul rmatmul bmm mm mv dot addmm addmv addbmm baddbmm einsum inner tensordot bilinear chain_matmul sparse_mm "
-    "linalg_matmul linalg_multi_dot linalg_vecdot scaled_dot_product_attention multi_head_attention_forward"
+    "grouped_mm linalg_matmul linalg_multi_dot linalg_vecdot scaled_dot_product_attention multi_head_attention_forward"
 )
 #: Trained layers beside convolutions, whose input is their first argument.
 LAYERS = _names("linear lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")

@@ -21,14 +21,15 @@ from torch import Tensor
 
 from . import functions
 from .codes import is_constant, is_split_by_threshold
+from .inputs import Path
 from .layout import Layout
 from .trace import Event, Sighting, Site, Snapshot, Trace, kept_positions
 
 # Calls that are followed back at most: to the terms of a sum, from a constant operand, and within a custom function.
 _DEPTH, _FAR, _NEAR = 96, 48, 8
 # Paths of a function's first argument.
-_FIRST = (0, 0), (1, "input")
-_SECOND = (0, 1), (1, "hx")
+_FIRST: tuple[Path, ...] = ((0, 0), (1, "input"))
+_SECOND: tuple[Path, ...] = ((0, 1), (1, "hx"))
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class History:
                 # A step makes codes of a latent that has two values, too: that of two labels, or of two times.
                 codes = [a for a in given if self.is_two_valued(a)]
                 if event.name in functions.STEPS:
-                    codes = [a for a in codes if a.held.code == result.held.code or not a.held.continuous]
+                    codes = [a for a in codes if _are_kept(a, result)]
                 if given and not codes:
                     self._binarizing[result.held.code].append(event)
 
@@ -194,7 +195,7 @@ def origin(sighting: Sighting) -> Sighting:
     while (event := sighting.producer) is not None:
         # A view of a parameter, as in `x + bias.view(1, -1, 1, 1)`, is an argument, and no parameter any more.
         given = [a for a in sighting.given() if a.from_input or a.requires_grad]
-        if len(given) != 1 or len(event.shapes) > len(event.arguments):
+        if len(given) != 1 or event.parameters:
             break
         sighting = given[0]
     return sighting
@@ -218,7 +219,7 @@ def _sources(sighting: Sighting, like: Callable[[Snapshot], bool]) -> list[Sight
         if event is not None and event.name in functions.SUMS:  # the detach trick: not its latent, which may have two
             before = [a for a in before if a.held.code == current.held.code]
         if event is not None and event.name in functions.STEPS:  # nor a latent of which a group has two values only
-            before = [a for a in before if a.held.code == current.held.code or not a.held.continuous]
+            before = [a for a in before if _are_kept(a, current)]
         # Not a factor that is expanded: one scale a sample has two values where there are two samples.
         before = [a for a in before if a.distinct * 4 > a.held.numel] or before
         if event is not None and event.name in functions.SCALINGS:  # nor is a gate a code
@@ -229,6 +230,14 @@ def _sources(sighting: Sighting, like: Callable[[Snapshot], bool]) -> list[Sight
         line += reversed(before)
         sources += [] if before else current.held.sightings[:1]
     return sources
+
+
+def _are_kept(codes: Sighting, result: Sighting) -> bool:
+    """Whether a step function hands on the codes that it was given, and does not make its own of a latent."""
+    event, before, after = result.producer, codes.held.pattern, result.held.pattern
+    if event is None or event.name != "where" or before is None or after is None:
+        return codes.held.code == result.held.code or not codes.held.continuous
+    return not codes.held.continuous or bool(((before == after) | (after == 0)).all())  # some may be zeroed
 
 
 def _separated(sighting: Sighting, pattern: Tensor, levels: bool = False) -> bool:
@@ -291,8 +300,8 @@ def operands(trace: Trace, module: str = "") -> Iterator[tuple[Event, Sighting]]
             addend = _FIRST if event.name.startswith(("addm", "addb", "badd")) else ()
             mask = "attention" in event.name
             for s in event.arguments:
-                place = s.site.path[:2]
-                if place not in addend and not (mask and place[1] not in (0, 1, 2, "query", "key", "value")):
+                is_mask = mask and s.site.path[1] not in (0, 1, 2, "query", "key", "value")
+                if s.site.path[:2] not in addend and not is_mask:
                     yield event, s
 
 
@@ -308,6 +317,10 @@ def is_sign_of(trace: Trace, codes: Sighting, latent: Sighting) -> bool:
     if is_split_by_threshold(values, pattern, kept_positions(numel, values.device), latent.held.shape):
         return True
     drawn = [e for e in trace.events if latent.seq <= e.seq <= codes.seq and e.name in functions.RANDOM]
+    # Drawn from the latent itself: little may be seen of that in few codes.
+    given = [a.held for e in drawn if e.name == "bernoulli" for a in e.arguments]
+    if any(held.numel == numel and bool((held.values == values).all()) for held in given):
+        return True
     if not any(result.held.numel == numel for event in drawn for result in event.results):
         return False
     ranks = values.argsort().argsort() / len(values)

@@ -176,7 +176,7 @@ def varied(inputs: Inputs, seed: int, source: BatchSource | None = None) -> Inpu
     dense = [t for path, t in tensors_in(inputs) if (path in places or path[:-1] in places) and _is_dense(t)]
     dense = dense or [t for t in tensors if _is_dense(t)]
     dense = [t for t in dense if t.ndim > 1] or dense
-    chosen = [t for t in dense if _has_many_values(t)] or [t for t in dense if _is_stand_in(t)]
+    chosen = [t for t in dense if _has_many_values(t) or _is_stand_in(t)]
     if not chosen and not any(t.ndim > 1 and not t.is_floating_point() for t in tensors):
         chosen = dense  # beside token ids, ones are a mask
     ids = {id(t) for t in chosen}

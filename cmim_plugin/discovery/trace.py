@@ -127,7 +127,7 @@ class Event:
     seq: int
     name: str
     module: str  # qualified name of the module whose forward called it
-    shapes: list[torch.Size]  # of all tensor arguments, parameters too
+    parameters: int  # of the model, among its arguments
     weighted: bool  # a parameter, or what requires a gradient, is among them
     arguments: list[Sighting]  # without parameters
     equation: Any = ""  # of torch.einsum; of torch.tensordot the dimensions
@@ -233,11 +233,11 @@ class _Recorder(TorchFunctionMode):
             self._all_calls[scope][func] += 1
         name = plain_name(func)
         tensors = [tensor for _, tensor in tensors_in((args, kwargs))]
-        shapes = [t.shape for t in tensors if not t.is_nested]
-        weighted = any(t.requires_grad or id(t) in self._parameters for t in tensors)
+        parameters = sum(id(t) in self._parameters for t in tensors)
+        weighted = parameters > 0 or any(t.requires_grad for t in tensors)
         seq, arguments = len(self.trace.sightings), self._see((args, kwargs), "argument", func, nth)
         equation = kwargs.get("dims", args[0] if args and isinstance(args[0], str) else "")
-        event = Event(seq, name, self._scopes[-1][0], shapes, weighted, arguments, equation)
+        event = Event(seq, name, self._scopes[-1][0], parameters, weighted, arguments, equation)
         activations = [t for t in tensors if id(t) not in self._parameters]
         from_input = name not in SHAPE_ONLY and any(self._from_input[t] for t in activations)
         if self._twins and "drop" in name and "training" in kwargs:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import aot_module
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
@@ -361,8 +362,18 @@ def test_what_is_exported_within_a_pause_is_the_bare_model(inside, export):
 @each_way
 def test_tracing_with_the_hooks_on_captures_nothing(inside):
     model, cmim = attached(inside)
-    assert traced(model) == traced(copy.deepcopy(model))
-    assert captures_nothing(model, cmim)
+    for trace in (traced, EXPORTS["make_fx"]):
+        assert trace(model) == trace(copy.deepcopy(model))
+        assert captures_nothing(model, cmim)
+
+
+@each_way
+def test_where_a_pass_cannot_begin_the_model_runs_and_the_loss_says_why(inside):
+    """As of fake tensors, with which other tensors do not go together."""
+    model, cmim = attached(inside)
+    expected = model(X)
+    assert torch.equal(aot_module(model, lambda graph, _: graph)(X), expected)
+    assert works_as_if_new(model, cmim, attached(inside))
 
 
 @each_way
