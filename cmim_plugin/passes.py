@@ -213,8 +213,7 @@ class Pass:
             failed = pair.left_out is not None and pair.left_out[0] == FAILED
             if k in self.miscounted or (other_calls and (failed or not tap.in_one_call)):
                 pair.rows = [None, None]
-                why = f" ({pair.left_out[1]})" if pair.left_out else ""
-                pair.left_out = MISSED, f"a function or module was not called as often as in the dry run{why}"
+                pair.left_out = MISSED, "a function or module was not called as often as in the dry run"
 
     def ask_for_one_pass(self) -> None:
         """The gradients of the contrast and of the network's loss are to come in one backward pass."""
