@@ -49,8 +49,7 @@ def test_examples_stand_alone() -> None:
         assert not found & (inside | benchmarks), path
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("units, shape", [(2, (1, 8, 8)), (6, (3, 32, 32))])
+@pytest.mark.parametrize("name, units, shape", [("irnet", 2, (1, 8, 8)), ("bireal", 6, (3, 32, 32))])
 def test_each_binary_convolution_is_tapped_once(name: str, units: int, shape: tuple[int, ...]) -> None:
     model = METHODS[name].ResNet(units, in_channels=shape[0])
     part = {"irnet": "conv", "bireal": "binary"}[name]
