@@ -58,7 +58,7 @@ def keys(m, x):
 PRODUCTS = {
     "einsum": (maps(lambda m, x: torch.einsum("bchw,oc->bohw", sign(x), m.weight)), 1, 16),
     "einsum with dots": (tokens(lambda m, x: torch.einsum("...c,oc->...o", sign(x), m.weight)), -1, 16),
-    "einsum without a result": (tokens(lambda m, x: torch.einsum("bnc,co", sign(x), m.weight)), -1, 16),
+    "einsum without a result": (maps(lambda m, x: torch.einsum("bchw,oc", sign(x), m.weight)), 1, 16),
     "a permuted map": (maps(lambda m, x: m.conv2(sign(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))), -1, 16),
     "a weight from the left": (signals(lambda m, x: m.weight @ sign(x)), 1, 16),
     "tokens as a map": (tokens(lambda m, x: m.conv2(sign(x).transpose(1, 2).reshape(4, 16, 4, 4))), -1, 16),

@@ -338,24 +338,24 @@ def test_a_forward_may_return_nothing():
 
 def compiled_forward():
     model = net()
-    model.forward = torch.compile(model.forward, backend="aot_eager")
+    model.forward = torch.compile(model.forward, backend="eager")
     return model
 
 
 def compiled_block():
     model = net()
-    model[2] = torch.compile(model[2], backend="aot_eager")
+    model[2] = torch.compile(model[2], backend="eager")
     return model
 
 
 def compiled_module():
     model = net()
-    model[2].compile(backend="aot_eager", fullgraph=True)
+    model[2].compile(backend="eager", fullgraph=True)
     return model
 
 
 def compiled_function():
-    function = torch.compile(lambda m, x: F.conv2d(Sign.apply(x), m.w), backend="aot_eager")
+    function = torch.compile(lambda m, x: F.conv2d(Sign.apply(x), m.w), backend="eager")
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Of(function, w=nn.Parameter(torch.randn(8, 8, 1, 1))))
 
 

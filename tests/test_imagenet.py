@@ -381,10 +381,10 @@ def test_a_body_that_is_not_there_is_named_with_those_that_are(options, capsys):
 # -- networks ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, units", [("resnet18_224", [4, 4, 4, 4]), ("resnet34_224", [6, 8, 12, 6])])
-def test_a_body_for_large_images_has_resnets_stages_at_a_quarter_of_the_size(name, units):
-    model = BODIES[name](binarize.METHODS["bireal"].recipe, 7, width=4)
-    assert [len(getattr(model, f"layer{i}")) for i in (1, 2, 3, 4)] == units
+def test_a_body_for_large_images_has_resnets_stages_at_a_quarter_of_the_size():
+    for name, units in (("resnet34_224", [6, 8, 12, 6]), ("resnet18_224", [4, 4, 4, 4])):
+        model = BODIES[name](binarize.METHODS["bireal"].recipe, 7, width=4)
+        assert [len(getattr(model, f"layer{i}")) for i in (1, 2, 3, 4)] == units
     sizes = []
     for i in (1, 2, 3, 4):
         getattr(model, f"layer{i}").register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[1:]))

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from cmim_plugin import CMIM, CMIMError, CMIMWarning, find_binary_activations
 from cmim_plugin.discovery.layout import Layout
 from cmim_plugin.passes import LATENT, _without_masked_scores
-from networks import BIREAL, METHODS, Binary, BinaryConv, X, Y, a_loss, assert_same, batch, gradients, network, told
+from networks import METHODS, Binary, BinaryConv, X, Y, a_loss, assert_same, batch, gradients, network, told
 
 each_method = pytest.mark.parametrize("recipe", METHODS.values(), ids=METHODS)
 
@@ -25,9 +25,9 @@ each_method = pytest.mark.parametrize("recipe", METHODS.values(), ids=METHODS)
 class Failing(nn.Module):
     """Fails on demand, after its taps have been passed."""
 
-    def __init__(self, recipe=BIREAL):
+    def __init__(self):
         super().__init__()
-        self.body = network(recipe)
+        self.body = network(METHODS["IR-Net"])
         self.fails = False
 
     def forward(self, x):
@@ -273,9 +273,8 @@ def test_another_batch_size_and_resolution_than_the_examples_is_taken():
 # -- passes that do not come to their end --------------------------------------------------------------------------
 
 
-@each_method
-def test_a_pass_that_raised_is_not_captured_and_does_not_bring_back_the_one_before(recipe, clean_stack):
-    model = Failing(recipe)
+def test_a_pass_that_raised_is_not_captured_and_does_not_bring_back_the_one_before(clean_stack):
+    model = Failing()
     cmim = CMIM(model, X)
     model(X)
     model.fails = True
@@ -417,9 +416,8 @@ def copies(model):
     yield torch.optim.swa_utils.AveragedModel(model)
 
 
-@each_method
-def test_a_copy_is_a_plain_model_and_the_original_goes_on(recipe):
-    reference_model, model = network(recipe), network(recipe)
+def test_a_copy_is_a_plain_model_and_the_original_goes_on():
+    reference_model, model = network(), network()
     reference, cmim = CMIM(reference_model, X), CMIM(model, X)
     for duplicate in copies(model):
         expected = reference_model(X)
