@@ -1081,7 +1081,10 @@ def test_what_is_written_by_a_keyword_or_an_attribute_is_put_back(overwrite):
     assert example.data_ptr() == storage and not example.requires_grad
 
 
-@pytest.mark.parametrize("hidden", [lambda x: torch.where(x > 20, x, 0), lambda x: x * (x > 20).float()])
+@pytest.mark.parametrize(
+    "hidden",
+    [lambda x: torch.where(x > 20, x, 0), lambda x: x * (x > 20).float(), lambda x: torch.where(x != x, x, 0 * x)],
+)
 def test_what_happens_to_be_all_zero_is_no_dead_sign(hidden):
     model = Of(
         lambda m, x: m.last(Sign.apply(m.norm(m.hidden(hidden(m.first(x)))))),
