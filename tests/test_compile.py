@@ -69,7 +69,7 @@ def test_what_cannot_be_captured_in_a_compiled_forward_is_told_by_the_loss_and_t
     expected = model(X).detach()
     for parameter in (*model.conv1.parameters(), *model.bn1.parameters()):
         parameter.requires_grad_(False)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     with told() as warned:
         torch.testing.assert_close(compiled(X).detach(), expected)
         cmim(model)
@@ -108,8 +108,8 @@ def test_with_a_teacher_a_network_compiled_in_parts_has_the_losses_of_the_eager_
         model, cmim = attached(instances="image", teacher=teacher(IRNET))
         if compiled:
             for block in (*model.layer1, *model.layer2):
-                block.compile(backend="aot_eager")
-        losses.append([step[1].item() for step in train(model, cmim, 3)])
+                block.compile(backend="eager")
+        losses.append([step[1].item() for step in train(model, cmim, 2)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
@@ -131,7 +131,7 @@ def test_a_network_compiled_in_parts_contrasts_all_taps_and_is_not_compiled_for_
 
 def test_attached_after_the_first_compiled_call_the_loss_is_refused():
     model = network()
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="eager")
     compiled(X)
     cmim = CMIM(compiled, X)
     compiled(X)
@@ -139,8 +139,9 @@ def test_attached_after_the_first_compiled_call_the_loss_is_refused():
         cmim(compiled)
 
 
-@pytest.mark.parametrize("labels", [None, torch.tensor([0, 1, 0, 2, 1, 1])], ids=["unlabelled", "labelled"])
-@pytest.mark.parametrize("objective", [InfoNCE(), NCE(num_samples=50)], ids=["info", "nce"])
+@pytest.mark.parametrize(
+    "objective, labels", [(InfoNCE(), torch.tensor([0, 1, 0, 2, 1, 1])), (NCE(num_samples=50), None)]
+)
 def test_the_objectives_compile_into_one_graph(objective, labels):
     z = [torch.randn(6, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     compiled = torch.compile(lambda *z: objective(*z, labels=labels), fullgraph=True, backend="aot_eager")
@@ -149,19 +150,16 @@ def test_the_objectives_compile_into_one_graph(objective, labels):
     torch.testing.assert_close(torch.autograd.grad(found, z), torch.autograd.grad(expected, z))
 
 
-@pytest.mark.parametrize("taps_per_step", [None, 1], ids=["all taps", "some taps"])
-def test_a_compiled_loss_is_that_of_the_eager_one_and_is_not_compiled_again(taps_per_step):
+def test_a_compiled_loss_is_that_of_the_eager_one_and_is_not_compiled_again():
     # The first pass runs before anything is compiled, with the taps whose turn it is: heads that it trained differ.
-    settings = {} if taps_per_step is None else {"heads_lr": 0}
-    expected = train(*attached(**settings), 7)
-    model, cmim = attached(taps_per_step=taps_per_step, **settings)
+    expected = train(*attached(heads_lr=0), 7)
+    model, cmim = attached(taps_per_step=1, heads_lr=0)
     compiled = torch.compile(cmim, backend="eager")
     found = train(model, cmim, 4, loss_of=compiled)  # counters of steps change from constants to variables
     counters.clear()
     found += train(model, cmim, 3, loss_of=compiled)
     assert graphs() == 0
-    first = 0 if taps_per_step is None else 1
-    for step in range(first, 7):
+    for step in range(1, 7):
         torch.testing.assert_close(found[step][1], expected[step][1], rtol=1e-3, atol=1e-4)
 
 
@@ -204,7 +202,7 @@ def test_a_compiled_evaluation_is_not_compiled_again_for_each_choice_of_taps():
 def test_a_compiled_loss_is_not_compiled_again_for_each_size_of_batch():
     model, cmim = attached(num_positions=16)  # fewer than even one image has
     compiled = torch.compile(cmim, backend="eager")
-    for size in (6, 6, 5, 6, 4):  # sizes and counters of steps change from constants to variables
+    for size in (6, 5, 6, 4):  # sizes and counters of steps change from constants to variables
         model(X[:size])
         compiled(model).backward()
     counters.clear()
@@ -224,7 +222,7 @@ def test_a_compiled_step_with_labels_is_not_compiled_again_for_each_size_of_batc
         return model(x).sum() + cmim(model, labels=y)
 
     y = torch.tensor([0, 1, 2, 0, 1, 2])
-    for size in (6, 6, 5, 6, 4):
+    for size in (6, 5, 6, 4):
         loss(X[:size], y[:size]).backward()
     counters.clear()
     for size in (3, 6, 2):

@@ -302,10 +302,13 @@ def skipping(draw, rate):
     return Of(forward, stem=nn.Conv2d(3, 8, 3, padding=1), blocks=nn.ModuleList(blocks))
 
 
-@pytest.mark.parametrize("rate", [0.1, 0.5])
-@pytest.mark.parametrize("draw", [lambda: torch.rand(()), random.random, np.random.rand], ids=["torch", "python", "np"])
+@pytest.mark.parametrize(
+    "draw, rate",
+    [(lambda: torch.rand(()), 0.1), (random.random, 0.5), (np.random.rand, 0.1)],
+    ids=["torch", "python", "np"],
+)
 def test_layers_skipped_at_random_are_all_found_in_order(draw, rate):
-    for seed in range(3):
+    for seed in range(2):
         torch.manual_seed(seed)
         random.seed(seed)
         assert tapped(skipping(draw, rate), X) == [f"blocks.{i}.1" for i in range(6)]
@@ -335,24 +338,24 @@ def test_a_forward_may_return_nothing():
 
 def compiled_forward():
     model = net()
-    model.forward = torch.compile(model.forward, backend="aot_eager")
+    model.forward = torch.compile(model.forward, backend="eager")
     return model
 
 
 def compiled_block():
     model = net()
-    model[2] = torch.compile(model[2], backend="aot_eager")
+    model[2] = torch.compile(model[2], backend="eager")
     return model
 
 
 def compiled_module():
     model = net()
-    model[2].compile(backend="aot_eager", fullgraph=True)
+    model[2].compile(backend="eager", fullgraph=True)
     return model
 
 
 def compiled_function():
-    function = torch.compile(lambda m, x: F.conv2d(Sign.apply(x), m.w), backend="aot_eager")
+    function = torch.compile(lambda m, x: F.conv2d(Sign.apply(x), m.w), backend="eager")
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Of(function, w=nn.Parameter(torch.randn(8, 8, 1, 1))))
 
 
@@ -540,8 +543,11 @@ SCALES = {
 }
 
 
-@pytest.mark.parametrize("function", SCALES.values(), ids=SCALES)
-@pytest.mark.parametrize("shape", [(4, 64, 8), (2, 197, 8)])
+@pytest.mark.parametrize(
+    "function, shape",
+    zip(SCALES.values(), [(4, 64, 8), (2, 197, 8), (4, 64, 8), (2, 197, 8), (2, 197, 8)], strict=True),
+    ids=SCALES,
+)
 def test_codes_may_have_a_scale_for_each_token(function, shape):
     act = Of(function, p=nn.Parameter(torch.rand(64) + 0.5))
     assert tapped(nn.Sequential(nn.Linear(8, 64), nn.LayerNorm(64), act, nn.Linear(64, 8)), torch.zeros(shape)) == ["2"]
@@ -635,7 +641,7 @@ def test_a_sum_with_something_continuous_is_no_binary_operand():
     assert find_binary_activations(wide(Of(lambda m, x: Sign.apply(x) + F.gelu(x))), X) == []
 
 
-@pytest.mark.parametrize("rare", [(0.0, 1.0), (0.0, 3.0), (-1.0, 1.0)])
+@pytest.mark.parametrize("rare", [(0.0, 1.0), (-1.0, 3.0)])
 def test_a_quantizer_is_listed_wherever_its_rare_values_lie(rare):
     def act(m, x):
         hard = torch.where(x > 0, *map(torch.tensor, (2.0, rare[0])))
@@ -928,15 +934,14 @@ def test_attributes_of_any_kind_are_in_nobodys_way():
     assert tapped(model, torch.randn(4, 8)) == ["encoder.2"]
 
 
-@pytest.mark.parametrize("samples", [2, 3, 4, 5])
+@pytest.mark.parametrize("samples", [2, 5])
 def test_one_example_for_both_inputs_of_a_siamese_network_hides_neither(samples):
     x = torch.randn(samples, 8)
     model = Of(lambda m, a, b: m.encoder(a) - m.encoder(b), encoder=encoder())
     assert tapped(model, (x, x)) == ["encoder.2", "encoder.2#2"]
 
 
-@pytest.mark.parametrize("samples", [4, 8])
-def test_a_forward_may_copy_a_module(samples):
+def test_a_forward_may_copy_a_module():
     def forward(m, x):
         if m.target is None:
             m.target = copy.deepcopy(m.online).requires_grad_(False)
@@ -944,19 +949,15 @@ def test_a_forward_may_copy_a_module(samples):
             target = m.target(x)
         return (m.online(x) - target).square().mean()
 
-    model = Of(forward, online=encoder(), target=None)
-    assert tapped(model, torch.randn(samples, 8)) == ["online.2"]
-    assert model.target is None
+    for samples in (4, 8):
+        model = Of(forward, online=encoder(), target=None)
+        assert tapped(model, torch.randn(samples, 8)) == ["online.2"]
+        assert model.target is None
 
 
-@pytest.mark.parametrize(
-    "first",
-    [nn.LSTM(8, 8, batch_first=True), nn.GRU(8, 8, batch_first=True), nn.RNN(8, 8, batch_first=True)],
-    ids=["lstm", "gru", "rnn"],
-)
-def test_the_first_layer_may_be_recurrent(first):
+def test_the_first_layer_may_be_recurrent():
     rest = nn.Sequential(nn.LayerNorm(8), Binary(), nn.Linear(8, 4))
-    model = Of(lambda m, x: m.rest(m.first(x)[0]), first=first, rest=rest)
+    model = Of(lambda m, x: m.rest(m.first(x)[0]), first=nn.LSTM(8, 8, batch_first=True), rest=rest)
     assert tapped(model, torch.randn(4, 5, 8)) == ["rest.1"]
 
 
@@ -1051,13 +1052,13 @@ def test_a_module_that_raises_within_the_forward_ends_there():
     assert tapped(Of(forward, stop=Of(stop), **parts), torch.randn(8, 8)) == ["(model)"]
 
 
-@pytest.mark.parametrize("samples", [4, 8])
-def test_an_example_that_the_forward_overwrites_is_put_back(samples):
-    model = Of(lambda m, x: m.encoder(x.sub_(1).div_(2)), encoder=encoder())
-    example = torch.randn(samples, 8)
-    expected = example.clone()
-    assert tapped(model, example) == ["encoder.2"]
-    assert torch.equal(example, expected)
+def test_an_example_that_the_forward_overwrites_is_put_back():
+    for samples in (4, 8):
+        model = Of(lambda m, x: m.encoder(x.sub_(1).div_(2)), encoder=encoder())
+        example = torch.randn(samples, 8)
+        expected = example.clone()
+        assert tapped(model, example) == ["encoder.2"]
+        assert torch.equal(example, expected)
 
 
 @pytest.mark.parametrize(
@@ -1167,8 +1168,8 @@ def test_codes_that_are_written_into_a_tensor_have_the_latent_that_was_signed(wr
     assert torch.equal(positions[captured.pairs[0].index], latent)
 
 
-@pytest.mark.parametrize("scales", [(0.8, 0.4), (1.0, 1.0), (1.0, 1.0, 1.0)])
-def test_a_sum_of_codes_has_a_tap_for_each_whatever_their_scales(scales):
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (1.0, 1.0, 1.0)])
+def test_a_sum_of_codes_of_one_scale_has_a_tap_for_each(scales):
     model = Of(
         lambda m, x: m.last(sum(scale * Sign.apply(m.norm(m.stem(x)) - i / 2) for i, scale in enumerate(scales))),
         stem=nn.Conv2d(3, 8, 3, padding=1),
@@ -1232,8 +1233,7 @@ def over_tokens(function, **more):
     return Of(function, first=nn.Linear(8, 16), norm=nn.LayerNorm(16), last=BinaryLinear(16, 4), **more)
 
 
-@pytest.mark.parametrize("samples", [3, 4, 8])
-@pytest.mark.parametrize("length", [3, 4, 5])
+@pytest.mark.parametrize("samples, length", [(3, 3), (3, 4), (4, 4), (4, 5), (8, 5)])
 def test_time_that_is_as_long_as_the_batch_is_still_not_the_batch(samples, length):
     model = over_tokens(lambda m, x: m.last(m.norm(m.first(x)).transpose(0, 1)))
     (found,) = find_binary_activations(model, torch.randn(samples, length, 8), batch_size=samples)
@@ -1325,14 +1325,14 @@ def test_what_has_no_position_of_its_own_for_each_sample_is_refused(function):
 
 
 @pytest.mark.parametrize(
-    "scaled",
+    "scaled, samples",
     [
-        lambda m, x: m.norm(Sign.apply(x)),
-        lambda m, x: Sign.apply(x) * m.scale[None] + m.shift[None],
-        lambda m, x: x + (x.sign() * x.abs().mean(0, keepdim=True) - x).detach(),
+        (lambda m, x: m.norm(Sign.apply(x)), 4),
+        (lambda m, x: Sign.apply(x) * m.scale[None] + m.shift[None], 4),
+        (lambda m, x: Sign.apply(x) * m.scale[None] + m.shift[None], 64),
+        (lambda m, x: x + (x.sign() * x.abs().mean(0, keepdim=True) - x).detach(), 4),
     ],
 )
-@pytest.mark.parametrize("samples", [4, 64])
 def test_vectors_whose_two_values_differ_by_channel_are_tapped(scaled, samples):
     scale, shift = nn.Parameter(0.5 + torch.rand(32)), nn.Parameter(torch.rand(32))
     of = Of(scaled, norm=nn.BatchNorm1d(32), scale=scale, shift=shift)
@@ -1340,8 +1340,7 @@ def test_vectors_whose_two_values_differ_by_channel_are_tapped(scaled, samples):
     assert tapped(model, torch.randn(samples, 8)) == ["2"]
 
 
-@pytest.mark.parametrize("samples", [4, 32])
-@pytest.mark.parametrize("binarize", [Sign.apply, lambda x: x + (x.sign() - x).detach()])
+@pytest.mark.parametrize("binarize, samples", [(Sign.apply, 32), (lambda x: x + (x.sign() - x).detach(), 4)])
 def test_a_latent_that_has_two_values_in_the_example_is_one(binarize, samples):
     def forward(m, x, labels):
         return m.last(torch.cat([Sign.apply(m.norm(m.first(x))), binarize(m.table(labels))], 1))
@@ -1418,14 +1417,12 @@ def test_codes_added_to_frozen_activations_are_no_codes():
     assert tapped(model, X8) == []
 
 
-@pytest.mark.parametrize("layer", [nn.LSTM(64, 8), nn.MultiheadAttention(64, 2)])
-def test_a_layer_that_takes_the_batch_for_time_hides_no_map(layer):
+def test_a_layer_that_takes_the_batch_for_time_hides_no_map():
     def forward(m, x):
-        x = m.conv(x).permute(0, 3, 1, 2).flatten(2)
-        return m.layer(x, x, x)[0] if isinstance(m.layer, nn.MultiheadAttention) else m.layer(x)[0]
+        return m.layer(m.conv(x).permute(0, 3, 1, 2).flatten(2))[0]
 
     conv = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), BinaryConv(8, 8, 1))
-    assert tapped(Of(forward, conv=conv, layer=layer), torch.randn(4, 3, 8, 8)) == ["conv.2"]
+    assert tapped(Of(forward, conv=conv, layer=nn.LSTM(64, 8)), torch.randn(4, 3, 8, 8)) == ["conv.2"]
 
 
 STRAIGHT = "one autograd.Function passes it straight to another: put a module between the two, as nn.Identity()"
@@ -1502,9 +1499,7 @@ def test_a_scale_or_threshold_of_the_size_of_the_latent_is_not_the_latent(binari
     assert not (latent == latent[0]).all()
 
 
-@pytest.mark.parametrize(
-    "shift", [lambda b: b, lambda b: b.view(1, 1, -1), lambda b: b[None, None], lambda b: b.expand(1, 1, 16)]
-)
+@pytest.mark.parametrize("shift", [lambda b: b, lambda b: b.view(1, 1, -1)], ids=["parameter", "view"])
 def test_trained_shifts_of_one_latent_make_taps_of_their_own(shift):
     def forward(m, x):
         x = m.norm(m.first(x))

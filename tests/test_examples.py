@@ -1,6 +1,7 @@
 """The scripts of examples/: each says what it does and trains; which integration keeps its promises is in
 test_integrations.py."""
 
+import importlib.util
 import re
 import runpy
 import shutil
@@ -24,13 +25,14 @@ def call(script: Path | str, monkeypatch, *arguments: str) -> None:
     runpy.run_path(str(EXAMPLES / script), run_name="__main__")
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_each_script_answers_help(script: Path, monkeypatch, capsys) -> None:
+def test_each_script_answers_help(monkeypatch, capsys) -> None:
     needed = {"lightning_module": "lightning", "accelerate_loop": "accelerate", "transformers_trainer": "transformers"}
-    pytest.importorskip(needed.get(script.stem, "torch"))
-    with pytest.raises(SystemExit) as end:
-        call(script, monkeypatch, "--help")
-    assert end.value.code == 0 and "usage:" in capsys.readouterr().out
+    for script in SCRIPTS:
+        if importlib.util.find_spec(needed.get(script.stem, "torch")) is None:
+            continue
+        with pytest.raises(SystemExit) as end:
+            call(script, monkeypatch, "--help")
+        assert end.value.code == 0 and "usage:" in capsys.readouterr().out, script.name
 
 
 def test_ddp_says_how_to_start_it(monkeypatch, capsys) -> None:
@@ -49,8 +51,7 @@ def test_examples_stand_alone() -> None:
         assert not found & (inside | benchmarks), path
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("units, shape", [(2, (1, 8, 8)), (6, (3, 32, 32))])
+@pytest.mark.parametrize("name, units, shape", [("irnet", 2, (1, 8, 8)), ("bireal", 6, (3, 32, 32))])
 def test_each_binary_convolution_is_tapped_once(name: str, units: int, shape: tuple[int, ...]) -> None:
     model = METHODS[name].ResNet(units, in_channels=shape[0])
     part = {"irnet": "conv", "bireal": "binary"}[name]

@@ -17,12 +17,26 @@ LABELS = [0, 1, -1, 2, 0, -1, 1]
 MASK = [True, False, True, True, True, False, True]
 QUEUE_LABELS = [1, -1, 0, 4, -1]
 
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-with_and_without_labels = pytest.mark.parametrize("labels", [None, LABELS], ids=["unlabelled", "labelled"])
-with_and_without_mask = pytest.mark.parametrize("mask", [None, MASK], ids=["unmasked", "masked"])
-with_and_without_queue = pytest.mark.parametrize("queued", [False, True], ids=["batch", "queue"])
 info_nce, nce = InfoNCE(), NCE(num_samples=SAMPLES)
 each_objective = pytest.mark.parametrize("objective", [info_nce, nce], ids=["info", "nce"])
+# All choices of labels, mask and queue, which exclude candidates together, and each pair with objective and dtype.
+each_mixture = pytest.mark.parametrize(
+    "objective, dtype, labels, mask, queued",
+    [
+        (info_nce, torch.float64, None, None, False),
+        (nce, torch.float64, LABELS, MASK, True),
+        (nce, torch.float32, None, MASK, False),
+        (info_nce, torch.float32, LABELS, None, True),
+        (nce, torch.bfloat16, None, None, True),
+        (info_nce, torch.bfloat16, LABELS, MASK, False),
+        (info_nce, torch.float16, None, MASK, True),
+        (nce, torch.float16, LABELS, None, False),
+    ],
+    ids=[
+        *("info", "nce, all", "nce, mask", "info, labels and queue", "nce, queue", "info, labels and mask"),
+        *("info, mask and queue", "nce, labels"),
+    ],
+)
 
 
 def critic(anchor: list[float], candidate: list[float], temperature: float) -> float:
@@ -91,11 +105,7 @@ def tensors(labels=None, mask=None) -> dict[str, Tensor]:
     return {name: torch.tensor(value) for name, value in given.items() if value is not None}
 
 
-@each_dtype
-@with_and_without_labels
-@with_and_without_mask
-@with_and_without_queue
-@each_objective
+@each_mixture
 def test_the_loss_agrees_with_a_double_loop(objective, dtype, labels, mask, queued):
     for temperature in (0.01, 0.07, 1.0):
         z_b, z_f = unit(7, dtype), unit(7, dtype)
@@ -109,11 +119,8 @@ def test_the_loss_agrees_with_a_double_loop(objective, dtype, labels, mask, queu
         assert loss.item() == pytest.approx(expected, rel=DTYPES[dtype], abs=DTYPES[dtype])
 
 
-@with_and_without_labels
-@with_and_without_mask
-@with_and_without_queue
-@each_objective
-def test_gradients_agree_with_finite_differences(objective, labels, mask, queued):
+@each_mixture
+def test_gradients_agree_with_finite_differences(objective, dtype, labels, mask, queued):
     queue = queue_arguments(torch.float64) if queued else {}
     z_b, z_f = unit(7).requires_grad_(), unit(7).requires_grad_()
     loss = partial(objective, **tensors(labels, mask), **queue)
@@ -121,8 +128,7 @@ def test_gradients_agree_with_finite_differences(objective, labels, mask, queued
     assert torch.autograd.gradcheck(lambda b, f: loss(b, f, temperature=1.0), (z_b, z_f))
 
 
-@with_and_without_labels
-@each_objective
+@pytest.mark.parametrize("objective, labels", [(info_nce, LABELS), (nce, None)])
 def test_gradients_of_gradients_agree_with_finite_differences(objective, labels):
     z_b, z_f = unit(5).requires_grad_(), unit(5).requires_grad_()
     labels = None if labels is None else torch.tensor(labels[:5])
@@ -141,10 +147,9 @@ def test_transforms_of_torch_func_and_forward_mode_differentiate_the_loss(object
     torch.testing.assert_close(slope, (expected * direction).sum())
 
 
-@each_objective
-def test_a_temperature_may_be_learned(objective):
+def test_a_temperature_may_be_learned():
     z_b, z_f, temperature = unit(7), unit(7), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda t: objective(z_b, z_f, temperature=t), temperature)
+    assert torch.autograd.gradcheck(lambda t: info_nce(z_b, z_f, temperature=t), temperature)
 
 
 def problems(labels, queued, mask=None) -> list[dict[str, Tensor]]:
@@ -162,11 +167,8 @@ def problems(labels, queued, mask=None) -> list[dict[str, Tensor]]:
     return found
 
 
-@with_and_without_labels
-@with_and_without_mask
-@with_and_without_queue
-@each_objective
-def test_problems_side_by_side_are_each_their_own(objective, labels, mask, queued):
+@each_mixture
+def test_problems_side_by_side_are_each_their_own(objective, dtype, labels, mask, queued):
     single = problems(labels, queued, mask)
     together = objective(**{name: torch.stack([p[name] for p in single]) for name in single[0]})
     assert together.shape == (3,)
@@ -174,21 +176,18 @@ def test_problems_side_by_side_are_each_their_own(objective, labels, mask, queue
         assert loss.item() == pytest.approx(objective(**arguments).item(), abs=1e-12)
 
 
-@each_objective
-def test_scaled_rows_are_contrasted_as_they_are(objective):
+def test_scaled_rows_are_contrasted_as_they_are():
     z_b, z_f = 3 * unit(5), 0.2 * unit(5)
-    term = info_nce_term if objective is info_nce else partial(nce_term, num_samples=SAMPLES)
-    expected = oracle(term, z_b.tolist(), z_f.tolist(), 0.5)
-    assert objective(z_b, z_f, temperature=0.5).item() == pytest.approx(expected, rel=1e-9)
+    expected = oracle(info_nce_term, z_b.tolist(), z_f.tolist(), 0.5)
+    assert info_nce(z_b, z_f, temperature=0.5).item() == pytest.approx(expected, rel=1e-9)
 
 
-@each_objective
-def test_both_directions_count_alike(objective):
+def test_both_directions_count_alike():
     z_b, z_f = unit(6), unit(6)
     queue = queue_arguments(torch.float64)
     swapped = {"queue_b": queue["queue_f"], "queue_f": queue["queue_b"]}
-    there = objective(z_b, z_f, queue_b=queue["queue_b"], queue_f=queue["queue_f"])
-    assert there.item() == pytest.approx(objective(z_f, z_b, **swapped).item(), rel=1e-12)
+    there = info_nce(z_b, z_f, queue_b=queue["queue_b"], queue_f=queue["queue_f"])
+    assert there.item() == pytest.approx(info_nce(z_f, z_b, **swapped).item(), rel=1e-12)
 
 
 def test_the_default_temperature_is_a_tenth():
@@ -197,16 +196,14 @@ def test_the_default_temperature_is_a_tenth():
     assert torch.equal(nce(z_b, z_f), nce(z_b, z_f, 0.1))
 
 
-@each_objective
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint16, torch.uint8, torch.bool], ids=str)
-def test_entries_without_label_are_negatives_whatever_the_dtype_of_the_labels(objective, dtype):
+def test_entries_without_label_are_negatives_whatever_the_dtype_of_the_labels(dtype):
     z_b, z_f, queue = unit(3), unit(3), {"queue_b": unit(2), "queue_f": unit(2)}
     label = 255 if dtype == torch.uint8 else 1
     labels = torch.tensor([label, 0, label]).to(dtype)
-    loss = objective(z_b, z_f, labels=labels, queue_labels=torch.tensor([-1, -1]), **queue)
-    term = info_nce_term if objective is info_nce else partial(nce_term, num_samples=SAMPLES)
+    loss = info_nce(z_b, z_f, labels=labels, queue_labels=torch.tensor([-1, -1]), **queue)
     lists = {name: tensor.tolist() for name, tensor in queue.items()}
-    expected = oracle(term, z_b.tolist(), z_f.tolist(), 0.1, [1, 0, 1], **lists, queue_labels=[-1, -1])
+    expected = oracle(info_nce_term, z_b.tolist(), z_f.tolist(), 0.1, [1, 0, 1], **lists, queue_labels=[-1, -1])
     assert loss.item() == pytest.approx(expected, rel=1e-9)
 
 
@@ -228,8 +225,7 @@ def test_masked_rows_get_no_gradient_and_may_hold_anything_finite(objective):
         assert z.shape == grad.shape
 
 
-@each_objective
-@pytest.mark.parametrize("kept", [0, 1])
+@pytest.mark.parametrize("objective, kept", [(info_nce, 0), (nce, 1)])
 def test_a_mask_that_leaves_no_negative_gives_zero(objective, kept):
     z_b, z_f = unit(4).requires_grad_(), unit(4).requires_grad_()
     loss = objective(z_b, z_f, mask=torch.arange(4) < kept)
@@ -239,7 +235,7 @@ def test_a_mask_that_leaves_no_negative_gives_zero(objective, kept):
 
 
 @each_objective
-@pytest.mark.parametrize("rows, labels", [(1, None), (1, [3]), (4, [2, 2, 2, 2])], ids=["one", "one labelled", "class"])
+@pytest.mark.parametrize("rows, labels", [(1, None), (4, [2, 2, 2, 2])], ids=["one", "class"])
 def test_without_negatives_loss_and_gradient_are_zero(objective, rows, labels):
     z_b, z_f = unit(rows).requires_grad_(), unit(rows).requires_grad_()
     loss = objective(z_b, z_f, labels=None if labels is None else torch.tensor(labels))
@@ -303,7 +299,7 @@ def test_perfect_embeddings_bound_the_information_of_nce_by_the_log_of_the_negat
     assert nce.bound(nce(z, z, 0.01, labels), 4).item() == pytest.approx(math.log(4), abs=1e-6)
 
 
-@pytest.mark.parametrize("count", [1, 7, 4096])
+@pytest.mark.parametrize("count", [1, 4096])
 def test_bounds_follow_their_formulas(count):
     loss = torch.tensor(0.75)
     assert info_nce.bound(loss, count).item() == pytest.approx(math.log(count + 1) - 0.75, rel=1e-6)
@@ -324,7 +320,7 @@ def test_bounds_without_negatives_are_finite():
     assert nce.bound(torch.tensor(0.0), torch.tensor([0, 0])).item() == 0
 
 
-@with_and_without_mask
+@pytest.mark.parametrize("mask", [None, MASK], ids=["unmasked", "masked"])
 def test_negatives_are_counted_as_a_loop_counts_them(mask):
     expected, kept = [], mask or [True] * 7
     for i in range(len(LABELS)):
@@ -345,8 +341,7 @@ def test_negatives_are_counted_as_a_loop_counts_them(mask):
 # -- autocast ------------------------------------------------------------------------------------------------------
 
 
-@each_objective
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("objective, dtype", [(info_nce, torch.bfloat16), (nce, torch.float32)])
 def test_autocast_does_not_change_the_loss_or_its_gradient(objective, dtype):
     results = []
     start_b, start_f, queue = unit(7, dtype), unit(7, dtype), queue_arguments(torch.float32)
@@ -364,19 +359,15 @@ def test_autocast_does_not_change_the_loss_or_its_gradient(objective, dtype):
 # -- errors --------------------------------------------------------------------------------------------------------
 
 
-@each_objective
 @pytest.mark.parametrize(
     "arguments, said",
     [
         ({"z_f": unit(5)}, r"\(7, 6\) and \(5, 6\)"),
-        ({"z_f": torch.zeros(7, 4)}, r"\(7, 6\) and \(7, 4\)"),
         ({"z_b": torch.zeros(7), "z_f": torch.zeros(7)}, r"\(7,\) and \(7,\)"),
         ({"z_b": torch.zeros(7, 6, dtype=torch.int64)}, "floating point; found torch.int64 and torch.float64"),
         ({"temperature": 0}, "temperature must be positive; found 0"),
-        ({"temperature": -0.1}, "found -0.1"),
         ({"temperature": math.nan}, "found nan"),
         ({"labels": torch.zeros(6, dtype=torch.int64)}, r"of shape \(7,\), one a row; found shape \(6,\)"),
-        ({"labels": torch.zeros(7, 1, dtype=torch.int64)}, r"found shape \(7, 1\)"),
         ({"labels": torch.zeros(7)}, r"found shape \(7,\), torch.float32"),
         (
             {"mask": torch.ones(6, dtype=torch.bool)},
@@ -400,12 +391,11 @@ def test_autocast_does_not_change_the_loss_or_its_gradient(objective, dtype):
         ),
     ],
 )
-def test_what_does_not_fit_is_named(objective, arguments, said):
+def test_what_does_not_fit_is_named(arguments, said):
     with pytest.raises(CMIMError, match=said):
-        objective(**{"z_b": unit(7), "z_f": unit(7), **arguments})
+        info_nce(**{"z_b": unit(7), "z_f": unit(7), **arguments})
 
 
-@pytest.mark.parametrize("num_samples", [0, -3])
-def test_nce_needs_a_positive_number_of_training_samples(num_samples):
-    with pytest.raises(CMIMError, match=f"num_samples .* found {num_samples}"):
-        NCE(num_samples)
+def test_nce_needs_a_positive_number_of_training_samples():
+    with pytest.raises(CMIMError, match="num_samples must be a positive number, of the training set; found 0"):
+        NCE(0)

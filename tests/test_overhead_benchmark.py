@@ -15,8 +15,7 @@ from naive import Naive
 from nets import METHODS, resnet
 
 
-@pytest.mark.parametrize("instances", ["image", "position"])
-@pytest.mark.parametrize("method", ["irnet", "bireal"])
+@pytest.mark.parametrize("method, instances", [("irnet", "position"), ("bireal", "image")])
 def test_naive_loss_and_its_gradients_are_those_of_cmim_with_the_same_heads(method, instances):
     """All 6 x 64 positions at most, so that both draw all of them."""
     x = torch.randn(6, 3, 8, 8, dtype=torch.float64)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from cmim_plugin import CMIM, CMIMError, CMIMWarning, find_binary_activations
 from cmim_plugin.discovery.layout import Layout
 from cmim_plugin.passes import LATENT, _without_masked_scores
-from networks import BIREAL, METHODS, Binary, BinaryConv, X, Y, a_loss, assert_same, batch, gradients, network, told
+from networks import METHODS, Binary, BinaryConv, X, Y, a_loss, assert_same, batch, gradients, network, told
 
 each_method = pytest.mark.parametrize("recipe", METHODS.values(), ids=METHODS)
 
@@ -25,9 +25,9 @@ each_method = pytest.mark.parametrize("recipe", METHODS.values(), ids=METHODS)
 class Failing(nn.Module):
     """Fails on demand, after its taps have been passed."""
 
-    def __init__(self, recipe=BIREAL):
+    def __init__(self):
         super().__init__()
-        self.body = network(recipe)
+        self.body = network(METHODS["IR-Net"])
         self.fails = False
 
     def forward(self, x):
@@ -184,15 +184,6 @@ def test_a_loss_without_a_forward_pass_is_refused_and_one_pass_gives_one_loss():
         cmim(model)
 
 
-def test_the_loss_is_that_of_the_last_pass():
-    model, reference = network(), network()
-    cmim, other = CMIM(model, X), CMIM(reference, X)
-    model(batch(seed=7)[0])
-    model(X)
-    reference(X)
-    assert_same(cmim(model), other(reference))
-
-
 def test_a_pass_in_eval_mode_is_captured_too():
     model = network().eval()
     cmim = CMIM(model, X)
@@ -282,9 +273,8 @@ def test_another_batch_size_and_resolution_than_the_examples_is_taken():
 # -- passes that do not come to their end --------------------------------------------------------------------------
 
 
-@each_method
-def test_a_pass_that_raised_is_not_captured_and_does_not_bring_back_the_one_before(recipe, clean_stack):
-    model = Failing(recipe)
+def test_a_pass_that_raised_is_not_captured_and_does_not_bring_back_the_one_before(clean_stack):
+    model = Failing()
     cmim = CMIM(model, X)
     model(X)
     model.fails = True
@@ -292,20 +282,6 @@ def test_a_pass_that_raised_is_not_captured_and_does_not_bring_back_the_one_befo
         model(X)
     assert_nothing_captured(model, cmim)
     model.fails = False
-    assert a_loss(model, cmim).isfinite()
-
-
-@each_method
-def test_a_pass_that_raised_within_a_tapped_module_is_not_captured(recipe, clean_stack):
-    model = network(recipe)
-    cmim = CMIM(model, X)
-    layer = model.layer2[0].conv
-    weight, layer.weight = layer.weight, nn.Parameter(torch.randn(8, 3, 3, 3))
-    with pytest.raises(RuntimeError):
-        model(X)
-    assert torch.overrides._get_current_function_mode_stack() == []
-    assert_nothing_captured(model, cmim)
-    layer.weight = weight
     assert a_loss(model, cmim).isfinite()
 
 
@@ -327,16 +303,6 @@ def test_an_interrupted_pass_is_not_captured_and_the_next_one_is(recipe, clean_s
     model.train()
     assert_nothing_captured(model, cmim)
     assert_same(a_loss(model, cmim), a_loss(reference, undisturbed))
-
-
-def test_a_pass_within_an_exception_handler_is_captured():
-    model = network()
-    cmim = CMIM(model, X)
-    try:
-        raise ValueError("the first batch is broken")
-    except ValueError:
-        loss = a_loss(model, cmim)
-    assert loss.isfinite()
 
 
 # -- passes of other shapes ----------------------------------------------------------------------------------------
@@ -367,21 +333,6 @@ def test_a_forward_that_calls_itself_is_one_pass():
         assert list(cmim.metrics) == ["first", "second"]
         assert_nothing_captured(model, cmim)
     assert_same(losses[1], losses[0])
-
-
-class ReturnsNone(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = network()
-
-    def forward(self, x):
-        self.result = self.body(x)
-
-
-def test_a_forward_that_returns_none_is_captured():
-    model = ReturnsNone()
-    cmim = CMIM(model, X)
-    assert a_loss(model, cmim).item() > 0
 
 
 def in_a_thread(function):
@@ -432,22 +383,6 @@ def test_a_chosen_tap_that_was_not_reached_gives_zero_with_its_graph_and_one_war
     assert warned == ["Tap second.0: the forward pass did not reach it. It adds nothing to the loss."]
 
 
-def test_layers_that_were_frozen_add_nothing_and_are_told_once():
-    model = network(units=2)
-    cmim = CMIM(model, X)
-    model.conv1.requires_grad_(False)
-    model.bn1.requires_grad_(False)
-    with told() as warned:
-        for _ in range(2):
-            a_loss(model, cmim).backward()
-    assert len(warned) == 1 and "layer1.0.binary: its binary activation came without a gradient" in warned[0]
-    assert "layer1.0.binary" not in cmim.metrics and "layer1.1.binary" in cmim.metrics
-    model.requires_grad_(False)
-    model(X)
-    with pytest.raises(CMIMError, match="came without a gradient"):
-        cmim(model)
-
-
 def test_pruned_channels_are_told_by_the_taps_name_and_not_by_the_models_forward():
     model = nn.Sequential(nn.Conv2d(2, 4, 3), Binary(), nn.Conv2d(4, 4, 1), Binary(), nn.Conv2d(4, 3, 1))
     cmim = CMIM(model, X)
@@ -468,18 +403,6 @@ def test_hooks_that_others_cleared_are_told():
         cmim(model)
 
 
-@each_method
-def test_forward_hooks_that_others_cleared_leave_the_models_forward_alone(recipe, clean_stack):
-    model = network(recipe)
-    expected = copy.deepcopy(model)(X)
-    cmim = CMIM(model, X)
-    for module in model.modules():
-        module._forward_hooks.clear()
-    assert_same(model(X), expected)
-    with pytest.raises(CMIMError):
-        cmim(model)
-
-
 # -- copies of the model -------------------------------------------------------------------------------------------
 
 
@@ -493,9 +416,8 @@ def copies(model):
     yield torch.optim.swa_utils.AveragedModel(model)
 
 
-@each_method
-def test_a_copy_is_a_plain_model_and_the_original_goes_on(recipe):
-    reference_model, model = network(recipe), network(recipe)
+def test_a_copy_is_a_plain_model_and_the_original_goes_on():
+    reference_model, model = network(), network()
     reference, cmim = CMIM(reference_model, X), CMIM(model, X)
     for duplicate in copies(model):
         expected = reference_model(X)
@@ -565,16 +487,6 @@ def test_passes_without_a_loss_are_told_once_after_a_hundred():
         for _ in range(110):
             model(X)
     assert len(warned) == 1 and "100 forward passes ran" in warned[0] and "cmim.remove()" in warned[0]
-    assert a_loss(model, cmim).isfinite()
-
-
-def test_that_warning_does_not_stop_the_models_forward_where_warnings_are_errors():
-    model = network()
-    cmim = CMIM(model, X)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", CMIMWarning)
-        for _ in range(101):
-            model(X)
     assert a_loss(model, cmim).isfinite()
 
 
@@ -651,8 +563,9 @@ class Scores(nn.Module):
         return self.head(((scores + 1) / 2 @ self.value(x)).mean(1))
 
 
-@pytest.mark.parametrize("instances", ["position", "image"])
-@pytest.mark.parametrize("masked", [-1e4, torch.finfo(torch.float32).min, -torch.inf])
+@pytest.mark.parametrize(
+    "masked, instances", [(-1e4, "position"), (torch.finfo(torch.float32).min, "image"), (-torch.inf, "position")]
+)
 def test_masked_scores_leave_loss_and_gradients_finite(masked, instances):
     ids, mask = torch.randint(20, (4, 12)), torch.ones(4, 12, dtype=torch.long)
     mask[:, 8:] = 0

@@ -20,8 +20,12 @@ from cmim_plugin import CMIM, NCE, CMIMError, CMIMWarning, InfoNCE, Report, dist
 from cmim_plugin import report as inside
 from networks import BIREAL, IRNET, REACTNET, assert_same, full_precision, random_states
 
-each_method = pytest.mark.parametrize("recipe", [IRNET, BIREAL, REACTNET], ids=["IR-Net", "Bi-Real", "ReActNet"])
 each_instance = pytest.mark.parametrize("instances", ["image", "position"])
+each_mixture = pytest.mark.parametrize(
+    "recipe, instances",
+    [(IRNET, "image"), (BIREAL, "position"), (REACTNET, "image")],
+    ids=["IR-Net, images", "Bi-Real, positions", "ReActNet, images"],
+)
 
 # As many positions a batch as those whose codes a report keeps: 4 images of 4 x 4.
 BATCH, PLACES = 4, 16
@@ -163,8 +167,7 @@ def loop_contrast(cmim, k, latent, instances, bound=loop_info_nce, binary=None) 
     return bounds / count, found / count
 
 
-@each_method
-@each_instance
+@each_mixture
 def test_bound_and_retrieval_are_those_of_a_plain_loop_in_eval_mode(recipe, instances):
     model, cmim = attached(recipe, instances=instances, temperature=0.2, embed_dim=6, num_positions=BATCH * PLACES)
     trained(model, cmim)
@@ -225,7 +228,7 @@ def test_positions_are_sampled_as_many_as_in_training_and_the_same_ones_by_every
     assert twice.taps[0].bound != once.taps[0].bound  # other positions in each batch
 
 
-@each_method
+@pytest.mark.parametrize("recipe", [IRNET, REACTNET], ids=["IR-Net", "ReActNet"])
 def test_plus_dead_and_saturated_are_those_of_a_plain_loop_over_all_positions(recipe):
     model, cmim = attached(recipe, num_positions=3)
     with torch.no_grad():
@@ -272,10 +275,8 @@ SCALES = torch.tensor([0.1, 3.0, 1.0, 0.5])[:, None, None]
 CODES = {
     "-1, 1": lambda s: s,
     "0, 1": lambda s: (s + 1) / 2,
-    "-1, 0": lambda s: (s - 1) / 2,
     "both above zero": lambda s: 0.7 + 0.6 * s,
     "both below zero": lambda s: -0.7 + 0.6 * s,
-    "around something": lambda s: 0.2 + 0.6 * s,
     "a scale a channel": lambda s: SCALES * s,
     "zero and a scale a channel": lambda s: SCALES * (s + 1),
     "a scale a sample": lambda s: torch.tensor([0.2, 1.0, 4.0, 0.6])[: len(s), None, None, None] * s,
@@ -399,8 +400,7 @@ def test_a_bound_of_the_users_own_gets_the_number_of_negatives_as_a_tensor_as_in
 # -- flips ---------------------------------------------------------------------------------------------------------
 
 
-@each_method
-@each_instance
+@each_mixture
 def test_flips_are_the_share_of_codes_that_differ_between_two_epochs(recipe, instances):
     model, cmim = attached(recipe, instances=instances, num_positions=7)
     earlier = cmim.report(model, HELD_OUT)
@@ -476,10 +476,9 @@ def test_inputs_of_any_layout_are_reported_on(read, x):
         HELD_OUT[::-1],
         [(x.flip(0), y) for x, y in HELD_OUT],
         [(x + 1e-3, y) for x, y in HELD_OUT],
-        [(-x, y) for x, y in HELD_OUT],
         [(x[:2], y) for x, y in HELD_OUT],
     ],
-    ids=["batches in another order", "images in another order", "augmented", "negated", "smaller batches"],
+    ids=["batches in another order", "images in another order", "augmented", "smaller batches"],
 )
 def test_flips_against_other_inputs_are_refused(other):
     model, cmim = attached()
@@ -563,8 +562,7 @@ class Noisy(TensorDataset):
         return x + 0.1 * torch.randn(()) + 0.1 * np.random.rand() + 0.1 * random.random(), y  # noqa: NPY002
 
 
-@each_instance
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("instances, training", [("image", False), ("position", True)])
 def test_a_report_moves_nothing(instances, training):
     model, cmim = attached(instances=instances, queue_size=6, num_positions=6)
     trained(model, cmim)
@@ -593,8 +591,7 @@ def test_a_report_that_fails_moves_nothing():
     assert everything(model, cmim) == before
 
 
-@each_method
-@each_instance
+@pytest.mark.parametrize("recipe, instances", [(IRNET, "position"), (BIREAL, "image")])
 def test_training_goes_on_bit_by_bit_wherever_a_report_is_made(recipe, instances):
     losses, states = [], []
     for reported in (False, True):
@@ -605,9 +602,9 @@ def test_training_goes_on_bit_by_bit_wherever_a_report_is_made(recipe, instances
             if reported:
                 reports.append(cmim.report(model, HELD_OUT))
 
-        losses.append(trained(model, cmim, between=between))
+        losses.append(trained(model, cmim, 2, between))
         states.append([*model.state_dict().values(), *cmim.state_dict().values()])
-        assert len(reports) == 9 * reported
+        assert len(reports) == 6 * reported
     assert losses[1] == losses[0]
     assert_same(states[1], states[0])
 
@@ -685,13 +682,12 @@ class Shifted(nn.Module):
     "form",
     [
         lambda x, y: x,
-        lambda x, y: (x, y),
         lambda x, y: [x, y, "name"],
         lambda x, y: {"image": x, "label": y},
         lambda x, y: ((x,), y),
         lambda x, y: ({"input": x}, y),
     ],
-    ids=["x", "(x, y)", "[x, y, ...]", "dict", "((x,), y)", "(keywords, y)"],
+    ids=["x", "[x, y, ...]", "dict", "((x,), y)", "(keywords, y)"],
 )
 def test_the_first_element_of_a_batch_is_the_input(form):
     model, cmim = attached()
@@ -703,9 +699,8 @@ def test_the_first_element_of_a_batch_is_the_input(form):
     [
         lambda batch: (batch["a"], batch["b"]),
         lambda batch: {"shift": batch["b"], "image": batch["a"]},
-        lambda batch: [batch["a"], batch["b"]],
     ],
-    ids=["positional", "keywords", "list"],
+    ids=["positional", "keywords"],
 )
 def test_inputs_makes_the_input_of_any_other_batch(inputs):
     model = Shifted()
@@ -730,10 +725,8 @@ def test_max_batches_takes_so_many_and_no_more():
         ({"loader": []}, "no batch"),
         ({"loader": ["text"]}, "the first element of a batch is a str"),
         ({"loader": [(3, X)]}, "the first element of a batch is a int"),
-        ({"loader": [()]}, "the first element of a batch is a NoneType"),
         ({"loader": [X], "inputs": lambda batch: None}, "inputs= returned a NoneType"),
         ({"loader": [X], "max_batches": 0}, "max_batches must be an integer, 1 or more, or None for all; found 0"),
-        ({"loader": [X], "max_batches": 1.5}, "found 1.5"),
         ({"loader": [X], "model": nn.Linear(2, 2)}, "another model than the Linear"),
     ],
 )
@@ -953,7 +946,7 @@ def test_heads_that_took_no_step_are_told_and_no_tap_is_called_the_worst():
 
 def test_the_figure_shows_bounds_before_and_after(reports, tmp_path):
     earlier, later = reports
-    for name, report, before, panels in (("a", earlier, None, 4), ("b", later, None, 5), ("c", later, earlier, 5)):
+    for name, report, before, panels in (("a", earlier, None, 4), ("b", later, earlier, 5)):
         path = tmp_path / f"{name}.png"
         figure = report.plot(path, before=before)
         assert path.read_bytes().startswith(b"\x89PNG")

@@ -9,7 +9,8 @@ from torch import nn
 
 from cmim_plugin import CMIM, CMIMError, CMIMWarning, find_binary_activations
 from networks import (
-    METHODS,
+    BIREAL,
+    IRNET,
     Binary,
     X,
     a_loss,
@@ -22,9 +23,6 @@ from networks import (
     teacher,
 )
 
-each_method = pytest.mark.parametrize("recipe", METHODS.values(), ids=METHODS)
-each_instance = pytest.mark.parametrize("instances", ["image", "position"])
-
 
 class WithSpare(nn.Module):
     def __init__(self):
@@ -36,8 +34,7 @@ class WithSpare(nn.Module):
         return self.body(x)
 
 
-@each_method
-@each_instance
+@pytest.mark.parametrize("recipe, instances", [(IRNET, "position"), (BIREAL, "image")])
 def test_a_teacher_matched_by_name_stands_in_for_the_latents_and_stays_as_it_was(recipe, instances):
     model, other = network(recipe), teacher(recipe, width=8)
     before = copy.deepcopy(other.state_dict())
@@ -137,7 +134,7 @@ def test_a_teacher_that_raises_beside_a_compiled_model_is_told_by_the_loss_and_n
         raise ValueError("broken")
 
     other.register_forward_pre_hook(broken)
-    assert torch.compile(model, backend="aot_eager")(X).isfinite().all()
+    assert torch.compile(model, backend="eager")(X).isfinite().all()
     with pytest.raises(CMIMError, match="ValueError: broken"):
         cmim(model)
 

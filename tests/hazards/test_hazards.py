@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import gc
+import itertools
 import re
 import warnings
 from collections.abc import Iterable
@@ -40,6 +41,7 @@ NO_PASS = "No forward pass"
 # Taps of modules, and of functions within one, which are captured by other means.
 each_way = pytest.mark.parametrize("inside", [False, True], ids=["by a module", "in the convolution"])
 each_instance = pytest.mark.parametrize("instances", ["image", "position"])
+each_mixture = pytest.mark.parametrize("inside, instances", [(False, "image"), (True, "position")])
 
 
 def attached(inside: bool = False, norm: str = "group", **settings: Any) -> tuple[nn.Module, CMIM]:
@@ -142,11 +144,10 @@ def test_selective_checkpointing_saves_nothing_of_ours(inside):
 
 
 @pytest.mark.parametrize(
-    "reentrant, early_stop",
-    [(True, True), (False, True), (False, False)],
-    ids=["reentrant", "stopped early", "to the end"],
+    "inside, reentrant, early_stop",
+    [(True, True, True), (True, False, True), (True, False, False), (False, False, True)],
+    ids=["reentrant", "stopped early", "to the end", "stopped early, by a module"],
 )
-@each_way
 def test_recomputing_the_whole_model_is_no_forward_pass(inside, reentrant, early_stop):
     model, cmim = attached(inside)
     activations = Activations(model)
@@ -190,8 +191,9 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-@each_way
+@pytest.mark.parametrize(
+    "inside, transform", zip(itertools.cycle([True, False]), TRANSFORMS.values(), strict=False), ids=TRANSFORMS
+)
 def test_a_transformed_model_gives_the_same_and_captures_nothing(inside, transform):
     model, cmim = attached(inside)
     torch.testing.assert_close(transform(model), transform(copy.deepcopy(model)), rtol=0, atol=0)
@@ -210,13 +212,12 @@ def test_the_loss_within_a_transform_is_refused():
         grad(loss)(named(model))
 
 
-@each_way
-def test_gradients_of_a_functional_call_reach_the_parameters_given(inside):
-    model, cmim = attached(inside)
+def test_gradients_of_a_functional_call_reach_the_parameters_given():
+    model, cmim = attached()
     parameters = {name: p.requires_grad_() for name, p in named(model).items()}
     functional_call(model, parameters, (X,))
     cmim(model).backward()
-    reference, other = attached(inside)
+    reference, other = attached()
     reference(X)
     other(reference).backward()
     assert not gradients(model) and parameters["0.weight"].grad.any()
@@ -228,8 +229,7 @@ def test_gradients_of_a_functional_call_reach_the_parameters_given(inside):
 # -- modules replaced or wrapped -----------------------------------------------------------------------------------
 
 
-@each_way
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("inside, when", [(True, "before"), (False, "after")])
 def test_batch_norm_may_become_sync_batch_norm(inside, when):
     reference = attached(inside, norm="batch")
     torch.manual_seed(0)
@@ -313,11 +313,10 @@ def test_wrapped_parts_have_their_prefix_in_the_names_and_the_loss_of_bare_ones(
     assert works_as_if_new(whole, cmim, (bare, other))
 
 
-@each_way
-def test_a_part_of_a_bigger_model_is_trained_within_it(inside):
-    part, cmim = attached(inside)
+def test_a_part_of_a_bigger_model_is_trained_within_it():
+    part, cmim = attached(inside=True)
     whole = nn.Sequential(nn.Identity(), part)
-    reference, other = attached(inside)
+    reference, other = attached(inside=True)
     whole(X)
     reference(X)
     loss = cmim(part)
@@ -342,8 +341,7 @@ EXPORTS = {
 
 
 @pytest.mark.filterwarnings("ignore")  # tracing warns of what it cannot see
-@pytest.mark.parametrize("export", EXPORTS.values(), ids=EXPORTS)
-@each_way
+@pytest.mark.parametrize("inside, export", zip([True, False, True], EXPORTS.values(), strict=True), ids=EXPORTS)
 def test_what_is_exported_within_a_pause_is_the_bare_model(inside, export):
     model, cmim = attached(inside)
     bare = copy.deepcopy(model)
@@ -415,8 +413,7 @@ def test_a_copied_plug_in_is_refused_and_does_not_disturb_the_original():
 # -- mixed precision -----------------------------------------------------------------------------------------------
 
 
-@each_instance
-@each_way
+@each_mixture
 def test_gradients_of_a_scaled_loss_are_the_scaled_gradients(inside, instances):
     found = []
     for scale in (1.0, 2.0**10):
@@ -427,9 +424,8 @@ def test_gradients_of_a_scaled_loss_are_the_scaled_gradients(inside, instances):
     assert found[0] and equal(found[1], found[0])
 
 
-@each_way
-def test_a_step_that_the_scaler_skips_leaves_nothing_behind(inside):
-    model, cmim = attached(inside, queue_size=30)
+def test_a_step_that_the_scaler_skips_leaves_nothing_behind():
+    model, cmim = attached(queue_size=30)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = [p.detach().clone() for p in (*model.parameters(), cmim.heads.weights)]
     activations = Activations(model)
@@ -447,9 +443,15 @@ def test_a_step_that_the_scaler_skips_leaves_nothing_behind(inside):
     assert loss.isfinite() and all(g.isfinite().all() for g in gradients(model, cmim))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("labels", [None, Y], ids=["unlabelled", "labelled"])
-@each_instance
+@pytest.mark.parametrize(
+    "instances, labels, dtype",
+    [
+        ("image", None, torch.float16),
+        ("image", Y, torch.bfloat16),
+        ("position", None, torch.bfloat16),
+        ("position", Y, torch.float16),
+    ],
+)
 def test_a_temperature_of_a_hundredth_does_not_overflow_in_half_precision(instances, labels, dtype):
     model, cmim = attached(instances=instances, temperature=0.01, weight=1.0, queue_size=30)
     for _ in range(2):
@@ -463,8 +465,7 @@ def test_a_temperature_of_a_hundredth_does_not_overflow_in_half_precision(instan
     assert gradients(model)[0].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@each_instance
+@pytest.mark.parametrize("instances, dtype", [("image", torch.float16), ("position", torch.bfloat16)])
 def test_a_model_in_half_precision_is_trained(instances, dtype):
     torch.manual_seed(0)
     model = network(False).to(dtype)
@@ -490,8 +491,7 @@ def test_a_model_in_half_precision_is_trained(instances, dtype):
 # -- numbers that are none -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@each_instance
+@pytest.mark.parametrize("instances, bad", [("image", float("nan")), ("position", float("inf"))])
 def test_one_batch_of_bad_numbers_is_seen_and_then_over(instances, bad):
     model, cmim = attached(instances=instances, queue_size=100)
     step(model, cmim)
@@ -535,8 +535,7 @@ def tensors_alive() -> list[Tensor]:
     return [o for o in gc.get_objects() if type(o) is Tensor]
 
 
-@pytest.mark.parametrize("settings", [{"instances": "image"}, {"num_positions": 20}], ids=["image", "position"])
-@each_way
+@pytest.mark.parametrize("inside, settings", [(False, {"instances": "image"}), (True, {"num_positions": 20})])
 def test_only_rows_are_kept_of_an_activation(inside, settings):
     x = batch(size=32)[0]
     # Rows, or where in memory those of both taps lie, as int64.
@@ -578,10 +577,9 @@ def test_only_rows_are_kept_of_an_activation(inside, settings):
 # -- which pass counts ---------------------------------------------------------------------------------------------
 
 
-@each_way
-def test_of_several_passes_the_last_one_counts(inside):
-    model, cmim = attached(inside)
-    reference, other = attached(inside)
+def test_of_several_passes_the_last_one_counts():
+    model, cmim = attached(inside=True)
+    reference, other = attached(inside=True)
     model(batch(9, seed=4)[0])
     model(X)
     reference(X)
@@ -589,12 +587,11 @@ def test_of_several_passes_the_last_one_counts(inside):
     assert captures_nothing(model, cmim)
 
 
-@each_way
-def test_gradients_of_accumulated_batches_add_up(inside):
+def test_gradients_of_accumulated_batches_add_up():
     """Of the network; the heads take a step after each batch."""
     parts = [batch(seed=2), batch(3, seed=3)]
-    model, cmim = attached(inside)
-    single, other = attached(inside)
+    model, cmim = attached()
+    single, other = attached()
     expected = None
     for x, y in parts:
         step(model, cmim, x, y).backward()
@@ -637,9 +634,8 @@ def test_two_models_with_a_plug_in_each_train_jointly():
 # -- kinds of backward passes --------------------------------------------------------------------------------------
 
 
-@each_way
-def test_a_retained_graph_gives_the_same_gradients_again(inside):
-    model, cmim = attached(inside, queue_size=30)
+def test_a_retained_graph_gives_the_same_gradients_again():
+    model, cmim = attached(queue_size=30)
     step(model, cmim)
     loss = step(model, cmim)
     loss.backward(retain_graph=True)
@@ -648,8 +644,7 @@ def test_a_retained_graph_gives_the_same_gradients_again(inside):
     assert equal(gradients(model, cmim), [2 * g for g in once])
 
 
-@each_instance
-@each_way
+@each_mixture
 def test_gradients_of_gradients_agree_with_differences(inside, instances):
     """Of the squared length of the gradient, along one direction of all heads."""
     torch.manual_seed(0)
@@ -684,10 +679,16 @@ def deterministic():
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("mode", [deterministic, torch.autograd.detect_anomaly], ids=["deterministic", "anomaly"])
+@pytest.mark.parametrize(
+    "inside, instances, mode",
+    [
+        (False, "image", deterministic),
+        (True, "position", deterministic),
+        (False, "position", torch.autograd.detect_anomaly),
+        (True, "image", torch.autograd.detect_anomaly),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
-@each_instance
-@each_way
 def test_debugging_modes_of_torch_change_nothing(inside, instances, mode):
     found = []
     for within in (contextlib.nullcontext, mode):
@@ -759,8 +760,9 @@ def test_binarizations_of_layers_frozen_before_are_left_out(inside):
 # -- moved and switched --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
-@each_instance
+@pytest.mark.parametrize(
+    "instances, dtype", [("image", torch.float64), ("position", torch.float16), ("image", torch.bfloat16)]
+)
 def test_the_plug_in_may_have_another_dtype_than_the_model(instances, dtype):
     expected = step(*attached(instances=instances, queue_size=30)).item()
     model, cmim = attached(instances=instances, queue_size=30)
@@ -771,21 +773,19 @@ def test_the_plug_in_may_have_another_dtype_than_the_model(instances, dtype):
     assert {g.dtype for g in gradients(model)} == {torch.float32}
 
 
-@pytest.mark.parametrize("moved", ["plug-in", "model"])
-@each_way
+@pytest.mark.parametrize("inside, moved", [(False, "plug-in"), (True, "model")])
 def test_a_plug_in_on_another_device_than_the_model_is_refused(inside, moved):
     model, cmim = attached(inside)
     (cmim if moved == "plug-in" else model).to("meta")
     model(X.to(model[0].weight.device))
-    with pytest.raises(CMIMError, match=rf"call cmim\.to\('{model[0].weight.device}'\)"):
+    with pytest.raises(CMIMError, match=rf"call cmim\.to\('{model[0].weight.device}'\), or attach after"):
         cmim(model)
 
 
-@each_way
-def test_eval_mode_of_the_plug_in_changes_nothing(inside):
-    model, cmim = attached(inside)
+def test_eval_mode_of_the_plug_in_changes_nothing():
+    model, cmim = attached()
     cmim.eval()
-    assert works_as_if_new(model, cmim, attached(inside))
+    assert works_as_if_new(model, cmim, attached())
 
 
 # -- the table -----------------------------------------------------------------------------------------------------

@@ -13,6 +13,14 @@ from .registry import ZOO, Entry
 WITH_TAPS = [entry for entry in ZOO if entry.taps]
 WITHOUT_TAPS = [entry for entry in ZOO if not entry.taps]
 WITH_ORACLE = [entry for entry in ZOO if entry.oracle]
+# One for each way in which a pair is picked up, and those whose structure or state changes from pass to pass.
+TRAINED = {
+    *("bireal_masks", "dorefa", "boolnet", "brevitas", "shared_instance", "bernoulli", "counting_calls", "float64"),
+    *("binarynet_inplace_mlp", "folded_before_sign", "unfold_matmul", "xnornet_dropout", "sign_in_root", "recurrent"),
+    *("bibert", "bit", "binaryvit", "fused_attention", "windows", "bipointnet", "skipped_layers", "sign_plus_noise"),
+    *("residual_binarization", "token_scale", "dead_sign", "own_generator", "frozen_stem", "packed_sequences", "graph"),
+    "mixture_of_experts",
+}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -113,7 +121,7 @@ def test_finds_the_stated_taps_and_leaves_the_model_as_it_was(entry: Entry):
     assert list(model.state_dict()) == list(plain.state_dict())
 
 
-@each(WITH_TAPS)
+@each([entry for entry in ZOO if entry.name in TRAINED])
 def test_trains_for_two_steps(entry: Entry):
     model = entry.make()
     cmim = CMIM(model, entry.example(), taps_per_step=None)
