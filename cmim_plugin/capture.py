@@ -293,9 +293,7 @@ class _RootHook(_Hook):
             return
         if running is not None and (running.compiled or not torch.compiler.is_compiling()):
             capture.drop()  # it was interrupted without closing hooks
-        if not self.will_close():
-            capture.forget()  # else cmim(model) would give the loss of an older pass
-        elif capture.observer is not None or (torch.is_grad_enabled() and not _compat.is_no_training_step()):
+        if capture.observer is not None or (torch.is_grad_enabled() and not _compat.is_no_training_step()):
             if not torch.compiler.is_compiling():
                 if is_dry_run():
                     return

@@ -221,3 +221,12 @@ def test_of_maps_over_time_that_are_flattened_no_side_of_a_map_is_taken_for_chan
     net = Net(nn.Conv3d(3, 16, 1), nn.BatchNorm3d(16), forward)
     (found,) = find_binary_activations(net, torch.randn(4, 3, 2, 3, 3))
     assert not found.tapped and found.reason.startswith("its channels are dimension 2 of")
+
+
+def test_samples_that_are_folded_into_the_groups_of_a_convolution_are_no_channels():
+    def forward(m, x):
+        weight = m.conv2.weight.repeat(len(x), 1, 1, 1)
+        return F.conv2d(sign(x).flatten(0, 1)[None], weight, groups=len(x)).unflatten(1, (len(x), -1))[0]
+
+    (found,) = find_binary_activations(*maps(forward, 8))
+    assert found.channels == 16 and found.layouts[0].spatial == 2

@@ -1668,3 +1668,28 @@ def test_a_grouped_product_is_a_product():
 
     parts = {"first": nn.Linear(8, 16), "norm": nn.LayerNorm(16), "weight": nn.Parameter(torch.randn(2, 16, 8))}
     assert [f.channels for f in find_binary_activations(Of(forward, **parts), torch.randn(4, 8)) if f.tapped] == [16]
+
+
+@pytest.mark.parametrize("draw", [random.random, lambda: np.random.rand(), lambda: torch.rand(()).item()])
+def test_a_layer_that_the_first_passes_skip_by_chance_is_found(draw):
+    """The passes call the same modules at first: that numbers were drawn says that there may be more."""
+
+    def forward(m, x):
+        x = m.first(x)
+        return m.last(m.norm(m.rare(x)) if draw() < 0.43 else x)
+
+    parts = {"first": nn.Linear(8, 16), "norm": nn.LayerNorm(16), "last": nn.Linear(16, 4)}
+    assert tapped(Of(forward, rare=BinaryLinear(16, 16), **parts), torch.randn(4, 8)) == ["rare"]
+
+
+def test_noise_does_not_hide_which_rows_are_of_one_sample():
+    """Of two equal samples the windows are alike, for both get the same noise."""
+
+    def forward(m, x):
+        x = m.first(x).unflatten(1, (2, 3)).flatten(0, 1)
+        x = m.last(Sign.apply(m.norm(x + 3 * torch.rand(x.shape))))
+        return x.unflatten(0, (-1, 2)).mean((1, 2))
+
+    parts = {"first": nn.Linear(8, 16), "norm": nn.LayerNorm(16), "last": nn.Linear(16, 4)}
+    (found,) = find_binary_activations(Of(forward, **parts), torch.randn(8, 6, 8))
+    assert found.tapped and found.mixed is None and found.layouts[0].windowed

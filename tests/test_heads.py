@@ -108,6 +108,15 @@ def test_an_embedding_too_short_to_have_a_direction_is_not_stretched_to_unit_len
         torch.testing.assert_close(f, e, rtol=1e-9, atol=1e-12)
 
 
+def test_a_row_of_zeros_has_no_direction_and_gets_no_gradient():
+    """Its unit length would multiply the gradient by a million."""
+    heads = Heads([(3, 3)], 4, 3e-3, torch.Generator().manual_seed(0))
+    rows = torch.zeros(2, 3, requires_grad=True)
+    z_b, z_f = heads([0], [(rows, torch.ones(2, 3))])
+    (z_b * z_f.detach()).sum().backward()
+    assert not z_b.any() and not rows.grad.any()
+
+
 def test_rows_in_half_precision_are_embedded_in_that_of_the_heads_and_get_gradients_of_their_own():
     heads, rows = start(torch.float16)
     z, expected = joined(heads([0, 1, 2], rows)), oracle(heads, [0, 1, 2], rows)

@@ -269,3 +269,12 @@ def test_where_one_backward_pass_is_asked_for_a_second_one_is_refused():
         losses[order].backward(retain_graph=True)
         with pytest.raises(CMIMError, match=r"Add the losses: \(loss \+ cmim\(model\)\)\.backward\(\)"):
             losses[1 - order].backward()
+
+
+def test_a_gradient_of_one_element_is_not_written_into_the_zero_that_others_share():
+    zero = torch.zeros(())
+    for _ in range(2):
+        x = torch.ones(1, 1, requires_grad=True)
+        rows = sampled(x * 1, torch.zeros(1, 1, dtype=torch.int64), zero, BackwardRule())
+        rows.sum().backward()
+        assert x.grad.item() == 1 and zero.item() == 0

@@ -157,10 +157,6 @@ def _before(result: Sighting, argument: Sighting, dims: set[int]) -> set[int] | 
         return dims if dims == {1} else None
     if name == "unfold" and len(old) < len(new):  # windows of one dimension, last
         return {i for i in dims if i < len(old)}
-    if name == "stack":
-        places = [d for d in range(len(new)) if (*new[:d], *new[d + 1 :]) == (*old,)]
-        found = {frozenset(i - (i > d) for i in dims if i != d) for d in places}
-        return set(found.pop()) if len(found) == 1 else None
     if len(old) == len(new):
         return dims
     # Rows were picked, as by `x[samples, neighbours]`: dimensions before and behind stay.

@@ -338,6 +338,7 @@ def clear(model: Any, which: str) -> None:
     [
         (True, "between", "pre of all"),
         (True, "between", "post of root"),
+        (False, "between", "post of all"),
         (True, "between", "both of parts"),
         (False, "between", "post of parts"),
         (False, "in the stem", "pre of root"),
@@ -366,6 +367,7 @@ def test_hooks_that_others_clear_fail_no_pass_and_leave_nothing(inside, when, wh
         place.forward = clears
     for _ in range(2):
         assert torch.equal(model(X), expected)
+        assert when == "in a tapped module" or modes() == []
         with contextlib.suppress(CMIMError), warnings.catch_warnings():
             warnings.simplefilter("ignore", CMIMWarning)
             cmim(model)
@@ -784,3 +786,26 @@ def test_a_pass_learns_nothing():
     assert equal(trained(model, cmim), expected)
     assert all(isinstance(value, Tensor) for value in cmim.state_dict().values())
     assert not [m for m in model.modules() if isinstance(m, BinaryConv)]  # the network of modules, not of functions
+
+
+def test_a_forward_that_falls_back_when_a_tapped_output_does_not_come_is_told_so():
+    class Falls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.fails = network(True), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.net[:2](x)
+            try:
+                return self.net[2:](x[:, : 2 if self.fails else None])  # of other channels
+            except RuntimeError:
+                return x
+
+    torch.manual_seed(0)
+    model = Falls()
+    cmim = CMIM(model, X, taps_per_step=None)
+    model.fails = True
+    model(X)
+    with pytest.raises(CMIMError) as raised:
+        cmim(model)
+    assert "NoneType" not in str(raised.value)
