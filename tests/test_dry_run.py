@@ -1670,7 +1670,7 @@ def test_a_grouped_product_is_a_product():
     assert [f.channels for f in find_binary_activations(Of(forward, **parts), torch.randn(4, 8)) if f.tapped] == [16]
 
 
-@pytest.mark.parametrize("draw", [random.random, lambda: np.random.rand(), lambda: torch.rand(()).item()])
+@pytest.mark.parametrize("draw", [random.random, lambda: np.random.rand(), lambda: torch.rand(()).item()])  # noqa: NPY002
 def test_a_layer_that_the_first_passes_skip_by_chance_is_found(draw):
     """The passes call the same modules at first: that numbers were drawn says that there may be more."""
 
