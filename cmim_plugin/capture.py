@@ -57,7 +57,7 @@ class Capture:
     taken = False  # the loss of the last pass was asked for
     attached = False  # the hooks are on the model
     removed = False  # the hooks are off for good
-    failure = ""  # why the last pass could not be captured at all
+    not_begun = ""  # why the last pass could not be captured at all
     model_was_loaded = False  # the model loaded a state_dict since the hooks were put on it
 
     def __init__(
@@ -115,7 +115,8 @@ class Capture:
             self._last += [opening, hook.closing] if kinds <= {"input", "output"} and "output" in kinds else [opening]
         root.closing = model.register_forward_hook(root.leave, with_kwargs=True, always_call=True)
         self._handles.append(root.closing)
-        self._last += [root.closing] if "" in self._plan else []  # outputs of the model itself may be picked up
+        if any(p.site.kind == "output" for found in self._plan.get("", {}).values() for p in found):
+            self._last.append(root.closing)  # behind the hook that picks up what the model itself returns
         self._handles.append(model.register_load_state_dict_post_hook(root.loaded))
 
     def make_last(self) -> None:
@@ -127,7 +128,7 @@ class Capture:
 
     def detach(self) -> None:
         """Take the hooks off, forget what was captured, and leave no mode on torch's stack, also after an interrupt."""
-        self.attached = False
+        self.attached, self.not_begun = False, ""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -141,14 +142,14 @@ class Capture:
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], hook: _RootHook) -> None:
         """A forward pass of the model starts, and is to be captured."""
-        self.taken, self.failure = False, ""
+        self.taken, self.not_begun = False, ""
         every = torch.compiler.is_compiling() or _recording_a_graph()
         scheduled = tuple(range(len(self.taps))) if every else self.schedule.taps
         draws = self.schedule.draws_of(len(scheduled))
         batch_size = None if self.batch_source is None else self.batch_source.of(args, kwargs)
         mask: Any = args[self._mask_at] if self._mask_at < len(args) else kwargs.get("attention_mask")
-        # As transformers has it: (samples, tokens), zero for padding. Others by that name are not ours to read.
-        if not isinstance(mask, Tensor) or not is_strided(mask) or mask.ndim != 2 or len(mask) != batch_size:
+        # As transformers has it: (samples, tokens), zero for padding. Without samples it is not one of padding.
+        if not isinstance(mask, Tensor) or not is_strided(mask) or mask.ndim < 2 or len(mask) != batch_size:
             mask = None
         device = self.schedule.draws.device
         started = Pass(self.taps, scheduled, draws, device, model.training, batch_size, mask, self.observer)
@@ -229,8 +230,8 @@ class Capture:
                 "under torch.no_grad() nothing is captured. In a function that both trains and validates, write: "
                 "if torch.is_grad_enabled(): loss = loss + cmim(model)"
             )
-        elif self.failure:
-            why = f"capturing it raised {self.failure}"
+        elif self.not_begun:
+            why = f"capturing it raised {self.not_begun}"
         elif self._waiting:
             why = "the model ran in another thread. Call cmim(model) in the thread that runs the model"
         elif self.taken and not torch.compiler.is_compiling():
@@ -303,8 +304,9 @@ class _RootHook(_Hook):
                     capture.begin(module, args, kwargs or {}, self)
             except Exception as error:  # as of fake tensors
                 capture.drop()
-                capture.forget()
-                capture.failure = f"{type(error).__name__}: {error}"
+                if module.training:
+                    capture.forget()
+                capture.not_begun = f"{type(error).__name__}: {error}"
 
     def _is_nested(self, running: Pass, module: nn.Module) -> bool:
         """Whether the forward that starts is called by the one whose pass is open."""

@@ -87,6 +87,7 @@ class Contrast(nn.Module):
         #: How often a state was loaded, and how often since all ranks started from one state.
         self.loads = self.loads_since_sync = 0
         self.last: dict[int, Last] = {}
+        self._asked: set[int] = set()  # taps that a loss was asked of, also of those that gave none
         self._losses_checked = 0  # for negatives, up to _FIRST_STEPS
         self._losses_with_weight = 0
 
@@ -103,6 +104,7 @@ class Contrast(nn.Module):
             layer_weights = torch.cat([self._layer_weights[k : k + 1] for k in taps])
             sums.append(losses.dot(layer_weights.to(losses.dtype)))
         if not torch.compiler.is_compiling():  # each number would be compiled anew
+            self._asked.update(captured.scheduled)
             self._losses_checked = min(self._losses_checked + 1, _FIRST_STEPS)
         return sum(sums[1:], sums[0]) if sums else zero_of(rows)
 
@@ -129,7 +131,7 @@ class Contrast(nn.Module):
                     _check_given("mask", mask, first, _MASK, lambda t: not pooled and t.ndim == 2)
                 mask = mask.to(weights.device)
                 if not torch.compiler.is_compiling():
-                    self._warn_of_padding(pairs.values(), mask)
+                    self._warn_of_padding(pairs.values(), mask, own)
             z = self.heads(list(pairs), [pair.sides for pair in pairs.values()], weights)
             rows = {
                 k: Embedded(
@@ -174,7 +176,7 @@ class Contrast(nn.Module):
             for k, z_k, of_label, of_mask in zip(taps, z, labels, mask, strict=True)
         }
 
-    def _warn_of_padding(self, pairs: Iterable[Pair], mask: Tensor) -> None:
+    def _warn_of_padding(self, pairs: Iterable[Pair], mask: Tensor, own: bool) -> None:
         for pair in pairs:
             if pair.tap.mixed:
                 warn_once(
@@ -182,7 +184,7 @@ class Contrast(nn.Module):
                     "The mask is not applied to taps that mix the samples (print(cmim) names them): their padding "
                     "counts. Bring the batch to the front before the sign, or leave them out with taps=.",
                 )
-            elif pair.tokens not in (0, mask.shape[1]):
+            elif pair.tokens != mask.shape[1] and (pair.tokens or (not own and pair.total > pair.batch_size)):
                 warn_once(  # once, so without the numbers, which change from batch to batch
                     self,
                     f"Tap {pair.tap.name} has more or fewer tokens a sample than the mask, which is not applied to "
@@ -219,7 +221,8 @@ class Contrast(nn.Module):
         ):
             no_negatives |= not bool(count_negatives(n, labels, queue_labels, queued, mask).any(-1).all())
         if no_negatives:
-            warn_once(self, "A batch had no negatives (one instance, or one class only): its loss is zero.")
+            what = "one instance, one class only, or padding"
+            warn_once(self, f"A batch had no negatives for some tap ({what}): it adds nothing to the loss there.")
         return losses
 
     def metrics(self) -> dict[str, dict[str, Tensor]]:
@@ -240,10 +243,12 @@ class Contrast(nn.Module):
     def scalars(self, weight: float | Tensor, all_taps: bool) -> dict[str, float]:
         """See :meth:`cmim_plugin.CMIM.scalars`."""
         metrics = self.metrics()
-        known = [(metrics[t.name], w) for t, w in zip(self.taps, self.layer_weights, strict=True) if t.name in metrics]
+        taps = [(k, tap.name) for k, tap in enumerate(self.taps) if tap.name in metrics]
         found = {}
-        if known:
-            found["cmim/loss"] = float(weight) * sum(w * float(m["loss"]) for m, w in known) / sum(w for _, w in known)
+        if taps:
+            losses = sum(self.layer_weights[k] * float(metrics[name]["loss"]) for k, name in taps)
+            asked = self._asked | {k for k, _ in taps}
+            found["cmim/loss"] = float(weight) * losses / sum(self.layer_weights[k] for k in asked)
         bounds = {name: float(m["bound"]) for name, m in metrics.items() if "bound" in m}
         if bounds:
             found |= {"cmim/bound": sum(bounds.values()) / len(bounds), "cmim/worst_bound": min(bounds.values())}

@@ -51,6 +51,7 @@ class Heads(nn.Module):
     exp_avg_sq: Tensor
     steps: Tensor  # and its number of steps, 0-d
     channels: Tensor  # (taps, 2) int64, as given
+    is_copy = False  # of the heads of a plug-in
     _rows: Tensor
 
     def __init__(
@@ -127,7 +128,7 @@ class Heads(nn.Module):
         The device decides that: the host waits for nothing. The gradient is divided by its length, the sum of its
         absolute values: Adam averages over steps, and a GradScaler or another weight changes the scale between them.
         """
-        if not self.lr or not self.weights.requires_grad:  # a copy gets no gradient
+        if not self.lr or self.is_copy:
             return
         grad = self.weights.grad
         if grad is None:  # somebody took it away
@@ -143,6 +144,11 @@ class Heads(nn.Module):
         adam_step(self.weights, grad, self.exp_avg, self.exp_avg_sq, self.steps, size, skip, self.lr)
         grad.zero_()
 
+    def become_copy(self) -> None:
+        """No loss will give the weights a gradient."""
+        self.is_copy = True
+        self.weights.requires_grad_(False)
+
     def _become_leaf(self) -> None:
         """Make the weights a leaf, with a gradient that is always there: backward passes add to it in place."""
         for name in ("weights", "exp_avg", "exp_avg_sq", "steps"):
@@ -151,7 +157,7 @@ class Heads(nn.Module):
             dtype = torch.float32 if name == "steps" else torch.promote_types(buffer.dtype, torch.float32)
             if not (buffer.requires_grad and buffer.is_leaf and buffer.dtype == dtype):  # an optimizer may hold it
                 setattr(self, name, buffer.detach().to(dtype))
-        self.weights.requires_grad_()
+        self.weights.requires_grad_(not self.is_copy)  # an average of copies writes into all tensors
         self.weights.grad = torch.zeros_like(self.weights)
         self._unit = self.weights.new_full((self.embed_dim,), self.embed_dim**-0.5)
 

@@ -93,7 +93,7 @@ class Pass:
         device: torch.device,  # of the heads
         training: bool,
         batch_size: int | None,
-        mask: Tensor | None,  # (B, tokens), which the model itself was given
+        mask: Tensor | None,  # (B, ...), which the model itself was given
         observer: Callable[[Pass, int, Tensor], None] | None,  # gets the tap and a_B as a whole, before rows are taken
     ) -> None:
         self.taps = taps
@@ -121,8 +121,9 @@ class Pass:
 
     @property
     def usable_mask(self) -> Tensor | None:
-        """The mask, if it holds integers or booleans. One of floats may be additive, of 0 and minus infinity."""
-        return None if self.mask is None or self.mask.is_floating_point() else self.mask
+        """The mask, if it is one of tokens, of integers or booleans. One of floats may be additive, of 0 and -inf."""
+        readable = self.mask is not None and self.mask.ndim == 2 and not self.mask.is_floating_point()
+        return self.mask if readable else None
 
     def pick_up(self, pickups: Sequence[Pickup], kind: str, tree: Any) -> None:
         """Take the rows of those activations that are picked up at sites of this kind."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import numbers
 import weakref
@@ -106,9 +107,9 @@ class CMIM(nn.Module):
         if attached_to(model):
             raise CMIMError("A CMIM is attached to this model already: call its remove(), or CMIM.remove_from(model).")
 
-        seen, batch_source = discover(model, example_input, batch_size)
+        discovered, batch_source = discover(model, example_input, batch_size)
         #: All that was found, tapped or not and why.
-        self.found = tuple(replace(f, reason=_reason_as_wanted(f, instances, teacher)) for f in seen)
+        self.found = tuple(replace(f, reason=_reason_as_wanted(f, instances, teacher)) for f in discovered)
         chosen = _chosen(self.found, taps, model)
         tapped = tuple(chosen if taps is not None else chosen[self._default_taps])
         # A teacher replaces the latent of each tap. Capture.begin() delivers it, before the binary side is seen.
@@ -143,8 +144,7 @@ class CMIM(nn.Module):
     def paper(cls, model: nn.Module, example_input: Any, num_samples: int, **settings: Any) -> CMIM:
         """The paper's plain reading: whole images, every layer, :class:`NCE`, weights that grow towards the output.
 
-        Weight 0.03 and layer decay 0.8 are this library's, not the paper's. ``num_samples``: images in the training
-        set; ``settings``: arguments of the class, in place of those.
+        Weight and layer decay are this library's. ``num_samples``: images in the training set.
         """
         reading = {"instances": "image", "objective": NCE(num_samples), "weight": 0.03, "layer_decay": 0.8}
         return cls(model, example_input, **{**reading, "taps_per_step": None, **settings})
@@ -160,9 +160,10 @@ class CMIM(nn.Module):
             model: the model that was attached to, as it is or wrapped (DDP, FSDP, torch.compile, Fabric, ...).
             labels: ``(B,)`` integer classes of the batch, or for positions ``(B, *spatial)`` of its pixels, at any
                 resolution. Pairs of the same class are then not contrasted; below zero is no label.
-            mask: ``(B, tokens)``, zero or False for padding, which is then left out. None for the ``attention_mask`` of
-                integers or booleans that the model itself was given by that name, if there was one. Not with a queue or
-                ``instances="image"``: the model's is not read there, and one passed here is an error.
+            mask: ``(B, tokens)``, zero or False for padding. Positions there are left out, not drawn anew. None for the
+                ``attention_mask`` of integers or booleans that the model itself was given by that name, if there was
+                one. Not with a queue or ``instances="image"``: the model's is not read there, and one passed here is an
+                error.
 
         Returns:
             0-d float32, with gradients to heads and network (none to the network for a weight of 0). Zero where the
@@ -216,9 +217,7 @@ class CMIM(nn.Module):
 
     @weight.setter
     def weight(self, weight: float | Tensor) -> None:
-        if not isinstance(weight, Tensor) and not 0 <= weight < math.inf:
-            raise CMIMError(f"weight must be a number, zero or more; found {weight!r}.")
-        self._weight = weight if isinstance(weight, Tensor) else float(weight)
+        self._weight = _checked_weight(weight)
 
     # -- figures -------------------------------------------------------------------------------------------------
 
@@ -235,7 +234,7 @@ class CMIM(nn.Module):
     @property
     def draws(self) -> Tensor:
         """``(taps, num_positions)`` int64: the random numbers by which the next pass chooses its positions
-        (:func:`stratified_indices`), a row for each of :attr:`scheduled`. Write into it to fix those of one pass."""
+        (:func:`stratified_indices`); the first rows are for :attr:`scheduled`. Write into it to fix one pass."""
         return self.schedule.draws
 
     @property
@@ -307,6 +306,7 @@ class CMIM(nn.Module):
             if attached and not self._capture.removed and model is not None:
                 if attached_to(model):
                     warn_once(self, "Another CMIM was attached within paused(): this one stays off the model.")
+                    self.remove()
                 else:
                     self._capture.attach()
 
@@ -318,14 +318,17 @@ class CMIM(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, made by copy or pickle. It belongs to no model: it holds the same state, and gives no loss."""
-        self.heads.step()  # pickle drops gradients
+        self.heads.step()  # as state_dict() does: pickle would lose the gradient that waits
         return {**self.__dict__, "_capture": None, "_teacher": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # Of a model that is gone at once: the capture holds it by a weak reference.
         self._capture = Capture(nn.Module(), self.taps, self.schedule, None)
-        self.heads.weights.requires_grad_(False)  # averages of copies write into all tensors
+        self.heads.become_copy()
+
+    def __copy__(self) -> CMIM:
+        return copy.deepcopy(self)
 
     def __repr__(self) -> str:
         return _listing(self, attached=self._capture.attached)
@@ -343,7 +346,8 @@ def _mask_for_loss(cmim: CMIM, captured: Pass, mask: Tensor | None) -> Tensor | 
     if mask is not None or cmim.instances == "image" or captured.mask is None:
         return mask
     if captured.usable_mask is None:
-        warn_once(cmim, "An attention_mask of floats is not read: pass mask=, zero or False for padding.")
+        found = "floats" if captured.mask.is_floating_point() else f"{captured.mask.ndim} dimensions"
+        warn_once(cmim, f"An attention_mask of {found} is not read: pass mask=, zero or False for padding.")
     return captured.usable_mask
 
 
@@ -357,7 +361,7 @@ def _listing(cmim: CMIM, attached: bool) -> str:
     )
     rows, teacher = [], cmim._teacher
     for k, (tap, share) in enumerate(zip(cmim.taps, cmim.contrast.layer_weights, strict=True)):
-        other = "its latent" if teacher is None else teacher.described(k)
+        other = teacher.described(k) if teacher else "its latent" if tap.latent else "the teacher's"
         what = f"a_B against {other}" + (", samples mixed" if tap.mixed else "")
         rows.append((tap.name, f"{tap.channels}", f"{share:.3f}", what))
     tapped = {tap.name for tap in cmim.taps}
@@ -411,6 +415,13 @@ def _default_embed_dim(model: nn.Module, taps: tuple[Tap, ...]) -> int:
     most = max(_HEADS_SHARE * parameters, _HEADS_LEAST)
     channels = sum(tap.channels + tap.latent_channels for tap in taps)
     return next((dim for dim in (128, 64) if dim * channels <= most), 32)
+
+
+def _checked_weight(weight: Any) -> float | Tensor:
+    number = isinstance(weight, numbers.Real)
+    if not (0 <= weight < math.inf if number else isinstance(weight, Tensor) and weight.ndim == 0):
+        raise CMIMError(f"weight must be a number, zero or more, or a 0-d tensor; found {weight!r}.")
+    return float(weight) if number else weight
 
 
 def _check_settings(settings: dict[str, Any]) -> None:

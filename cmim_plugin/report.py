@@ -52,7 +52,7 @@ class TapReport:
         name: of the tap.
         channels: of a_B.
         bound: lower bound on the mutual information of a_B and what it is contrasted with, in nats: the mean over the
-            batches, each counted by its instances. None for an objective of the user's own.
+            batches, each counted by its instances. None for an objective without one.
         ceiling: what the bound can be at most, in nats: the logarithm of the number of candidates.
         retrieval: how often the embedding of an a_B is nearest to that of its own a_F among those of the batch, in
             [0, 1]; a tie of ``k`` of them counts ``1 / k``.

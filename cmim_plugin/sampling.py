@@ -96,7 +96,8 @@ def stratified_indices(draws: Tensor, total: int) -> Tensor:
     """Distinct random positions among ``total``: one in each of ``n`` intervals of (almost) equal length.
 
     Independent draws repeat themselves, and a repeated position would be its own negative. Ranks that each apply their
-    share of the draws to their share of the batch sample what one process would.
+    share of the draws to their share of the batch sample what one process would. For ``total`` between ``n`` and
+    ``2 * n`` some intervals hold one position, which is in each draw.
 
     Args:
         draws: ``(..., n)`` int64, uniform over all its values.

@@ -39,7 +39,9 @@ def path_to(own: nn.Module | None, model: nn.Module) -> list[nn.Module]:
             f"Pass the model, a torch.nn.Module, and not its input or output; found a {type(model).__name__}."
         )
     _refuse_replicas(model)
-    path = None if own is None else _path(own, model)
+    if own is None:
+        raise CMIMError("This CMIM belongs to no model: it is a copy, or its model is gone. Build one for this model.")
+    path = _path(own, model)
     if path is None:
         raise CMIMError(
             f"This CMIM is attached to another model than the {type(model).__name__} passed in: pass the model that "

@@ -1561,7 +1561,7 @@ def experts(count=4):
     return Of(forward, experts=nn.ModuleList(BinaryLinear(16, 16) for _ in range(count)), **parts)
 
 
-def test_experts_that_few_samples_do_not_reach_are_found_with_all():
+def test_experts_that_get_one_of_the_first_samples_are_tapped():
     torch.manual_seed(0)
     model, x = experts(), torch.randn(64, 8)
     used = model.gate(model.first(x)).argmax(-1).bincount(minlength=4)
@@ -1693,3 +1693,30 @@ def test_noise_does_not_hide_which_rows_are_of_one_sample():
     parts = {"first": nn.Linear(8, 16), "norm": nn.LayerNorm(16), "last": nn.Linear(16, 4)}
     (found,) = find_binary_activations(Of(forward, **parts), torch.randn(8, 6, 8))
     assert found.tapped and found.mixed is None and found.layouts[0].windowed
+
+
+def test_codes_that_are_handed_on_by_where_may_be_smaller_than_its_result():
+    def forward(m, x):
+        h = m.norm(m.first(x))
+        codes = Sign.apply(h[:, 0])[:, None]
+        return m.last(torch.where(h > 0, codes, -codes))
+
+    parts = {"first": nn.Linear(8, 16), "norm": nn.LayerNorm(16), "last": nn.Linear(16, 4)}
+    assert find_binary_activations(Of(forward, **parts), torch.randn(4, 9, 8))
+
+
+def test_a_mask_of_zeros_beside_the_input_stays():
+    def forward(m, x, pad):
+        return m.last(Sign.apply(m.norm(m.first(x).masked_fill(pad.bool()[..., None], 0))))
+
+    parts = {"first": nn.Linear(8, 16), "norm": nn.LayerNorm(16), "last": nn.Linear(16, 4)}
+    assert tapped(Of(forward, **parts), (torch.randn(4, 9, 8), torch.zeros(4, 9))) == ["(model)"]
+
+
+def test_samples_that_are_last_are_no_channels():
+    def forward(m, x):
+        return m.last(Sign.apply(m.norm(m.first(x)).T)).mean(0)
+
+    model = Of(forward, first=nn.Linear(8, 16), norm=nn.LayerNorm(16), last=nn.Linear(4, 3))
+    (found,) = find_binary_activations(model, torch.randn(4, 8))
+    assert not found.tapped

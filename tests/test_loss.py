@@ -605,6 +605,20 @@ def test_an_attention_mask_of_floats_is_told_for_it_may_be_additive():
         masked_loss(attention_mask=torch.zeros(3, 5))
 
 
+def test_an_attention_mask_of_pairs_of_tokens_is_told():
+    mask = torch.ones(3, 1, 5, 5, dtype=torch.bool).tril()
+    with pytest.warns(CMIMWarning, match="attention_mask of 4 dimensions is not read: pass mask="):
+        masked_loss(attention_mask=mask)
+
+
+def test_a_mask_for_maps_which_have_no_tokens_is_warned_about():
+    model = network()
+    cmim = CMIM(model, X)
+    model(X)
+    with pytest.warns(CMIMWarning, match="more or fewer tokens a sample than the mask"):
+        cmim(model, mask=torch.ones(len(X), 16, dtype=torch.bool))
+
+
 def test_a_mask_with_other_tokens_is_warned_about_once_and_counts_nothing_out():
     model = Tokens()
     cmim = CMIM(model, TOKENS)
@@ -622,3 +636,14 @@ def test_a_mask_that_leaves_nothing_gives_no_bound():
     with pytest.warns(CMIMWarning, match="no negatives"):
         assert cmim(model, mask=torch.zeros(3, 5, dtype=torch.bool)).item() == 0
     assert "bound" not in cmim.metrics["binary"] and "cmim/bound" not in cmim.scalars()
+
+
+def test_the_logged_loss_is_the_one_returned_where_taps_never_give_one():
+    """Of frozen layers."""
+    model = network(stages=3)
+    cmim = CMIM(model, X, taps_per_step=None)
+    model[:3].requires_grad_(False)
+    model(X)
+    with pytest.warns(CMIMWarning, match="adds nothing"):
+        loss = cmim(model)
+    assert cmim.scalars()["cmim/loss"] == pytest.approx(loss.item())

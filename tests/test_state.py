@@ -219,12 +219,25 @@ def test_a_copy_of_the_plug_in_holds_its_state_alone(copied):
     a_loss(model, cmim).backward()
     twin = copied(cmim)
     assert_same(dict(twin.state_dict()), dict(cmim.state_dict()))
-    assert not {*map(id, other.modules())} & {*map(id, twin.modules())} and twin.taps == cmim.taps
-    with pytest.raises(CMIMError, match="attached to another model"):
+    assert not {*map(id, other.modules())} & {*map(id, twin.modules())} and [tap.name for tap in twin.taps] == [
+        tap.name for tap in cmim.taps
+    ]
+    assert "a_B against the teacher's" in str(twin)
+    with pytest.raises(CMIMError, match="belongs to no model: it is a copy"):
         twin(model)
-    for tensor in twin.state_dict(keep_vars=True).values():  # as averages do
+    for tensor in twin.to("cpu").state_dict(keep_vars=True).values():  # as averages do
         tensor.zero_()
     assert a_loss(model, cmim) > 0
+
+
+def test_a_shallow_copy_leaves_the_heads_of_the_original_in_training():
+    model = network()
+    cmim = CMIM(model, X)
+    copy.copy(cmim)
+    before = cmim.heads.weights.detach().clone()
+    for _ in range(2):
+        a_loss(model, cmim).backward()
+    assert not torch.equal(cmim.heads.weights, before)
 
 
 @pytest.mark.parametrize("move", [lambda c: c.to("cpu"), lambda c: c.double().float()])

@@ -198,9 +198,10 @@ def _attempts(inputs: Inputs, batch: int, source: BatchSource | None, all_sample
     every = max(batch, 2)
     few = every if points_into_batch(inputs, source, _SAMPLES) else min(every, _SAMPLES)
     # With one sample more, what is as long as the batch by accident then is not. A model may take no other number.
-    sizes = [(few, few if few <= _SAMPLES else few - 1), (every, max(every - 1, 2))]
+    first = few, few if few <= _SAMPLES else few - 1
     if all_samples:  # fewer in the later passes, to see what grows with the batch
-        sizes[0] = every, max(every // 2, 2)
+        first = every, max(every // 2, 2)
+    sizes = [first, (every, max(every - 1, 2))]
     return [*(partial(with_twins, *counts) for counts in dict.fromkeys(sizes)), *attempts]
 
 

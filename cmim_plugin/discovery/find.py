@@ -29,6 +29,7 @@ from .trace import FEW_LEVELS, Event, Sighting, Site, Trace
 
 # An operand of at most a few values among so many elements is listed as quantized to more than one bit.
 _FEW_AMONG = 256
+_INPUT = "it is the network's input that is binarized, not an activation"
 _FROZEN = "everything before it is frozen: no gradient reaches it"
 _NO_GRADIENT = "it is made without a gradient: under no_grad, detached, or in a reentrant checkpoint"
 # Calls that are followed back at most.
@@ -92,22 +93,22 @@ def discover(
     """:func:`find_binary_activations`, and where the number of samples is read off the inputs: None where the user
     stated it and no input has that size."""
     traces, source = dry_run(model, example_input, batch_size)
-    found = _found_in_all(model, traces)
+    found = _found_over(model, traces)
     more = source is not None and (source.of(*as_inputs(example_input)) or 0) > max(t.batch for t in traces)
     # Few samples run first: of those an expert may get one, and drawn codes may look like anything.
-    if more and not all(f.tapped for f in found):
-        of_all = _found_in_all(model, dry_run(model, example_input, batch_size, all_samples=True)[0])
-        found = max(found, of_all, key=lambda of_one: sum(f.tapped for f in of_one))
+    if more and any(f.reason not in (None, _INPUT, _FROZEN, _NO_GRADIENT) for f in found):
+        found = _found_over(model, traces, dry_run(model, example_input, batch_size, all_samples=True)[0])
     return tuple(found), source
 
 
-def _found_in_all(model: nn.Module, traces: list[Trace]) -> list[BinaryActivation]:
-    """What the traces show together."""
+def _found_over(model: nn.Module, *runs: list[Trace]) -> list[BinaryActivation]:
+    """What the traces of some dry runs show together."""
     found: list[_Found] = []
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    for trace in traces[:1] + [t for t in traces[1:] if t.calls != traces[0].calls]:
-        _merge(order, found, _found_in(trace, [other for other in traces if other is not trace]))
-    return [replace(f, skipped=not all(t.calls[f.module] for t in traces)) for f in _named(found)]
+    for traces in runs:
+        for trace in traces[:1] + [t for t in traces[1:] if t.calls != traces[0].calls]:
+            _merge(order, found, _found_in(trace, [other for other in traces if other is not trace]))
+    return [replace(f, skipped=not all(t.calls[f.module] for run in runs for t in run)) for f in _named(found)]
 
 
 def find_binary_activations(
@@ -173,8 +174,9 @@ def _described(history: History, b: Binarization) -> _Found:
         spatial, reason = spatial_dims(b)
         mixed = _mixed(history, binary, latent, spatial)
         summed = sums_with_weight(b) if mixed else set()
-        many_vectors = summed == {len(b.source.held.shape) - 1} and shape[:-1].numel() > 1
-        if mixed and (summed == {0} or not (many_vectors or history.grows(binary, Layout(spatial)))):
+        # A weight that sums over the last dimension says where the channels are, if that is not the batch.
+        vectors = summed == {len(shape) - 1} and shape[:-1].numel() > 1 and not history.last_is_batch(binary)
+        if mixed and (summed == {0} or not (vectors or history.grows(binary, Layout(spatial)))):
             reason = mixed  # it may have no batch at all, or its channels first
         else:
             reason = _reason_against_shapes(history, binary, latent, spatial) or reason
@@ -206,7 +208,7 @@ def _reason_against(history: History, b: Binarization) -> str | None:
     """Why this is nothing to tap, None where it is."""
     codes, made_of = b.source.held, _made_of(b.source)
     if any(_is_input(s) for s in made_of) and not any(s.producer and _is_layer(s.producer) for s in made_of):
-        return "it is the network's input that is binarized, not an activation"
+        return _INPUT
     if not codes.first_in_graph and b.operand.requires_grad:
         return "one autograd.Function passes it straight to another: put a module between the two, as nn.Identity()"
     if not codes.first_in_graph and any(not r.in_graph and r.held.first_in_graph for r in b.consumer.results):

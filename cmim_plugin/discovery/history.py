@@ -170,6 +170,11 @@ class History:
         others = [t.at[sighting.site] for t in self.others if t.batch != self.trace.batch and sighting.site in t.at]
         return any(layout.positions(other.held.shape) != positions for other in others)
 
+    def last_is_batch(self, sighting: Sighting) -> bool:
+        """Whether the last dimension at its site is as long as the batch in all traces."""
+        sizes = [(t.batch, t.at[sighting.site].held.shape) for t in self.others if sighting.site in t.at]
+        return all(shape[-1:] == (batch,) for batch, shape in [(self.trace.batch, sighting.held.shape), *sizes])
+
     def pair_differs(self, codes: Sighting, latent: Sighting, layout: Layout) -> bool:
         """Whether, at the sites of a_B and a_F, another trace has other channels, or codes of another latent.
 
@@ -234,10 +239,11 @@ def _sources(sighting: Sighting, like: Callable[[Snapshot], bool]) -> list[Sight
 
 def _are_kept(codes: Sighting, result: Sighting) -> bool:
     """Whether a step function hands on the codes that it was given, and does not make its own of a latent."""
-    event, before, after = result.producer, codes.held.pattern, result.held.pattern
-    if event is None or event.name != "where" or before is None or after is None:
-        return codes.held.code == result.held.code or not codes.held.continuous
-    return not codes.held.continuous or bool(((before == after) | (after == 0)).all())  # some may be zeroed
+    if codes.held.code == result.held.code or not codes.held.continuous:
+        return True
+    is_where = result.producer is not None and result.producer.name == "where"
+    before, after = codes.held.values, result.held.values  # some may be set to zero
+    return is_where and codes.held.numel == result.held.numel and bool(((before == after) | (after == 0)).all())
 
 
 def _separated(sighting: Sighting, pattern: Tensor, levels: bool = False) -> bool:
@@ -291,11 +297,12 @@ def operands(trace: Trace, module: str = "") -> Iterator[tuple[Event, Sighting]]
         if module and event.module != module and not event.module.startswith(inside):
             continue
         if event.name in functions.CONVOLUTIONS or event.name in functions.LAYERS:
-            recurrent = event.name in functions.LAYERS and event.name != "linear"
-            for place in (_FIRST, _SECOND) if recurrent else (_FIRST,):  # the second is the hidden state
-                # The first tensor of it where the input is a tuple: a value with its scale (brevitas).
-                found = [s for s in event.arguments if s.site.path[:2] in place and s.held.values.is_floating_point()]
-                yield from ((event, s) for s in found[:1])
+            # The first tensor of it where the input is a tuple: a value with its scale (brevitas).
+            found = [s for s in event.arguments if s.site.path[:2] in _FIRST][:1]
+            if event.name in functions.LAYERS and event.name != "linear":  # the hidden state, not lengths of sequences
+                states = [s for s in event.arguments if s.site.path[:2] in _SECOND]
+                found += [s for s in states if s.held.values.is_floating_point()][:1]
+            yield from ((event, s) for s in found)
         elif event.name in functions.PRODUCTS:
             addend = _FIRST if event.name.startswith(("addm", "addb", "badd")) else ()
             mask = "attention" in event.name
@@ -318,8 +325,9 @@ def is_sign_of(trace: Trace, codes: Sighting, latent: Sighting) -> bool:
         return True
     drawn = [e for e in trace.events if latent.seq <= e.seq <= codes.seq and e.name in functions.RANDOM]
     # Drawn from the latent itself: little may be seen of that in few codes.
-    given = [a.held for e in drawn if e.name == "bernoulli" for a in e.arguments]
-    if any(held.numel == numel and bool((held.values == values).all()) for held in given):
+    makers = [e for e in drawn if e.name == "bernoulli" and any(r.held.code == codes.held.code for r in e.results)]
+    given = [a.held.values for e in makers for a in e.arguments if a.held.numel == numel]
+    if any(bool((held == values).all()) for held in given):
         return True
     if not any(result.held.numel == numel for event in drawn for result in event.results):
         return False

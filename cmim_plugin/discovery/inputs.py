@@ -176,9 +176,11 @@ def varied(inputs: Inputs, seed: int, source: BatchSource | None = None) -> Inpu
     dense = [t for path, t in tensors_in(inputs) if (path in places or path[:-1] in places) and _is_dense(t)]
     dense = dense or [t for t in tensors if _is_dense(t)]
     dense = [t for t in dense if t.ndim > 1] or dense
-    chosen = [t for t in dense if _has_many_values(t) or _is_stand_in(t)]
-    if not chosen and not any(t.ndim > 1 and not t.is_floating_point() for t in tensors):
-        chosen = dense  # beside token ids, ones are a mask
+    # Beside token ids, zeros or ones of their shape are a mask; beside a map of labels, zeros with channels are images.
+    rank = max((t.ndim for t in tensors if not t.is_floating_point()), default=0)
+    chosen = [t for t in dense if _has_many_values(t)]
+    chosen = chosen or [t for t in dense if _is_stand_in(t) and (rank < 2 or t.ndim > rank)]
+    chosen = chosen or (dense if rank < 2 else [])
     ids = {id(t) for t in chosen}
     generator = torch.Generator().manual_seed(seed)
 

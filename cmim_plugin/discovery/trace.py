@@ -47,6 +47,20 @@ class Site:
     calls: int = 0  # how often the dry run called the module in a pass,
     times: int = 0  # and the function in this call of the module
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy picks nothing up, and some functions cannot be pickled.
+        return Site, (
+            self.module,
+            self.call,
+            self.kind,
+            self.path,
+            None,
+            self.nth,
+            self.nth_of_all,
+            self.calls,
+            self.times,
+        )
+
 
 @dataclass(eq=False)
 class Snapshot:
