@@ -154,7 +154,7 @@ def setting_of(record: dict[str, Any], name: str) -> str:
     ]
     images = f"{config['train_size']:,}" if config["train_size"] else "all"
     # Records of before the plug-in trained its heads name no optimizer.
-    usual = "Adam for network and heads"
+    usual = "one Adam, version 0.1"
     optimizer = {"sgd": "SGD", "adam": "Adam", "own": "each method's optimizer"}.get(config.get("optimizer"), usual)
     held_out = ", held-out images" if config["split"] == "val" else ""
     return f"{data}, {images} images, {model}, {config['epochs']} epochs, {optimizer}{held_out}"

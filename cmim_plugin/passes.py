@@ -266,7 +266,8 @@ class Pass:
         if found != wanted and layout.scores:
             return (
                 EXCUSED,
-                f"its channels are the tokens of the batch, which were {wanted} when CMIM was attached",
+                f"its channels are the tokens of the batch, which were {wanted} when CMIM was attached: pad to one "
+                "length, or leave it out with taps=",
             )
         if found != wanted:
             why = f"it has {found} channels, and had {wanted} when CMIM was attached"

@@ -258,7 +258,11 @@ def measure(
                 seen.append(_some_values((args, kwargs), draws))
                 if since is not None:  # now, not after the last batch
                     _check_earlier(since, seen[-1:], len(seen) - 1)
-                model(*args, **kwargs)
+                try:
+                    model(*args, **kwargs)
+                except TypeError as error:  # an argument is missing
+                    what = "" if inputs else " Of a batch, the first element alone is its input: pass inputs= for more."
+                    raise CMIMError(f"The model's forward raised TypeError: {error}.{what}") from error
                 captured = capture.pop()
                 troubles += captured.troubles()
                 for tally in tallies:
@@ -276,9 +280,9 @@ def measure(
         raise CMIMError(f"In eval mode no tap had both its binary activation and its latent.{why}")
     if len(found) < len(tallies):
         astray = [tally.tap.name for tally in tallies if tally not in found]
+        why = troubles[0] if troubles else "In eval mode the model takes another way than in training."
         warnings.warn(
-            f"In eval mode the model takes another way than in training, and the pairs of these taps were not found: "
-            f"{astray}. The report leaves them out.",
+            f"The report leaves out these taps, whose pairs were not found in eval mode: {astray}. {why}",
             CMIMWarning,
             stacklevel=3,
         )
@@ -324,7 +328,8 @@ class _Tally:
             self.astray = True
         codes = layout.rows(_is_higher(activation))
         if mask is not None and mask.shape == (len(activation), layout.tokens(activation.shape)):
-            codes = codes[mask.flatten().to(codes.device) != 0]
+            # Heads of attention, as other dimensions before the tokens, repeat the sequence within a sample.
+            codes = codes[mask.repeat(1, len(codes) // max(mask.numel(), 1)).flatten().to(codes.device) != 0]
         self.positions += len(codes)
         self.higher += codes.sum(0).cpu()
         if sum(kept.numel() for kept in self.codes.values()) < _MOST_CODES:

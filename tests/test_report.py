@@ -827,7 +827,7 @@ def test_a_tap_that_eval_mode_goes_around_is_left_out_with_a_warning(other):
     model = OtherWay(other)
     cmim = CMIM(model, X)
     assert len(cmim.taps) == 2
-    with pytest.warns(CMIMWarning, match=r"another way .* \['second'\]"):
+    with pytest.warns(CMIMWarning, match=r"not found in eval mode: \['second'\]"):
         report = cmim.report(model, HELD_OUT)
     assert [tap.name for tap in report.taps] == ["first"]
 
@@ -845,7 +845,7 @@ def test_a_tap_whose_latent_is_not_found_in_eval_mode_is_left_out_with_a_warning
     model = nn.Sequential(*first, nn.Conv2d(4, 4, 1), OtherSign(4, 4, 1), nn.Flatten())
     cmim = CMIM(model, X)
     assert [tap.name for tap in cmim.taps] == ["1", "3"]
-    with pytest.warns(CMIMWarning, match=r"another way .* \['3'\]"):
+    with pytest.warns(CMIMWarning, match=r"not found in eval mode: \['3'\]"):
         report = cmim.report(model, HELD_OUT)
     assert [tap.name for tap in report.taps] == ["1"]
 
@@ -1004,3 +1004,40 @@ def test_a_batch_without_samples_is_passed_over():
     report = cmim.report(model, [networks.X, networks.X[:0]])
     assert report.batches == 2 and report.samples == expected.samples
     assert report.taps == expected.taps
+
+
+def test_padding_is_left_out_where_heads_of_attention_come_before_the_tokens():
+    class Split(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.n, self.b = nn.Linear(4, 16), nn.LayerNorm(16), nn.Linear(8, 8)
+
+        def forward(self, x, attention_mask):
+            x = self.n(self.a(x)).unflatten(-1, (2, 8)).transpose(1, 2)  # (B, heads, T, 8)
+            return self.b(x.sign().detach() - x.detach() + x)
+
+    torch.manual_seed(0)
+    model, x = Split(), torch.randn(3, 6, 4)
+    mask = (torch.arange(6) < torch.tensor([[6], [4], [2]])).long()
+    cmim = CMIM(model, (x, torch.ones(3, 6, dtype=torch.long)))
+    with torch.no_grad():
+        codes = model.n(model.a(x)).unflatten(-1, (2, 8)).transpose(1, 2) > 0
+    kept = torch.cat([codes[i, :, : mask[i].sum()].flatten(0, 1) for i in range(3)])
+    report = cmim.report(model, [((x, mask),)])
+    assert report.taps[0].plus == pytest.approx(kept.float().mean().item())
+
+
+def test_a_model_of_several_inputs_is_told_of_inputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 8), Binarize(lambda codes: codes), nn.Linear(8, 4))
+
+        def forward(self, x, y):
+            return self.net(x) + y
+
+    model, batch = Two(), (torch.randn(3, 4), torch.randn(3, 4))
+    cmim = CMIM(model, batch)
+    with pytest.raises(CMIMError, match=r"raised TypeError.* pass inputs= for more"):
+        cmim.report(model, [batch])
+    assert cmim.report(model, [batch], inputs=lambda batch: batch).samples == 3
