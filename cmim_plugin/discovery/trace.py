@@ -49,17 +49,7 @@ class Site:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy picks nothing up, and some functions cannot be pickled.
-        return Site, (
-            self.module,
-            self.call,
-            self.kind,
-            self.path,
-            None,
-            self.nth,
-            self.nth_of_all,
-            self.calls,
-            self.times,
-        )
+        return Site, tuple({**vars(self), "function": None}.values())
 
 
 @dataclass(eq=False)
