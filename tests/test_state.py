@@ -278,3 +278,22 @@ def test_training_goes_on_in_eval_mode_of_the_plug_in_and_after_zero_grad():
         whole.zero_grad()
     whole.cmim.heads.step()
     assert whole.cmim.heads.steps == 2
+
+
+class Transposed(nn.Module):
+    """Its latent is picked up at an attribute of a tensor, which cannot be pickled."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        latent = self.first(x).mT.mT
+        return self.last(torch.sign(latent).detach() - latent.detach() + latent)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cmim: pickle.loads(pickle.dumps(cmim))])
+def test_a_plug_in_is_copied_wherever_its_taps_are_picked_up(copied):
+    cmim = CMIM(Transposed(), torch.zeros(2, 5, 8))
+    assert cmim.taps[0].latent.function is not None
+    assert_same(dict(copied(cmim).state_dict()), dict(cmim.state_dict()))
