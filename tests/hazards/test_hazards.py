@@ -371,6 +371,8 @@ def test_where_a_pass_cannot_begin_the_model_runs_and_the_loss_says_why(inside):
     model, cmim = attached(inside)
     expected = model(X)
     assert torch.equal(aot_module(model, lambda graph, _: graph)(X), expected)
+    with pytest.raises(CMIMError, match="capturing it raised AssertionError"):
+        cmim(model)
     assert works_as_if_new(model, cmim, attached(inside))
 
 

@@ -415,7 +415,7 @@ def test_a_pass_within_an_exception_handler_is_captured_also_if_it_returns_nothi
     class Stores(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.net = network(False, channels=(4, 4))
+            self.net = network(True)
 
         def forward(self, x: Tensor) -> None:
             self.out = self.net(x)
