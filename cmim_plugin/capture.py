@@ -113,10 +113,10 @@ class Capture:
             kinds = {pickup.site.kind for found in plan.values() for pickup in found}
             # Hooks on outputs run outside of what counts the functions that the module calls.
             self._last += [opening, hook.closing] if kinds <= {"input", "output"} and "output" in kinds else [opening]
-        root.closing = model.register_forward_hook(root.leave, with_kwargs=True, always_call=True)
-        self._handles.append(root.closing)
+        closing = model.register_forward_hook(root.leave, with_kwargs=True, always_call=True)
+        self._handles.append(closing)
         if any(p.site.kind == "output" for found in self._plan.get("", {}).values() for p in found):
-            self._last.append(root.closing)  # behind the hook that picks up what the model itself returns
+            self._last.append(closing)  # behind the hook that picks up what the model itself returns
         self._handles.append(model.register_load_state_dict_post_hook(root.loaded))
 
     def make_last(self) -> None:
@@ -260,8 +260,6 @@ class Capture:
 class _Hook:
     """The model holds bound methods of this class. If the model is copied or pickled, the copy's hooks do nothing."""
 
-    closing: RemovableHandle | None = None  # of the hook that closes what enter() opens
-
     def __init__(self, capture: Capture | None = None, module: nn.Module | None = None) -> None:
         self.capture = capture
         self._module = None if module is None else weakref.ref(module)
@@ -276,10 +274,6 @@ class _Hook:
     def running(self, module: nn.Module) -> Pass | None:
         """This thread's pass."""
         return self.capture.running.get(_thread()) if self.capture is not None and self.serves(module) else None
-
-    def will_close(self) -> bool:
-        """Whether the closing hook is still on the module: others may have cleared it."""
-        return torch.compiler.is_compiling() or (self.closing is not None and _is_on(self.closing))
 
 
 class _RootHook(_Hook):
@@ -329,6 +323,8 @@ class _RootHook(_Hook):
 
 
 class _ModuleHook(_Hook):
+    closing: RemovableHandle | None = None  # of the hook that closes what enter() opens
+
     def __init__(
         self,
         capture: Capture | None = None,
@@ -341,6 +337,10 @@ class _ModuleHook(_Hook):
         self._plan = plan or {}
         # Not a frozenset, for which torch 2.6 compiles no guard.
         self._taps = tuple({p.tap for pickups in self._plan.values() for p in pickups})
+
+    def will_close(self) -> bool:
+        """Whether the closing hook is still on the module: others may have cleared it."""
+        return torch.compiler.is_compiling() or (self.closing is not None and _is_on(self.closing))
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         running = self.running(module)

@@ -18,6 +18,9 @@ from . import functions
 from .history import Binarization
 from .trace import Event, Sighting
 
+# Products of two matrices: the second is contracted along its rows.
+_OF_MATRICES = ("matmul", "bmm", "mm", "addmm", "baddbmm", "addbmm", "grouped_mm", "linalg_matmul")
+
 
 def spatial_dims(b: Binarization) -> tuple[int | None, str | None]:
     """:attr:`Layout.spatial` of a binary tensor, by how its consumer contracts it; or why it has none."""
@@ -97,9 +100,7 @@ def _contracted(consumer: Event, operand: Sighting) -> set[int]:
         letters = [*enumerate(before), *enumerate(after, len(shape) - len(after))]
         kept = result or [letter for letter in terms if terms.count(letter) == 1]
         return {dim for dim, letter in letters if letter not in kept} or {last}
-    if name in ("matmul", "bmm", "mm", "addmm", "baddbmm", "addbmm", "grouped_mm", "linalg_matmul") and _is_second(
-        consumer, operand
-    ):
+    if name in _OF_MATRICES and _is_second(consumer, operand):
         return {max(last - 1, 0)}
     if name == "tensordot":
         first, dims = path[1] in (0, "a"), consumer.equation

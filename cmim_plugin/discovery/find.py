@@ -262,7 +262,7 @@ def _mixed(history: History, binary: Sighting, latent: Sighting, spatial: int | 
     for side in (binary, latent):
         rows = side.held.shape[0] if side.held.shape else 0
         shapes = f"{tuple(side.held.shape)} for {batch} samples"
-        at_site = [(t.batch, t.at[side.site].held.shape[:1].numel()) for t in history.others if side.site in t.at]
+        at_site = [(others, shape[:1].numel()) for others, shape in history.shapes_again(side)]
         if not rows or rows % batch or any(n != batch and others * batch != rows * n for n, others in at_site):
             return f"the batch is not its first dimension, or is mixed with another: {shapes}"
         alike = [s for s in (binary, latent) if s.held.shape[:1].numel() == rows]  # one may be constant

@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from . import functions
@@ -66,6 +67,10 @@ class History:
     def again(self, sighting: Sighting) -> list[Sighting]:
         """What the other traces show at its site."""
         return [trace.at[sighting.site] for trace in self.others if sighting.site in trace.at]
+
+    def shapes_again(self, sighting: Sighting) -> list[tuple[int, torch.Size]]:
+        """The number of samples of each other trace that has its site, and the shape there."""
+        return [(trace.batch, trace.at[sighting.site].held.shape) for trace in self.others if sighting.site in trace.at]
 
     def is_two_valued(self, sighting: Sighting) -> bool:
         """Whether it is in all passes, not by chance in this one. A sign may be constant in some of them."""
@@ -167,13 +172,13 @@ class History:
     def grows(self, sighting: Sighting, layout: Layout) -> bool:
         """Whether a trace of another number of samples has another number of positions at its site."""
         positions = layout.positions(sighting.held.shape)
-        others = [t.at[sighting.site] for t in self.others if t.batch != self.trace.batch and sighting.site in t.at]
-        return any(layout.positions(other.held.shape) != positions for other in others)
+        others = [shape for batch, shape in self.shapes_again(sighting) if batch != self.trace.batch]
+        return any(layout.positions(shape) != positions for shape in others)
 
     def last_is_batch(self, sighting: Sighting) -> bool:
         """Whether the last dimension at its site is as long as the batch in all traces."""
-        sizes = [(t.batch, t.at[sighting.site].held.shape) for t in self.others if sighting.site in t.at]
-        return all(shape[-1:] == (batch,) for batch, shape in [(self.trace.batch, sighting.held.shape), *sizes])
+        here = self.trace.batch, sighting.held.shape
+        return all(shape[-1:] == (batch,) for batch, shape in [here, *self.shapes_again(sighting)])
 
     def pair_differs(self, codes: Sighting, latent: Sighting, layout: Layout) -> bool:
         """Whether, at the sites of a_B and a_F, another trace has other channels, or codes of another latent.
