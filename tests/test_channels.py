@@ -100,13 +100,6 @@ PRODUCTS = {
         1,
         16,
     ),
-    "tensordot": (maps(lambda m, x: torch.tensordot(sign(x), m.weight[:12], dims=([1], [1])), 12), 1, 16),
-    "tensordot from the right": (
-        maps(lambda m, x: torch.tensordot(m.weight[:12], sign(x), dims=torch.tensor([[1], [1]])), 12),
-        1,
-        16,
-    ),
-    "tensordot of the last": (tokens(lambda m, x: torch.tensordot(sign(x), m.weight, 1)), -1, 16),
     "attention on a map": (maps(lambda m, x: sign(x).flatten(2).mT @ x.flatten(2), 12), 1, 16),
     "linear attention": (signals(lambda m, x: torch.einsum("bdn,ben->bde", sign(x), x), 20), 1, 16),
     "nodes of a graph": (tokens(lambda m, x: torch.ones(9, 9) @ sign(x), 9), -1, 16),
@@ -151,15 +144,20 @@ def test_channels_are_followed_through_what_takes_a_dimension_away():
 
 def test_channels_first_with_the_batch_second_are_refused():
     def forward(m, x):
-        return torch.tensordot(m.weight, sign(x).transpose(0, 1), ([1], [0]))
+        return torch.einsum("oc,cbl->obl", m.weight, sign(x).transpose(0, 1))
 
     def turned(m, x):
-        return torch.tensordot(m.weight, sign(x.transpose(0, 1)), ([1], [0]))
+        return torch.einsum("oc,cbl->obl", m.weight, sign(x.transpose(0, 1)))
 
     (found,) = find_binary_activations(*signals(forward, 7))
     assert (found.reason, found.channels) == (None, 16)
     (found,) = find_binary_activations(*signals(turned, 7))
     assert found.reason.startswith("the batch is not its first dimension")
+
+
+def test_a_tensordot_is_listed_with_what_to_use_in_its_place():
+    (found,) = find_binary_activations(*maps(lambda m, x: torch.tensordot(sign(x), m.weight, ([1], [1])), 12))
+    assert found.reason == "which dimensions a tensordot contracts is not known: use matmul, linear or einsum"
 
 
 def test_channels_that_are_neither_last_nor_next_to_the_batch_are_refused():

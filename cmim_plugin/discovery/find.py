@@ -19,21 +19,19 @@ from typing import Any
 
 from torch import nn
 
-from .channels import is_of_activations, spatial_dims, sums_with_weight
+from .channels import has_weight, is_of_activations, spatial_dims
 from .dry_run import dry_run
 from .functions import CONVOLUTIONS, LAYERS, LOOKUPS, PRODUCTS
-from .history import Binarization, History, is_one_call, is_sign_of, operands, origin
+from .history import Binarization, History, followed, is_one_call, is_sign_of, operands, origin
 from .inputs import BatchSource, as_inputs
 from .layout import Layout
-from .trace import FEW_LEVELS, Event, Sighting, Site, Trace
+from .trace import FEW_LEVELS, Event, Sighting, Site, Snapshot, Trace
 
 # An operand of at most a few values among so many elements is listed as quantized to more than one bit.
 _FEW_AMONG = 256
 _INPUT = "it is the network's input that is binarized, not an activation"
 _FROZEN = "everything before it is frozen: no gradient reaches it"
 _NO_GRADIENT = "it is made without a gradient: under no_grad, detached, or in a reentrant checkpoint"
-# Calls that are followed back at most.
-_NEAR = 12
 # How far equal samples are apart at most, in distances between different ones: a rounding error flips some signs.
 _ALIKE = 0.4
 
@@ -103,7 +101,7 @@ def discover(
 
 def _found_over(model: nn.Module, *runs: list[Trace]) -> list[BinaryActivation]:
     """What the traces of some dry runs show together."""
-    found: list[_Found] = []
+    found: list[_Placed] = []
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     for traces in runs:
         for trace in traces[:1] + [t for t in traces[1:] if t.calls != traces[0].calls]:
@@ -129,70 +127,67 @@ def find_binary_activations(
     return list(discover(model, example_input, batch_size)[0])
 
 
-@dataclass
-class _Found:
-    """A binary activation without a name yet, what tells it from others in all traces, and the child for its name."""
-
-    activation: BinaryActivation
-    place: tuple[Any, ...]
-    child: str = ""
+# A binary activation without its final name, behind what tells it from others in all traces.
+_Placed = tuple[tuple[Any, ...], BinaryActivation]
 
 
-def _found_in(trace: Trace, others: list[Trace]) -> list[_Found]:
+def _found_in(trace: Trace, others: list[Trace]) -> list[_Placed]:
     """What one trace shows, in forward order; behind it what is quantized to more than two values."""
     history = History(trace, others)
-    found: dict[int, tuple[int, _Found]] = {}
-    quantized: dict[int, _Found] = {}
+    found: dict[Snapshot, tuple[int, _Placed]] = {}
+    quantized: dict[Snapshot, _Placed] = {}
     pairs = set()
     for event, operand in operands(trace):
-        for b in history.binarizations(event, operand):
+        binarizations = history.binarizations(event, operand)
+        for b in binarizations:
             codes = b.source.held
-            if id(codes) in found or not (b.latent or operand).from_input:
+            if codes in found or not (b.latent or operand).from_input:
                 continue  # a weight, a mask or a learned token
-            described = _described(history, b)
-            if described.activation.tapped and b.latent is not None and codes.two_valued:
+            activation = _described(history, b)
+            if activation.tapped and b.latent is not None and codes.two_valued:
                 # Two taps are one only if both latents come from one tensor: branches may be equal before training.
-                pair = codes.code, tuple(b.latent.held.values.nan_to_num().tolist()), id(origin(b.latent).held)
+                pair = codes.code, tuple(b.latent.held.values.nan_to_num().tolist()), origin(b.latent).held
                 if pair in pairs:
                     continue  # query, key and value binarize one latent to the same codes
                 pairs.add(pair)
-            found[id(codes)] = b.source.seq, described
+            found[codes] = b.source.seq, ((activation.module, b.source.site), activation)
         few = 2 < operand.held.levels <= FEW_LEVELS and operand.held.numel >= _FEW_AMONG
-        if few and operand.requires_grad and operand.from_input and not history.terms(operand):
+        if few and operand.requires_grad and operand.from_input and not binarizations:
             reason = f"a {event.name} receives {operand.held.levels} values, not two"
             activation = BinaryActivation("", 0, reason, operand.site.module)
-            quantized[id(operand.held)] = _Found(activation, ("quantized", operand.site))
-    return [f for _, f in sorted(found.values(), key=lambda entry: entry[0])] + list(quantized.values())
+            quantized[operand.held] = ("quantized", operand.site), activation
+    return [placed for _, placed in sorted(found.values(), key=lambda entry: entry[0])] + list(quantized.values())
 
 
-def _described(history: History, b: Binarization) -> _Found:
-    module, call = _scope(history, b)
-    place, reason = (module, b.source.site), _reason_against(history, b)
-    if reason is None and b.latent is not None:
-        binary, latent = _cheapest(b.source.held.sightings, b.latent.held.sightings, module)
-        shape, latent_shape = binary.held.shape, latent.held.shape
-        spatial, reason = spatial_dims(b)
-        mixed = _mixed(history, binary, latent, spatial)
-        summed = sums_with_weight(b) if mixed else set()
-        # A weight that sums over the last dimension says where the channels are, if that is not the batch.
-        vectors = summed == {len(shape) - 1} and shape[:-1].numel() > 1 and not history.last_is_batch(binary)
-        if mixed and (summed == {0} or not (vectors or history.grows(binary, Layout(spatial)))):
-            reason = mixed  # it may have no batch at all, or its channels first
-        else:
-            reason = _reason_against_shapes(history, binary, latent, spatial) or reason
-    if reason is not None or b.latent is None:
-        return _Found(BinaryActivation("", 0, reason, module, call), place)
+def _described(history: History, b: Binarization) -> BinaryActivation:
+    """What is to be known of it for a tap, or why it is none; the child for its name in the place of the name."""
+    site, batch = _binarized_at(history, b), history.trace.batch
+    refused = BinaryActivation("", 0, _reason_against(history, b), site.module, site.call)
+    if refused.reason is not None or b.latent is None:
+        return refused
+    binary, latent = _cheapest(b.source.held.sightings, b.latent.held.sightings, site.module)
+    shape, latent_shape = binary.held.shape, latent.held.shape
+    spatial, reason = spatial_dims(b)
+    mixed = _mixed(history, binary, latent, spatial)
+    if mixed and (reason or not _has_positions(history, b, binary, Layout(spatial))):
+        reason = mixed
+    elif spatial is not None and spatial >= len(latent_shape):
+        reason = f"its latent has another rank: {tuple(latent_shape)} for {tuple(shape)}"
+    elif history.pair_differs(binary, latent, Layout(spatial)):
+        reason = "its latent or its number of channels changes from pass to pass, as where layers are skipped at random"
+    if reason is not None:
+        return replace(refused, reason=reason)
     scores = is_of_activations(b.consumer, b.operand)
-    batch = history.trace.batch
-    layout = Layout(spatial, not mixed and shape[0] != batch, scores, bool(mixed))
-    latent_layout = Layout(spatial, not mixed and latent_shape[0] != batch, scores, bool(mixed))
-    within = [s for _, s in operands(history.trace, module) if s.from_input]
-    activation = BinaryActivation(
-        name="",
+    layout, latent_layout = (
+        Layout(spatial, not mixed and rows != batch, scores, bool(mixed)) for rows in (shape[0], latent_shape[0])
+    )
+    within = [s for _, s in operands(history.trace, site.module) if s.from_input]
+    return BinaryActivation(
+        name=_child(history, b.latent, site),
         channels=layout.channels(shape),
         reason=None,
-        module=module,
-        call=call,
+        module=site.module,
+        call=site.call,
         binary=history.trace.counted(binary.site),
         latent=history.trace.counted(latent.site),
         layouts=(layout, latent_layout),
@@ -201,12 +196,11 @@ def _described(history: History, b: Binarization) -> _Found:
         mixed=mixed,
         product=within.index(b.operand) if b.operand in within else 0,
     )
-    return _Found(activation, place, _child(history, b.latent, module, call))
 
 
 def _reason_against(history: History, b: Binarization) -> str | None:
     """Why this is nothing to tap, None where it is."""
-    codes, made_of = b.source.held, _made_of(b.source)
+    codes, made_of = b.source.held, list(followed([b.source], Sighting.given))
     if any(_is_input(s) for s in made_of) and not any(s.producer and _is_layer(s.producer) for s in made_of):
         return _INPUT
     if not codes.first_in_graph and b.operand.requires_grad:
@@ -215,7 +209,7 @@ def _reason_against(history: History, b: Binarization) -> str | None:
         return "its sign and its product are in one autograd.Function: take the sign in a Function of its own"
     if not codes.first_in_graph:
         return _NO_GRADIENT if any(s.requires_grad and s.from_input for s in made_of) else _FROZEN
-    if all(s.held.one_hot for s in (b.source, *history.again(b.source))):
+    if all(s.held.one_hot for s in (b.source, *(s for _, s in history.again(b.source)))):
         return "it is one-hot: a choice, not a code"
     if b.latent is None:
         if codes.constant:
@@ -228,16 +222,6 @@ def _reason_against(history: History, b: Binarization) -> str | None:
         if not is_sign_of(history.trace, b.source if b.event is None else b.event.results[0], b.latent):
             return "no threshold splits its latent into its two values"
     return None
-
-
-def _made_of(sighting: Sighting) -> list[Sighting]:
-    """A tensor and all that it was computed from, as far back as torch functions show it."""
-    line, seen = [sighting], {id(sighting.held)}
-    for current in line:
-        before = [a for a in current.given() if id(a.held) not in seen]
-        line += before
-        seen |= {id(a.held) for a in before}
-    return line
 
 
 def _is_input(sighting: Sighting) -> bool:
@@ -262,58 +246,60 @@ def _mixed(history: History, binary: Sighting, latent: Sighting, spatial: int | 
     for side in (binary, latent):
         rows = side.held.shape[0] if side.held.shape else 0
         shapes = f"{tuple(side.held.shape)} for {batch} samples"
-        at_site = [(others, shape[:1].numel()) for others, shape in history.shapes_again(side)]
-        if not rows or rows % batch or any(n != batch and others * batch != rows * n for n, others in at_site):
+        again = [(t.batch, s.held.shape[:1].numel()) for t, s in history.again(side) if t.batch != batch]
+        if not rows or rows % batch or any(n * batch != rows * samples for samples, n in again):
             return f"the batch is not its first dimension, or is mixed with another: {shapes}"
+        if rows == batch:
+            continue
         alike = [s for s in (binary, latent) if s.held.shape[:1].numel() == rows]  # one may be constant
-        shown = [s.held.twin_distance for one in alike for s in (one, *history.again(one))]
+        shown = [s.held.twin_distance for one in alike for s in (one, *(s for _, s in history.again(one)))]
         apart = [distance for distance in shown if distance is not None]
-        if rows != batch and not apart:
+        if not apart:
             return f"which rows belong to one sample could not be seen: {shapes}; try an example of random values"
-        if rows != batch and min(apart) >= _ALIKE:
+        if min(apart) >= _ALIKE:
             return f"the rows of one sample do not follow each other in its first dimension: {shapes}"
     return None
 
 
-def _reason_against_shapes(history: History, binary: Sighting, latent: Sighting, spatial: int | None) -> str | None:
-    """Why both sides, where they are picked up, cannot be read position by position, None where they can."""
-    if spatial is not None and spatial >= len(latent.held.shape):
-        return f"its latent has another rank: {tuple(latent.held.shape)} for {tuple(binary.held.shape)}"
-    if history.pair_differs(binary, latent, Layout(spatial)):
-        return "its latent or its number of channels changes from pass to pass, as where layers are skipped at random"
-    return None
+def _has_positions(history: History, b: Binarization, binary: Sighting, layout: Layout) -> bool:
+    """Whether what mixes the samples can be read by position. It may have no batch at all, or its channels first."""
+    shape = binary.held.shape
+    traces = [(history.trace, binary), *history.again(binary)]
+    if any(
+        layout.positions(s.held.shape) != layout.positions(shape) for t, s in traces if t.batch != traces[0][0].batch
+    ):
+        return True  # there are more of them in more samples
+    # A weight that sums over the last dimension says that its channels are there, if that is not the batch.
+    last_is_batch = all(s.held.shape[-1:] == (trace.batch,) for trace, s in traces)
+    is_summed = layout.spatial is None and has_weight(b.consumer, b.operand)
+    return is_summed and shape[:-1].numel() > 1 and not last_is_batch
 
 
-def _scope(history: History, b: Binarization) -> tuple[str, int]:
-    """The module in whose forward it happens, and which call of it."""
+def _binarized_at(history: History, b: Binarization) -> Site:
+    """A site in the module in whose forward it happens."""
     site = b.source.site if b.event is None else b.event.results[0].site
-    name = site.module
-    if b.event is not None or site.kind != "input" or not name:
-        return name, site.call
-    # What comes in was made by the module around: BiBERT's attention assigns to a mask, and a dropout gets the codes.
-    before = history.trace.sightings[: b.source.seq]
-    calls: list[int] = []
-    while name and not calls:
-        name = name.rpartition(".")[0]
-        calls = [s.site.call for s in before if s.site.module == name]
-    return name, max(calls, default=0)
+    if b.event is None and site.kind == "input":
+        # What comes in was made by the module around: BiBERT's attention assigns to a mask, and a dropout gets it.
+        before = (s.site for s in reversed(history.trace.sightings[: b.source.seq]))
+        around = (s for s in before if not s.module or site.module.startswith(f"{s.module}."))
+        return next(around, site)
+    return site
 
 
-def _child(history: History, latent: Sighting, module: str, call: int) -> str:
-    """The child of the module whose output in this call the latent is, up to elementwise functions and views."""
-    since = next(s.seq for s in history.trace.sightings if (s.site.module, s.site.call) == (module, call))
-    prefix = f"{module}." if module else ""
-    current = latent
-    for _ in range(_NEAR):
+def _child(history: History, latent: Sighting, at: Site) -> str:
+    """The child of a module whose output in this call the latent is, up to elementwise functions and views."""
+    prefix = f"{at.module}." if at.module else ""
+    since = next(s.seq for s in history.trace.sightings if (s.site.module, s.site.call) == (at.module, at.call))
+
+    def before(s: Sighting) -> list[Sighting]:
+        given = [a for a in s.given() if a.held.numel >= s.held.numel and a.requires_grad]
+        return given[:1] if s.producer and s.producer.name not in PRODUCTS else []
+
+    for current in followed([latent], before):
         outputs = [s.site.module for s in current.held.sightings if s.site.kind == "output" and s.seq > since]
-        names = [name for name in outputs if name.startswith(prefix) and name != module]
+        names = [name for name in outputs if name.startswith(prefix) and name != at.module]
         if names:
             return min(names, key=len).removeprefix(prefix)
-        event, size = current.producer, current.held.numel
-        given = [a for a in current.given() if a.held.numel >= size and a.requires_grad]
-        if event is None or event.name in PRODUCTS or not given:
-            break
-        current = given[0]
     return ""
 
 
@@ -338,34 +324,33 @@ def _cheapest(binaries: Sequence[Sighting], latents: Sequence[Sighting], module:
     return min(((b, f) for b in binaries for f in latents if b.in_graph and f.in_graph), key=cost)
 
 
-def _merge(order: dict[str, int], found: list[_Found], more: list[_Found]) -> None:
+def _merge(order: dict[str, int], found: list[_Placed], more: list[_Placed]) -> None:
     """Insert what another pass showed behind its predecessor there, in the order of the modules."""
     at = 0
-    for f in more:
-        places = [g.place for g in found]
-        if f.place in places:
-            at = places.index(f.place)
-            if f.activation.tapped:
-                found[at] = f
+    for place, activation in more:
+        places = [place for place, _ in found]
+        if place in places:
+            at = places.index(place)
+            if activation.tapped:
+                found[at] = place, activation
         else:
-            while at < len(found) and order.get(found[at].activation.module, 0) < order.get(f.activation.module, 0):
+            while at < len(found) and order.get(found[at][1].module, 0) < order.get(activation.module, 0):
                 at += 1
-            found.insert(at, f)
+            found.insert(at, (place, activation))
         at += 1
 
 
-def _named(found: list[_Found]) -> list[BinaryActivation]:
+def _named(found: list[_Placed]) -> list[BinaryActivation]:
     """The activations with their names: those that are tapped get the plain ones."""
-    taps = Counter(f.activation.module for f in found if f.activation.tapped)
+    taps = Counter(f.module for _, f in found if f.tapped)
     # Without a gradient in one call of a module, with one in another: nothing is missed.
-    missed = _FROZEN, _NO_GRADIENT
-    listed = [f for f in found if f.activation.reason not in missed or f.activation.module not in taps]
+    listed = [f for _, f in found if f.reason not in (_FROZEN, _NO_GRADIENT) or f.module not in taps]
     used: Counter[str] = Counter()
-    names = {}
-    for f in sorted(listed, key=lambda f: not f.activation.tapped):
-        name = f.activation.module or "(model)"
-        if taps[f.activation.module] > 1 and f.child:
-            name = f"{name}: {f.child}"
+    for i in sorted(range(len(listed)), key=lambda i: not listed[i].tapped):
+        f = listed[i]
+        name = f.module or "(model)"
+        if taps[f.module] > 1 and f.name:
+            name = f"{name}: {f.name}"
         used[name] += 1
-        names[id(f)] = name if used[name] == 1 else f"{name}#{used[name]}"
-    return [replace(f.activation, name=names[id(f)]) for f in listed]
+        listed[i] = replace(f, name=name if used[name] == 1 else f"{name}#{used[name]}")
+    return listed

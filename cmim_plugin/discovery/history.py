@@ -17,20 +17,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from . import functions
 from .codes import is_constant, is_split_by_threshold
-from .inputs import Path
 from .layout import Layout
-from .trace import Event, Sighting, Site, Snapshot, Trace, kept_positions
-
-# Calls that are followed back at most: to the terms of a sum, from a constant operand, and within a custom function.
-_DEPTH, _FAR, _NEAR = 96, 48, 8
-# Paths of a function's first argument.
-_FIRST: tuple[Path, ...] = ((0, 0), (1, "input"))
-_SECOND: tuple[Path, ...] = ((0, 1), (1, "hx"))
+from .trace import Event, Sighting, Site, Trace, kept_positions
 
 
 @dataclass(frozen=True)
@@ -50,75 +42,33 @@ class History:
     def __init__(self, trace: Trace, others: list[Trace]) -> None:
         self.trace = trace
         self.others = others
-        self._terms: dict[Sighting, list[Sighting]] = {}
         #: Code -> calls that made it out of something that is not two-valued.
         self._binarizing: dict[tuple[int, bytes] | None, list[Event]] = defaultdict(list)
         for event in trace.events:
             for result in (r for r in event.results if r.held.two_valued):
-                size = result.held.numel
-                given = [a for a in event.arguments if a.held.numel == size and a.held is not result.held]
+                given = [a for a in event.arguments if a.held.numel == result.held.numel and a.held is not result.held]
                 # A step makes codes of a latent that has two values, too: that of two labels, or of two times.
-                codes = [a for a in given if self.is_two_valued(a)]
-                if event.name in functions.STEPS:
-                    codes = [a for a in codes if _are_kept(a, result)]
-                if given and not codes:
+                is_step = event.name in functions.STEPS
+                if given and not any(self.is_code(a) and (not is_step or _keeps(result, a)) for a in given):
                     self._binarizing[result.held.code].append(event)
 
-    def again(self, sighting: Sighting) -> list[Sighting]:
-        """What the other traces show at its site."""
-        return [trace.at[sighting.site] for trace in self.others if sighting.site in trace.at]
+    def again(self, sighting: Sighting) -> list[tuple[Trace, Sighting]]:
+        """What other traces show at its site."""
+        return [(trace, trace.at[sighting.site]) for trace in self.others if sighting.site in trace.at]
 
-    def shapes_again(self, sighting: Sighting) -> list[tuple[int, torch.Size]]:
-        """The number of samples of each other trace that has its site, and the shape there."""
-        return [(trace.batch, trace.at[sighting.site].held.shape) for trace in self.others if sighting.site in trace.at]
+    def is_code(self, sighting: Sighting) -> bool:
+        """Whether it has two values in all passes, not by chance in this one. Codes may be constant in some."""
+        return sighting.held.two_valued and all(s.held.two_valued or s.held.constant for _, s in self.again(sighting))
 
-    def is_two_valued(self, sighting: Sighting) -> bool:
-        """Whether it is in all passes, not by chance in this one. A sign may be constant in some of them."""
-        return sighting.held.two_valued and all(s.held.two_valued or s.held.constant for s in self.again(sighting))
-
-    def binarizations(self, consumer: Event, operand: Sighting) -> Iterator[Binarization]:
+    def binarizations(self, consumer: Event, operand: Sighting) -> list[Binarization]:
         """What was binarized to make an operand."""
-        sources = [s for part in self.terms(operand) for s in _sources(part, lambda value: value.two_valued)]
-        made = [(source, self._maker(source)) for source in sources]
+        made = [(source, self._maker(source)) for source in _sources(operand, self.is_code)]
         # A norm over two numbers gives -1 and 1, and is no binarization.
         made = [(source, event) for source, event in made if event is None or event.name not in functions.NORMS]
         if not made and operand.held.constant and operand.from_input and operand.requires_grad:
-            source = _sources(operand, lambda value: value.constant and value.numel > 1)[0]
-            made = [(source, _step(operand))]
-        for source, event in made:
-            yield Binarization(source, event, self._latent(source, event), consumer, operand)
-
-    def terms(self, operand: Sighting, depth: int = 0) -> list[Sighting]:
-        """The binary tensors that an operand is the sum of; itself if it is binary; none otherwise."""
-        if operand not in self._terms:  # branches meet again
-            self._terms[operand] = self._terms_of(operand, depth)
-        return self._terms[operand]
-
-    def _terms_of(self, operand: Sighting, depth: int) -> list[Sighting]:
-        event = operand.producer
-        if self.is_two_valued(operand):
-            # Of two codes of one scale the sum has three values, evenly spaced.
-            pattern = operand.held.pattern
-            has_zeros = pattern is not None and bool((pattern == 0).any())
-            is_sum = event is not None and event.name in functions.SUMS
-            parts = operand.given(same_size=True) if is_sum and has_zeros else []
-            terms = [self.terms(part, depth + 1) for part in parts]
-            return [t for found in terms for t in found] if len(terms) > 1 and all(terms) else [operand]
-        if event is None or depth > _DEPTH:
-            return []
-        size, arguments = operand.held.numel, operand.given()
-        if event.name in functions.MOVES:
-            arguments = arguments[:1]
-        elif event.name in functions.SCALINGS:
-            arguments = [a for a in arguments if a.distinct == size]
-            if len(arguments) > 1:
-                return []
-        elif event.name not in functions.SUMS | functions.JOINS:
-            return []
-        inner = [(a, self.terms(a, depth + 1)) for a in arguments]
-        if any(not found and a.from_input and a.distinct * 8 > size for a, found in inner):
-            return []  # a sum with another activation; not with a trained shift
-        return list(dict.fromkeys(term for _, found in inner for term in found))
+            constants = _sources(operand, lambda s: s.held.constant and s.held.numel > 1)
+            made = [(source, _step(operand)) for source in constants[:1]]
+        return [Binarization(source, event, self._latent(source, event), consumer, operand) for source, event in made]
 
     def _maker(self, source: Sighting) -> Event | None:
         """The last call before the source that made its codes."""
@@ -127,8 +77,9 @@ class History:
         made = [e for e in events if e.name not in functions.SUMS] or events[-1:]
         # `o[o >= 0] = 1; o[o < 0] = -1` compares twice, the second time what is overwritten in part.
         for event in reversed(made):
-            before = {id(b.held) for a in event.arguments for b in _overwritten(a)}
-            if not any(id(a.held) in before for e in made if e is not event for a in e.arguments):
+            written = [a for a in event.arguments if a.producer and a.producer.writes]
+            before = {b.held for a in written for b in a.given()}
+            if not any(a.held in before for e in made if e is not event for a in e.arguments):
                 return event
         return None
 
@@ -136,13 +87,10 @@ class History:
         """The first sighting of a_F in the graph."""
         if event is None or event.name in functions.SUMS:
             return self._separable(source)
-        codes, found = event.results[0], []
-        line = [a for a in event.arguments if a.held.numel == codes.held.numel and a.held.continuous]
-        for sighting in line:
-            if sighting.held.first_in_graph:
-                found.append(sighting.held.first_in_graph)
-            elif len(line) < _NEAR:
-                line += sighting.given(same_size=True)
+        codes = event.results[0]
+        given = [a for a in event.arguments if a.held.numel == codes.held.numel and a.held.continuous]
+        outside = followed(given, lambda s: [] if s.held.first_in_graph else s.given(same_size=True))
+        found = [s.held.first_in_graph for s in outside if s.held.first_in_graph]
         if not found:
             return self._separable(source)
         # Not a threshold or a scale that was expanded to its size.
@@ -154,31 +102,13 @@ class History:
 
         For codes that no call returned: they were assigned to a mask (BiBERT), or made outside torch.
         """
-        pattern = source.held.pattern
-        if pattern is None:
-            return None
+        pattern, numel = source.held.pattern, source.held.numel
         for s in reversed(self.trace.sightings[: source.seq]):
-            fits = s.in_graph and s.held.continuous and not s.held.two_valued and s.held.numel == source.held.numel
-            if not fits:
-                continue
-            index = kept_positions(s.held.numel, pattern.device)
-            if not (_separated(s, pattern) or is_split_by_threshold(s.held.values, pattern, index, s.held.shape)):
-                continue
+            fits = s.in_graph and s.held.continuous and not s.held.two_valued and s.held.numel == numel
             # Not `codes + x` of the estimator `codes + x - x.detach()`.
-            if not any(_separated(a, pattern, levels=True) for a in s.given(same_size=True)):
+            if fits and _splits(s, pattern) and not any(_is_of_levels(a, pattern) for a in s.given(same_size=True)):
                 return s.held.first_in_graph
         return None
-
-    def grows(self, sighting: Sighting, layout: Layout) -> bool:
-        """Whether a trace of another number of samples has another number of positions at its site."""
-        positions = layout.positions(sighting.held.shape)
-        others = [shape for batch, shape in self.shapes_again(sighting) if batch != self.trace.batch]
-        return any(layout.positions(shape) != positions for shape in others)
-
-    def last_is_batch(self, sighting: Sighting) -> bool:
-        """Whether the last dimension at its site is as long as the batch in all traces."""
-        here = self.trace.batch, sighting.held.shape
-        return all(shape[-1:] == (batch,) for batch, shape in [here, *self.shapes_again(sighting)])
 
     def pair_differs(self, codes: Sighting, latent: Sighting, layout: Layout) -> bool:
         """Whether, at the sites of a_B and a_F, another trace has other channels, or codes of another latent.
@@ -188,16 +118,25 @@ class History:
         """
         is_sign = is_sign_of(self.trace, codes, latent)
         sites = codes.site, latent.site
-        counted = [self.trace.counted(site) for site in sites]
-        for trace in self.others:
-            alike = is_one_call(*sites) or [trace.counted(site) for site in sites] == counted
-            if alike and all(site in trace.at for site in sites):
-                other, of_other = (trace.at[site] for site in sites)
+        for trace, other in self.again(codes):
+            alike = is_one_call(*sites) or all(trace.counted(site) == self.trace.counted(site) for site in sites)
+            if alike and latent.site in trace.at:
                 if layout.channels(other.held.shape) != layout.channels(codes.held.shape):
                     return True
-                if is_sign and other.held.two_valued and not is_sign_of(trace, other, of_other):
+                if is_sign and other.held.two_valued and not is_sign_of(trace, other, trace.at[latent.site]):
                     return True
         return False
+
+
+def followed(line: list[Sighting], before: Callable[[Sighting], list[Sighting]]) -> Iterator[Sighting]:
+    """Sightings, and what they were made of, each tensor once: the nearest first."""
+    seen = {s.held for s in line}
+    for sighting in line:
+        yield sighting
+        for argument in before(sighting):
+            if argument.held not in seen:
+                seen.add(argument.held)
+                line.append(argument)
 
 
 def origin(sighting: Sighting) -> Sighting:
@@ -211,83 +150,83 @@ def origin(sighting: Sighting) -> Sighting:
     return sighting
 
 
-def _sources(sighting: Sighting, like: Callable[[Snapshot], bool]) -> list[Sighting]:
-    """The first tensor in the graph of which ``like`` is true on the way to this one; of several parts, one of each."""
-    sources: list[Sighting] = []
-    line = [sighting]
-    seen: set[tuple[Snapshot, Event | None]] = set()
-    while line:
-        current = line.pop()
-        key = current.held, current.producer
-        if key in seen:
-            continue  # branches that meet again
-        seen.add(key)
-        outside, event = current.held.first_in_graph is None, current.producer
-        before = [a for a in current.given() if like(a.held) and (outside or a.held.first_in_graph)]
-        if event is not None and event.name in functions.DETACHES and any(a.in_graph for a in event.arguments):
-            before = []  # cut off the graph: what it was made of gets no gradient from here
-        if event is not None and event.name in functions.SUMS:  # the detach trick: not its latent, which may have two
-            before = [a for a in before if a.held.code == current.held.code]
-        if event is not None and event.name in functions.STEPS:  # nor a latent of which a group has two values only
-            before = [a for a in before if _are_kept(a, current)]
-        # Not a factor that is expanded: one scale a sample has two values where there are two samples.
-        before = [a for a in before if a.distinct * 4 > a.held.numel] or before
-        if event is not None and event.name in functions.SCALINGS:  # nor is a gate a code
-            full = [a for a in current.given() if a.distinct == current.held.numel]
-            before = [a for a in before if a in full] or before
-            if any(_zeroes(a, current) for a in full if a not in before and a.from_input):
-                before = []  # `sign(x) * (|x| > t)` has three values
-        line += reversed(before)
-        sources += [] if before else current.held.sightings[:1]
-    return sources
+def _sources(operand: Sighting, is_code: Callable[[Sighting], bool]) -> list[Sighting]:
+    """The first tensor in the graph that holds the codes of an operand; of several that it joins or adds up, one of
+    each. None where something else is among these."""
+
+    def before(s: Sighting) -> list[Sighting]:
+        return _with_its_codes(s, is_code) if is_code(s) else _parts(s)
+
+    ends = [s for s in followed([operand], before) if not before(s)]
+    # A trained shift, or what is expanded, may be added.
+    if any(not is_code(s) and s.from_input and s.distinct * 8 > operand.held.numel for s in ends):
+        return []
+    return [s.held.sightings[0] for s in ends if is_code(s)]
 
 
-def _are_kept(codes: Sighting, result: Sighting) -> bool:
-    """Whether a step function hands on the codes that it was given, and does not make its own of a latent."""
-    if codes.held.code == result.held.code or not codes.held.continuous:
-        return True
-    is_where = result.producer is not None and result.producer.name == "where"
-    before, after = codes.held.values, result.held.values  # some may be set to zero
-    return is_where and codes.held.numel == result.held.numel and bool(((before == after) | (after == 0)).all())
+def _parts(sighting: Sighting) -> list[Sighting]:
+    """What was moved, scaled, joined or added up."""
+    name, given = sighting.producer.name if sighting.producer else "", sighting.given()
+    if name in functions.MOVES:
+        return given[:1]
+    if name in functions.SCALINGS:
+        full = [a for a in given if a.distinct == sighting.held.numel]
+        return full if len(full) == 1 else []
+    return given if name in functions.SUMS | functions.JOINS else []
 
 
-def _separated(sighting: Sighting, pattern: Tensor, levels: bool = False) -> bool:
-    """Whether a threshold splits a tensor into both codes of a pattern; ``levels``: into one value for each."""
-    high, low = sighting.held.values[pattern > 0], sighting.held.values[pattern < 0]
-    if not len(high) or not len(low):
+def _with_its_codes(sighting: Sighting, is_code: Callable[[Sighting], bool]) -> list[Sighting]:
+    """The arguments of the call that made a tensor which have its codes already."""
+    event, given = sighting.producer, sighting.given()
+    if event is None or (event.name in functions.DETACHES and any(a.in_graph for a in event.arguments)):
+        return []  # cut off the graph: what it was made of gets no gradient from here
+    outside = sighting.held.first_in_graph is None
+    before = [a for a in given if is_code(a) and (outside or a.held.first_in_graph)]
+    # Not a latent, a scale or a gate that has two values, too.
+    if sighting.held.two_valued and event.name in functions.SUMS | functions.SCALINGS | functions.STEPS | {"where"}:
+        before = [a for a in before if _keeps(sighting, a)]
+    gates = [a for a in given if a.held.two_valued and a.from_input and a.distinct == sighting.held.numel]
+    # `sign(x) * (|x| > t)` has three values.
+    return [] if event.name in functions.SCALINGS and set(gates) - set(before) else before
+
+
+def _keeps(result: Sighting, codes: Sighting) -> bool:
+    """Whether a tensor has the codes of another one, or zeros in their places."""
+    if result.held.pattern is None or codes.held.pattern is None or result.held.numel != codes.held.numel:
         return False
-    apart = bool(high.min() > low.max() or low.min() > high.max())
-    return apart and (not levels or (is_constant(high) and is_constant(low)))
+    product = result.held.pattern * codes.held.pattern
+    return bool((product >= 0).all() or (product <= 0).all())
 
 
-def _zeroes(gate: Sighting, product: Sighting) -> bool:
-    """Whether a gate of two values is why a product holds zeros."""
-    if gate.held.pattern is None or product.held.pattern is None:
+def _splits(latent: Sighting, pattern: Tensor | None) -> bool:
+    """Whether thresholds split a latent into the two codes of a pattern."""
+    index = kept_positions(latent.held.numel, latent.held.values.device)
+    return pattern is not None and is_split_by_threshold(latent.held.values, pattern, index, latent.held.shape)
+
+
+def _is_of_levels(sighting: Sighting, pattern: Tensor | None) -> bool:
+    """Whether a tensor has one value for each code of a pattern."""
+    if pattern is None or not sighting.held.continuous:
         return False
-    return bool((gate.held.values[product.held.pattern == 0] == 0).any())
-
-
-def _overwritten(sighting: Sighting) -> list[Sighting]:
-    """What a tensor held before the call that wrote into it."""
-    event = sighting.producer
-    return [a for a in sighting.given() if event is not None and event.writes]
+    levels = sighting.held.values[pattern > 0], sighting.held.values[pattern < 0]
+    return all(len(values) > 0 and is_constant(values) for values in levels)
 
 
 def _step(operand: Sighting) -> Event | None:
     """The call that made a constant operand out of something that is not constant."""
-    line = [operand]
-    for sighting in line:
-        event, given = sighting.producer, sighting.given(same_size=True)
-        if event is None:
-            continue
-        continuous = [a for a in given if a.held.continuous]
-        if continuous and event.name in functions.SCALINGS | {"where"}:
-            continue  # `where(mask, x, 0)` and `x * (x > t)` hold more than two values where they are not all zero
-        if continuous and event.name in functions.STEPS:
-            return event
-        if len(line) < _FAR:
-            line += [a for a in given if a.held.constant or event.name in functions.SUMS | functions.DETACHES]
-    return None
+
+    def is_of_latent(s: Sighting) -> bool:
+        return any(a.held.continuous for a in s.given(same_size=True))
+
+    def before(s: Sighting) -> list[Sighting]:
+        name, given = s.producer.name if s.producer else "", s.given(same_size=True)
+        # `where(mask, x, 0)` and `x * (x > t)` hold more than two values where they are not all zero.
+        if name in functions.SCALINGS | {"where"} and is_of_latent(s):
+            return []
+        return [a for a in given if a.held.constant or name in functions.SUMS | functions.DETACHES]
+
+    events = [s.producer for s in followed([operand], before) if s.producer and is_of_latent(s)]
+    return next((e for e in events if e.name in functions.STEPS), None)
 
 
 def is_one_call(binary: Site, latent: Site) -> bool:
@@ -297,23 +236,24 @@ def is_one_call(binary: Site, latent: Site) -> bool:
 
 def operands(trace: Trace, module: str = "") -> Iterator[tuple[Event, Sighting]]:
     """The products of a trace within a module, with each argument that may be an activation."""
-    inside = f"{module}."
     for event in trace.events:
-        if module and event.module != module and not event.module.startswith(inside):
+        name = event.name
+        if module and not f"{event.module}.".startswith(f"{module}."):
             continue
-        if event.name in functions.CONVOLUTIONS or event.name in functions.LAYERS:
-            # The first tensor of it where the input is a tuple: a value with its scale (brevitas).
-            found = [s for s in event.arguments if s.site.path[:2] in _FIRST][:1]
-            if event.name in functions.LAYERS and event.name != "linear":  # the hidden state, not lengths of sequences
-                states = [s for s in event.arguments if s.site.path[:2] in _SECOND]
-                found += [s for s in states if s.held.values.is_floating_point()][:1]
-            yield from ((event, s) for s in found)
-        elif event.name in functions.PRODUCTS:
-            addend = _FIRST if event.name.startswith(("addm", "addb", "badd")) else ()
-            mask = "attention" in event.name
+        if name in functions.CONVOLUTIONS or name in functions.LAYERS:
+            # The input and the hidden state. The first tensor of each where it is a tuple: a value with its scale
+            # (brevitas). A packed sequence has its lengths, which are integers, in second place.
+            floats = [s for s in reversed(event.arguments) if s.held.values.is_floating_point()]
+            first = {s.site.path[1]: s for s in floats}
+            is_recurrent = name in functions.LAYERS and name != "linear"
+            wanted = (0, "input", 1, "hx") if is_recurrent else (0, "input")
+            yield from ((event, first[key]) for key in wanted if key in first)
+        elif name in functions.PRODUCTS:
+            addend = (0, "input") if name.startswith(("addm", "addb", "badd")) else ()
+            masks = "attention" in name
             for s in event.arguments:
-                is_mask = mask and s.site.path[1] not in (0, 1, 2, "query", "key", "value")
-                if s.site.path[:2] not in addend and not is_mask:
+                is_mask = masks and s.site.path[1] not in (0, 1, 2, "query", "key", "value")
+                if s.site.path[1] not in addend and not is_mask:
                     yield event, s
 
 
@@ -326,7 +266,7 @@ def is_sign_of(trace: Trace, codes: Sighting, latent: Sighting) -> bool:
     values, pattern, numel = latent.held.values, codes.held.pattern, latent.held.numel
     if pattern is None or codes.held.numel != numel:
         return False
-    if is_split_by_threshold(values, pattern, kept_positions(numel, values.device), latent.held.shape):
+    if _splits(latent, pattern):
         return True
     drawn = [e for e in trace.events if latent.seq <= e.seq <= codes.seq and e.name in functions.RANDOM]
     # Drawn from the latent itself: little may be seen of that in few codes.
