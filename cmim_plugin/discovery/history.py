@@ -45,7 +45,7 @@ class History:
         #: Code -> calls that made it out of something that is not two-valued.
         self._binarizing: dict[tuple[int, bytes] | None, list[Event]] = defaultdict(list)
         for event in trace.events:
-            for result in (r for r in event.results if r.held.two_valued):
+            for result in (r for r in event.results if self.is_code(r)):
                 given = [a for a in event.arguments if a.held.numel == result.held.numel and a.held is not result.held]
                 # A step makes codes of a latent that has two values, too: that of two labels, or of two times.
                 is_step = event.name in functions.STEPS
