@@ -201,7 +201,9 @@ def _described(history: History, b: Binarization) -> BinaryActivation:
 def _reason_against(history: History, b: Binarization) -> str | None:
     """Why this is nothing to tap, None where it is."""
     codes, made_of = b.source.held, list(followed([b.source], Sighting.given))
-    if any(_is_input(s) for s in made_of) and not any(s.producer and _is_layer(s.producer) for s in made_of):
+    sites = [s.held.sightings[0].site for s in made_of]
+    of_input = any(site.module == "" and site.kind == "input" for site in sites)
+    if of_input and not any(s.producer and _is_layer(s.producer) for s in made_of):
         return _INPUT
     if not codes.first_in_graph and b.operand.requires_grad:
         return "one autograd.Function passes it straight to another: put a module between the two, as nn.Identity()"
@@ -209,32 +211,26 @@ def _reason_against(history: History, b: Binarization) -> str | None:
         return "its sign and its product are in one autograd.Function: take the sign in a Function of its own"
     if not codes.first_in_graph:
         return _NO_GRADIENT if any(s.requires_grad and s.from_input for s in made_of) else _FROZEN
-    if all(s.held.one_hot for s in (b.source, *(s for _, s in history.again(b.source)))):
+    if codes.one_hot and all(s.held.one_hot for _, s in history.again(b.source)):
         return "it is one-hot: a choice, not a code"
+    if b.latent is None and codes.constant:
+        return "it was constant in the dry run, and no call that binarizes was found: a dead sign or layer"
     if b.latent is None:
-        if codes.constant:
-            return "it was constant in the dry run, and no call that binarizes was found: a dead sign or layer"
         return "no tensor in the graph was found that it is the sign of"
     latent = b.latent.held
-    if codes.pattern is not None:
-        if latent.numel == codes.numel and bool(latent.values[codes.pattern == 0].any()):
-            return "it has three values: its zeros are not only signs of zero"
-        if not is_sign_of(history.trace, b.source if b.event is None else b.event.results[0], b.latent):
-            return "no threshold splits its latent into its two values"
+    if latent.numel == codes.numel and codes.pattern is not None and bool(latent.values[codes.pattern == 0].any()):
+        return "it has three values: its zeros are not only signs of zero"
+    if codes.two_valued and not is_sign_of(history.trace, b.event.results[0] if b.event else b.source, b.latent):
+        return "no threshold splits its latent into its two values"
     return None
 
 
-def _is_input(sighting: Sighting) -> bool:
-    """Whether it is an input of the whole model."""
-    first = sighting.held.sightings[0].site
-    return first.module == "" and first.kind == "input"
-
-
 def _is_layer(event: Event) -> bool:
-    """Whether it is a trained product or lookup."""
-    if event.name in ("getitem", "index_select"):  # a table that is looked up by the input
-        return event.weighted and any(a.from_input and not a.held.values.is_floating_point() for a in event.arguments)
-    return event.weighted and (event.name in CONVOLUTIONS or event.name in PRODUCTS | LAYERS | LOOKUPS)
+    """Whether it is a trained product or lookup, or picks rows of a trained table by the input."""
+    picks = event.name in ("getitem", "index_select")
+    of_input = any(a.from_input and not a.held.values.is_floating_point() for a in event.arguments)
+    is_layer = event.name in CONVOLUTIONS or event.name in PRODUCTS | LAYERS | LOOKUPS
+    return event.weighted and (is_layer or (picks and of_input))
 
 
 def _mixed(history: History, binary: Sighting, latent: Sighting, spatial: int | None) -> str | None:
@@ -252,8 +248,8 @@ def _mixed(history: History, binary: Sighting, latent: Sighting, spatial: int | 
         if rows == batch:
             continue
         alike = [s for s in (binary, latent) if s.held.shape[:1].numel() == rows]  # one may be constant
-        shown = [s.held.twin_distance for one in alike for s in (one, *(s for _, s in history.again(one)))]
-        apart = [distance for distance in shown if distance is not None]
+        shown = [s.held for one in alike for _, s in [(None, one), *history.again(one)]]
+        apart = [held.twin_distance for held in shown if held.twin_distance is not None]
         if not apart:
             return f"which rows belong to one sample could not be seen: {shapes}; try an example of random values"
         if min(apart) >= _ALIKE:
@@ -263,16 +259,13 @@ def _mixed(history: History, binary: Sighting, latent: Sighting, spatial: int | 
 
 def _has_positions(history: History, b: Binarization, binary: Sighting, layout: Layout) -> bool:
     """Whether what mixes the samples can be read by position. It may have no batch at all, or its channels first."""
-    shape = binary.held.shape
-    traces = [(history.trace, binary), *history.again(binary)]
-    if any(
-        layout.positions(s.held.shape) != layout.positions(shape) for t, s in traces if t.batch != traces[0][0].batch
-    ):
-        return True  # there are more of them in more samples
+    shapes = [(trace.batch, s.held.shape) for trace, s in [(history.trace, binary), *history.again(binary)]]
+    if len({layout.positions(shape) for _, shape in shapes}) > 1:
+        return True
     # A weight that sums over the last dimension says that its channels are there, if that is not the batch.
-    last_is_batch = all(s.held.shape[-1:] == (trace.batch,) for trace, s in traces)
-    is_summed = layout.spatial is None and has_weight(b.consumer, b.operand)
-    return is_summed and shape[:-1].numel() > 1 and not last_is_batch
+    last_is_channels = layout.spatial is None and has_weight(b.consumer, b.operand)
+    last_is_batch = all(shape[-1:] == (batch,) for batch, shape in shapes)
+    return last_is_channels and not last_is_batch and binary.held.shape[:-1].numel() > 1
 
 
 def _binarized_at(history: History, b: Binarization) -> Site:
@@ -304,22 +297,17 @@ def _child(history: History, latent: Sighting, at: Site) -> str:
 
 
 def _cheapest(binaries: Sequence[Sighting], latents: Sequence[Sighting], module: str) -> tuple[Sighting, Sighting]:
-    """Where to pick a_B and a_F up. In this order: both in one call of a module, or neither at a function call; fewer
-    function calls; sites of the module that binarizes; earlier ones.
+    """Where to pick a_B and a_F up: at the fewest function calls, in the module that binarizes, early.
 
-    Two sides that are picked up in two calls may not belong together: a layer that is skipped shifts the count of
-    function calls on one side only.
+    Rather not in two calls of modules where one is a function call. Then they may not belong together: a layer that is
+    skipped shifts the count of function calls on one side only.
     """
 
     def cost(pair: tuple[Sighting, Sighting]) -> tuple[Any, ...]:
         sites = [s.site for s in pair]
-        functions = sum(site.function is not None for site in sites)
-        return (
-            functions > 0 and not is_one_call(*sites),
-            functions,
-            sum(site.module != module for site in sites),
-            [s.seq for s in pair],
-        )
+        calls = sum(site.function is not None for site in sites)
+        elsewhere = sum(site.module != module for site in sites)
+        return calls > 0 and not is_one_call(*sites), calls, elsewhere, [s.seq for s in pair]
 
     return min(((b, f) for b in binaries for f in latents if b.in_graph and f.in_graph), key=cost)
 

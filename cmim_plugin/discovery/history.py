@@ -219,14 +219,15 @@ def _step(operand: Sighting) -> Event | None:
         return any(a.held.continuous for a in s.given(same_size=True))
 
     def before(s: Sighting) -> list[Sighting]:
-        name, given = s.producer.name if s.producer else "", s.given(same_size=True)
+        name = s.producer.name if s.producer else ""
         # `where(mask, x, 0)` and `x * (x > t)` hold more than two values where they are not all zero.
         if name in functions.SCALINGS | {"where"} and is_of_latent(s):
             return []
-        return [a for a in given if a.held.constant or name in functions.SUMS | functions.DETACHES]
+        through = name in functions.SUMS | functions.DETACHES
+        return [a for a in s.given(same_size=True) if through or a.held.constant]
 
-    events = [s.producer for s in followed([operand], before) if s.producer and is_of_latent(s)]
-    return next((e for e in events if e.name in functions.STEPS), None)
+    made = (s.producer for s in followed([operand], before) if is_of_latent(s))
+    return next((event for event in made if event and event.name in functions.STEPS), None)
 
 
 def is_one_call(binary: Site, latent: Site) -> bool:
@@ -269,13 +270,11 @@ def is_sign_of(trace: Trace, codes: Sighting, latent: Sighting) -> bool:
     if _splits(latent, pattern):
         return True
     drawn = [e for e in trace.events if latent.seq <= e.seq <= codes.seq and e.name in functions.RANDOM]
+    results = [(e.name, r.held) for e in drawn for r in e.results if r.held.numel == numel]
     # Drawn from the latent itself: little may be seen of that in few codes.
-    makers = [e for e in drawn if e.name == "bernoulli" and any(r.held.code == codes.held.code for r in e.results)]
-    given = [a.held.values for e in makers for a in e.arguments if a.held.numel == numel]
-    if any(bool((held == values).all()) for held in given):
+    if any(name == "bernoulli" and held.code == codes.held.code for name, held in results):
         return True
-    if not any(result.held.numel == numel for event in drawn for result in event.results):
-        return False
     ranks = values.argsort().argsort() / len(values)
     # Of no ranks, the mean is NaN.
-    return bool((ranks[pattern > 0].mean() - ranks[pattern < 0].mean()).abs() > 0.05)
+    apart = (ranks[pattern > 0].mean() - ranks[pattern < 0].mean()).abs()
+    return bool(results) and bool(apart > 0.05)
