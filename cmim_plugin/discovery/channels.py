@@ -33,7 +33,11 @@ def spatial_dims(b: Binarization) -> tuple[int | None, str | None]:
     if consumer.name == "tensordot":
         return None, "which dimensions a tensordot contracts is not known: use matmul, linear or einsum"
     if has_weight(consumer, operand):
-        dims = _summed(b)
+        contracted = _contracted(consumer, operand)
+        if found := _followed(operand, contracted, lambda s: s.held is b.source.held, since=b.source.seq):
+            dims = found[1]
+        else:  # a function in between hides what it does: a guess
+            dims = contracted if len(shape) == len(operand.held.shape) else _of_layer(b) or {last}
         dims = dims - {0} or dims  # samples folded into groups
         if len(dims) > 1 and last in dims:  # it was flattened for a linear layer
             dims = _of_layer(b) or ({1} if 1 in dims else dims)
@@ -56,16 +60,6 @@ def has_weight(consumer: Event, operand: Sighting) -> bool:
     """Whether a parameter, or what was computed from parameters alone, takes part in a product."""
     others = [a for a in consumer.arguments if a is not operand]
     return consumer.parameters > 0 or any(a.requires_grad and not a.from_input for a in others)
-
-
-def _summed(b: Binarization) -> set[int]:
-    """The dimensions of a binary tensor that its product with a weight sums over."""
-    contracted, rank = _contracted(b.consumer, b.operand), len(b.source.held.shape)
-    found = _followed(b.operand, contracted, lambda s: s.held is b.source.held, since=b.source.seq)
-    if found:
-        return found[1]
-    # A function in between may hide what it does: a guess.
-    return contracted if rank == len(b.operand.held.shape) else _of_layer(b) or {rank - 1}
 
 
 def _of_layer(b: Binarization) -> set[int]:
@@ -123,13 +117,13 @@ def _before(result: Sighting, argument: Sighting, dims: set[int]) -> set[int]:
         return set()
     if event.name in functions.RESHAPES and old.numel() == new.numel():
         return _overlapping(old, _steps(old), new, _steps(new), dims)
-    # Not rows that a tensor of places picks: they are copied.
-    if event.name in functions.VIEWS and len(event.arguments) == 1:
-        return _overlapping(old, argument.strides, new, result.strides, dims)
     if event.name == "unfold" and len(old) > len(new):  # blocks of a map
         return dims & {1}
-    if len(old) == len(new):
+    if len(old) == len(new) and event.name not in functions.REORDERS:
         return dims
+    # Not rows that a tensor of places picks: they are copied.
+    if event.name in functions.REORDERS | functions.SELECTIONS and len(event.arguments) == 1:
+        return _overlapping(old, argument.strides, new, result.strides, dims)
     # Rows were picked, or summed over: dimensions before and behind stay. Of two of one length, either may have gone.
     first, behind = _alike(old, new), _alike(old[::-1], new[::-1])
     before, after = {i for i in dims if i < first}, {i for i in dims if i >= len(new) - behind}

@@ -91,19 +91,13 @@ def is_split_by_threshold(values: Tensor, pattern: Tensor, index: Tensor, shape:
         # With few values in each group a threshold splits anything.
         if groups > 1 and len(values) < 4 * groups:
             continue
-        one_way, other_way = (_is_larger(v, is_high, group, groups) for v in (values, -values))
-        # Both are true of a group of one code, which is fine, and of one value with both codes: nothing splits it.
-        codes = [group[of_code].bincount(minlength=groups) > 0 for of_code in (is_high, ~is_high)]
-        if bool(((one_way ^ other_way) | (one_way & ~(codes[0] & codes[1]))).all()):
+        order = values.argsort()
+        order = order[group[order].argsort(stable=True)]
+        changes = (group[order].diff() == 0) & (is_high[order][1:] != is_high[order][:-1])
+        has_both = changes & (values[order].diff() == 0)  # a value with both codes: nothing splits these
+        if not bool(has_both.any()) and bool((group[order][1:][changes].bincount() <= 1).all()):
             return True
     return False
-
-
-def _is_larger(values: Tensor, is_high: Tensor, group: Tensor, groups: int) -> Tensor:
-    """Of each group: whether all values with the higher code are at least as large as all with the lower one."""
-    least, most = values.new_full((groups,), torch.inf), values.new_full((groups,), -torch.inf)
-    least = least.scatter_reduce(0, group[is_high], values[is_high], "amin")
-    return least >= most.scatter_reduce(0, group[~is_high], values[~is_high], "amax")
 
 
 def _groupings(ndim: int, by_position: bool = True) -> list[tuple[int, ...]]:

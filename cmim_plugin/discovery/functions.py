@@ -22,14 +22,17 @@ LOOKUPS = _names("embedding embedding_bag")
 SUMS = _names("add radd iadd sub rsub isub")
 SCALINGS = _names("mul rmul imul multiply div divide true_divide truediv itruediv")
 JOINS = _names("cat concat concatenate stack hstack vstack")
-#: Views with the same elements in the same order; with other dimensions, or some of the elements.
+#: Views with the same elements in the same order, then in another order of the dimensions, then some of the elements.
 RESHAPES = _names("view view_as reshape reshape_as flatten unflatten squeeze unsqueeze ravel")
-VIEWS = _names(
-    "permute transpose t T mT H mH swapaxes swapdims movedim moveaxis adjoint getitem select unbind chunk split narrow "
-    "expand expand_as unfold"
-)
+REORDERS = _names("permute transpose t T mT H mH swapaxes swapdims movedim moveaxis adjoint")
+SELECTIONS = _names("getitem select unbind chunk split narrow expand expand_as unfold")
 #: The values of the first argument, in another order, type or shape, repeated or with zeros among them.
-MOVES = RESHAPES | VIEWS | _names("contiguous clone to type_as type float half bfloat16 double dropout pad roll")
+MOVES = (
+    RESHAPES
+    | REORDERS
+    | SELECTIONS
+    | _names("contiguous clone to type_as type float half bfloat16 double dropout pad roll")
+)
 DETACHES = _names("detach data")
 #: Calls that make few values of many, whatever they are given.
 STEPS = _names(
