@@ -22,10 +22,10 @@ from torch import nn
 from .channels import has_weight, is_of_activations, spatial_dims
 from .dry_run import dry_run
 from .functions import CONVOLUTIONS, LAYERS, LOOKUPS, PRODUCTS
-from .history import Binarization, History, followed, is_one_call, is_sign_of, operands, origin
+from .history import Binarization, History, followed, is_one_call, is_sign_of, operands
 from .inputs import BatchSource, as_inputs
 from .layout import Layout
-from .trace import FEW_LEVELS, Event, Sighting, Site, Snapshot, Trace
+from .trace import FEW_LEVELS, Sighting, Site, Snapshot, Trace
 
 # An operand of at most a few values among so many elements is listed as quantized to more than one bit.
 _FEW_AMONG = 256
@@ -128,14 +128,13 @@ def find_binary_activations(
 
 
 # A binary activation without its final name, behind what tells it from others in all traces.
-_Placed = tuple[tuple[Any, ...], BinaryActivation]
+_Placed = tuple[tuple[str, Site], BinaryActivation]
 
 
 def _found_in(trace: Trace, others: list[Trace]) -> list[_Placed]:
-    """What one trace shows, in forward order; behind it what is quantized to more than two values."""
+    """What one trace shows, in forward order."""
     history = History(trace, others)
-    found: dict[Snapshot, tuple[int, _Placed]] = {}
-    quantized: dict[Snapshot, _Placed] = {}
+    found: dict[Snapshot, BinaryActivation] = {}
     pairs = set()
     for event, operand in operands(trace):
         binarizations = history.binarizations(event, operand)
@@ -145,18 +144,16 @@ def _found_in(trace: Trace, others: list[Trace]) -> list[_Placed]:
                 continue  # a weight, a mask or a learned token
             activation = _described(history, b)
             if activation.tapped and b.latent is not None and codes.two_valued:
-                # Two taps are one only if both latents come from one tensor: branches may be equal before training.
-                pair = codes.code, tuple(b.latent.held.values.nan_to_num().tolist()), origin(b.latent).held
-                if pair in pairs:
+                if (codes.code, b.latent.held) in pairs:
                     continue  # query, key and value binarize one latent to the same codes
-                pairs.add(pair)
-            found[codes] = b.source.seq, ((activation.module, b.source.site), activation)
+                pairs.add((codes.code, b.latent.held))
+            found[codes] = activation
         few = 2 < operand.held.levels <= FEW_LEVELS and operand.held.numel >= _FEW_AMONG
         if few and operand.requires_grad and operand.from_input and not binarizations:
             reason = f"a {event.name} receives {operand.held.levels} values, not two"
-            activation = BinaryActivation("", 0, reason, operand.site.module)
-            quantized[operand.held] = ("quantized", operand.site), activation
-    return [placed for _, placed in sorted(found.values(), key=lambda entry: entry[0])] + list(quantized.values())
+            found[operand.held] = BinaryActivation("", 0, reason, operand.site.module)
+    firsts = sorted(((held.sightings[0], f) for held, f in found.items()), key=lambda entry: entry[0].seq)
+    return [((f.module, first.site), f) for first, f in firsts]
 
 
 def _described(history: History, b: Binarization) -> BinaryActivation:
@@ -202,8 +199,9 @@ def _reason_against(history: History, b: Binarization) -> str | None:
     """Why this is nothing to tap, None where it is."""
     codes, made_of = b.source.held, list(followed([b.source], Sighting.given))
     sites = [s.held.sightings[0].site for s in made_of]
-    of_input = any(site.module == "" and site.kind == "input" for site in sites)
-    if of_input and not any(s.producer and _is_layer(s.producer) for s in made_of):
+    layers = PRODUCTS | LAYERS | LOOKUPS | CONVOLUTIONS.keys()
+    behind_layer = any(s.producer and s.producer.weighted and s.producer.name in layers for s in made_of)
+    if not behind_layer and any(site.module == "" and site.kind == "input" for site in sites):
         return _INPUT
     if not codes.first_in_graph and b.operand.requires_grad:
         return "one autograd.Function passes it straight to another: put a module between the two, as nn.Identity()"
@@ -223,14 +221,6 @@ def _reason_against(history: History, b: Binarization) -> str | None:
     if codes.two_valued and not is_sign_of(history.trace, b.event.results[0] if b.event else b.source, b.latent):
         return "no threshold splits its latent into its two values"
     return None
-
-
-def _is_layer(event: Event) -> bool:
-    """Whether it is a trained product or lookup, or picks rows of a trained table by the input."""
-    picks = event.name in ("getitem", "index_select")
-    of_input = any(a.from_input and not a.held.values.is_floating_point() for a in event.arguments)
-    is_layer = event.name in CONVOLUTIONS or event.name in PRODUCTS | LAYERS | LOOKUPS
-    return event.weighted and (is_layer or (picks and of_input))
 
 
 def _mixed(history: History, binary: Sighting, latent: Sighting, spatial: int | None) -> str | None:

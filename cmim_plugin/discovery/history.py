@@ -94,8 +94,7 @@ class History:
         if not found:
             return self._separable(source)
         # Not a threshold or a scale that was expanded to its size.
-        signed = (latent for latent in found if len(found) == 1 or is_sign_of(self.trace, codes, latent))
-        return next(signed, found[0])
+        return next((latent for latent in found if is_sign_of(self.trace, codes, latent)), found[0])
 
     def _separable(self, source: Sighting) -> Sighting | None:
         """The last tensor before the source that a threshold splits into its codes.
@@ -137,17 +136,6 @@ def followed(line: list[Sighting], before: Callable[[Sighting], list[Sighting]])
             if argument.held not in seen:
                 seen.add(argument.held)
                 line.append(argument)
-
-
-def origin(sighting: Sighting) -> Sighting:
-    """The tensor that this one is computed from by functions of nothing else, parameters included."""
-    while (event := sighting.producer) is not None:
-        # A view of a parameter, as in `x + bias.view(1, -1, 1, 1)`, is an argument, and no parameter any more.
-        given = [a for a in sighting.given() if a.from_input or a.requires_grad]
-        if len(given) != 1 or event.parameters:
-            break
-        sighting = given[0]
-    return sighting
 
 
 def _sources(operand: Sighting, is_code: Callable[[Sighting], bool]) -> list[Sighting]:
