@@ -15,13 +15,11 @@ from math import prod
 import torch
 
 from . import functions
-from .history import Binarization
+from .history import Binarization, followed
 from .trace import Event, Sighting
 
 # Products of two matrices: the second is contracted along its rows.
 _OF_MATRICES = ("matmul", "bmm", "mm", "addmm", "baddbmm", "addbmm", "grouped_mm", "linalg_matmul")
-# Layers, and which dimension of their result is their channels.
-_CHANNELS = {**dict.fromkeys(functions.CONVOLUTIONS, 1), **dict.fromkeys(functions.LAYERS, -1), "embedding": -1}
 
 
 def spatial_dims(b: Binarization) -> tuple[int | None, str | None]:
@@ -68,10 +66,18 @@ def _of_layer(b: Binarization) -> set[int]:
     if b.latent is None or len(b.latent.held.shape) != len(b.source.held.shape):
         return found
     for dim in range(1, len(b.latent.held.shape)):
-        end = _followed(b.latent, {dim}, lambda s: s.producer is not None and s.producer.name in _CHANNELS)
-        if end and end[0].producer and _CHANNELS[end[0].producer.name] % len(end[0].held.shape) in end[1]:
+        end, dims = _followed(b.latent, {dim}, lambda s: _channels(s) is not None) or (b.latent, set())
+        if _channels(end) in dims:
             found.add(dim)
     return found
+
+
+def _channels(sighting: Sighting) -> int | None:
+    """Which dimension of the result of a trained layer its channels are."""
+    name, rank = sighting.producer.name if sighting.producer else "", len(sighting.held.shape)
+    if name in functions.CONVOLUTIONS:
+        return 1
+    return rank - 1 if name in functions.LAYERS or name == "embedding" else None
 
 
 def _contracted(consumer: Event, operand: Sighting) -> set[int]:
@@ -93,21 +99,16 @@ def _contracted(consumer: Event, operand: Sighting) -> set[int]:
 def _followed(
     sighting: Sighting, dims: set[int], is_end: Callable[[Sighting], bool], since: int = 0
 ) -> tuple[Sighting, set[int]] | None:
-    """Back to the first tensor that is an end, and which dimensions of it these are. None where a call hides it."""
-    line, seen = [(sighting, dims)], {sighting.held}
-    while line:
-        current, dims = line.pop()
-        if is_end(current):
-            return current, dims
-        for argument in reversed(current.given()):
-            # What was there before the source was not made of it.
-            if argument.held.sightings[0].seq < since or argument.held in seen:
-                continue
-            before = _before(current, argument, dims)
-            if before:
-                seen.add(argument.held)
-                line.append((argument, before))
-    return None
+    """Back to the nearest tensor that is an end, and which dimensions of it these are. None where a call hides it."""
+    dims_of = {sighting.held: dims}
+
+    def before(s: Sighting) -> list[Sighting]:
+        given = [a for a in s.given() if a.held.sightings[0].seq >= since]  # an older tensor was not made of the source
+        for a in given:
+            dims_of[a.held] = dims_of.get(a.held) or _before(s, a, dims_of[s.held])
+        return [a for a in given if dims_of[a.held]]
+
+    return next(((s, dims_of[s.held]) for s in followed([sighting], before) if is_end(s)), None)
 
 
 def _before(result: Sighting, argument: Sighting, dims: set[int]) -> set[int]:

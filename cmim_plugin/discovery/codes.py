@@ -101,10 +101,7 @@ def is_split_by_threshold(values: Tensor, pattern: Tensor, index: Tensor, shape:
 
 
 def _groupings(ndim: int, by_position: bool = True) -> list[tuple[int, ...]]:
-    """Dimensions by which the two values may differ, from one group to many.
-
-    ``by_position``: also by all but the channels.
-    """
+    """Dimensions by which two values may differ, from one group to many; ``by_position``: also by all but channels."""
     last = ndim - 1
     wanted: list[tuple[int, ...]] = [(), (0,), (1,), (last,), (0, 1), (0, last)]
     if by_position:

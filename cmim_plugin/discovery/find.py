@@ -1,13 +1,9 @@
 """Find every binary activation of a model, the latent that it was made from, and where to pick both up in training.
 
-From some traces of the model, in this order:
-
-1. *Operands*: convolutions and matrix products that receive a two-valued tensor, or a sum of such tensors. Each is
-   followed back (``history.py``) through padding, reshaping, dropout and scaling to a_B, and from there to the function
-   call that made its two values out of something continuous. What that was given is a_F; the module whose forward it is
-   in names the tap.
-2. *Sites*: where each of the two is picked up in training.
-3. *Channels* (``channels.py``): which dimensions of it the product contracts.
+Convolutions and matrix products receive operands. In some traces of the model, each is followed back (``history.py``)
+to two-valued tensors, a_B, and from these to the call that binarized something continuous, a_F. The module whose
+forward it is in names the tap. Then it is decided where to pick both up, and which dimensions of them are the channels
+(``channels.py``).
 """
 
 from __future__ import annotations

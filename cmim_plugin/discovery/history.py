@@ -1,14 +1,10 @@
 """What an operand of a product was made of: its binary tensors, the call that binarized each, and the latent.
 
-A sighting is followed back from result to arguments, one function call at a time. The source of an operand is the first
-tensor in the autograd graph that holds its two values: that is a_B, whose gradient is the user's own straight-through
-estimator. The call that made these values out of something continuous (``sign``, a comparison, ``round``) was given the
-latent, or a tensor that was computed from it outside the graph.
-
-For example ``conv(scale * pad(ste(bn(x))))``, with a scale for each channel: the operand is a scaling of a move of the
-first tensor that has two values (``terms``), the output of ``ste``. On the way to it the first tensor in the graph that
-has two values is that output itself (``_sources``). Within ``ste``, ``sign`` made its codes (``_maker``), of a detached
-tensor; the first sighting of this tensor in the graph is the output of ``bn`` (``_latent``).
+A sighting is followed back from result to arguments, one function call at a time. For example, in
+``conv(scale * pad(ste(bn(x))))`` the operand is a scaling of a move of codes. The first tensor in the graph that holds
+these codes is the output of ``ste``: that is a_B, whose gradient is the user's own straight-through estimator
+(``_sources``). Within ``ste``, ``sign`` made the codes out of something continuous (``_maker``), a detached tensor. Its
+first sighting in the graph, the output of ``bn``, is a_F (``_latent``).
 """
 
 from __future__ import annotations

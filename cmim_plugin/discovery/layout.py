@@ -12,15 +12,12 @@ from torch import Tensor
 class Layout:
     """How an activation is read as channel vectors, one for each position."""
 
-    #: Spatial dimensions behind the channels (convolution), or None where the channels are last and all dimensions
-    #: between the first and them are positions (linear layer, tokens).
+    #: Spatial dimensions behind the channels (convolution). None: the channels are last, all dimensions between the
+    #: first and them are positions (linear layer, tokens).
     spatial: int | None
-    #: A sample takes several rows of the first dimension, as in window attention: ``(B * windows, tokens, C)``.
-    windowed: bool = False
-    #: The channels are multiplied with another activation, as attention maps are: there may be as many as tokens.
-    scores: bool = False
-    #: Its rows are not those of one sample after another.
-    mixed: bool = False
+    windowed: bool = False  # a sample takes several rows, as in window attention: ``(B * windows, tokens, C)``
+    scores: bool = False  # multiplied with another activation, as attention maps are: as many channels as tokens
+    mixed: bool = False  # its rows are not those of one sample after another
 
     def channels(self, shape: torch.Size) -> int:
         """Channels of an activation of this shape."""
@@ -33,8 +30,8 @@ class Layout:
     def tokens(self, shape: torch.Size) -> int:
         """The length of the sequence that the positions of a sample are; 0 where they are none."""
         spatial = self.spatial_shape(shape)
-        rows_are_samples = not self.windowed and not self.mixed
-        return spatial[-1] if spatial and self.spatial in (None, 1) and rows_are_samples else 0
+        is_sequence = self.spatial in (None, 1) and not self.windowed and not self.mixed
+        return spatial[-1] if spatial and is_sequence else 0
 
     def positions(self, shape: torch.Size) -> int:
         """Positions of the whole batch."""
