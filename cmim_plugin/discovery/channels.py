@@ -30,17 +30,14 @@ def spatial_dims(b: Binarization) -> tuple[int | None, str | None]:
         return None, "the convolution receives a single sample, without a batch dimension"
     if consumer.name == "tensordot":
         return None, "which dimensions a tensordot contracts is not known: use matmul, linear or einsum"
-    if has_weight(consumer, operand):
-        contracted = _contracted(consumer, operand)
-        if found := _followed(operand, contracted, lambda s: s.held is b.source.held, since=b.source.seq):
-            dims = found[1]
-        else:  # a function in between hides what it does: a guess
-            dims = contracted if len(shape) == len(operand.held.shape) else _of_layer(b) or {last}
-        dims = dims - {0} or dims  # samples folded into groups
+    contracted = _contracted(consumer, operand) if has_weight(consumer, operand) else set()
+    found = _followed(operand, contracted, lambda s: s.held is b.source.held, since=b.source.seq)
+    if contracted and found:
+        dims = found[1] - {0} or found[1]  # samples folded into groups
         if len(dims) > 1 and last in dims:  # it was flattened for a linear layer
-            dims = _of_layer(b) or ({1} if 1 in dims else dims)
-    else:
-        dims = _of_layer(b) or {last}
+            dims = _of_layer(b) or {min(dims)}
+    else:  # no weight, or a function in between hides what it sums over
+        dims = _of_layer(b) or {1 if consumer.name in functions.CONVOLUTIONS else last}
     if last in dims:
         return None, None
     if dims == set(range(1, max(dims) + 1)):

@@ -79,11 +79,11 @@ def is_split_by_threshold(values: Tensor, pattern: Tensor, index: Tensor, shape:
     """Whether values are larger where the pattern is +1 than where it is -1, or the reverse, all three at ``index`` of
     the flattened tensor. A pattern of 0 and infinite values are left out.
 
-    The threshold may be one for the tensor, or differ by sample, channel, sample and channel, or token.
+    The threshold may be one for the tensor, or differ by sample, channel, sample and channel, token or pixel.
     """
     signed = (pattern != 0) & values.isfinite()
     values, is_high, place = values[signed].float(), pattern[signed] > 0, torch.unravel_index(index[signed], shape)
-    for shared in _groupings(len(shape), by_position=False):
+    for shared in _groupings(len(shape)):
         group = torch.zeros_like(is_high, dtype=torch.int64)
         for d in shared:
             group = group * shape[d] + place[d]
@@ -100,12 +100,10 @@ def is_split_by_threshold(values: Tensor, pattern: Tensor, index: Tensor, shape:
     return False
 
 
-def _groupings(ndim: int, by_position: bool = True) -> list[tuple[int, ...]]:
-    """Dimensions by which two values may differ, from one group to many; ``by_position``: also by all but channels."""
+def _groupings(ndim: int) -> list[tuple[int, ...]]:
+    """Dimensions by which two values may differ, from one group to many."""
     last = ndim - 1
-    wanted: list[tuple[int, ...]] = [(), (0,), (1,), (last,), (0, 1), (0, last)]
-    if by_position:
-        wanted += [tuple(range(last)), (0, *range(2, ndim))]
+    wanted = [(), (0,), (1,), (last,), (0, 1), (0, last), tuple(range(last)), (0, *range(2, ndim))]
     return list(dict.fromkeys(shared for shared in wanted if len(set(shared)) == len(shared) < ndim))
 
 

@@ -131,7 +131,7 @@ def _found_in(trace: Trace, others: list[Trace]) -> list[_Placed]:
     """What one trace shows, in forward order."""
     history = History(trace, others)
     found: dict[Snapshot, BinaryActivation] = {}
-    pairs = set()
+    pairs: set[Any] = set()
     for event, operand in operands(trace):
         binarizations = history.binarizations(event, operand)
         for b in binarizations:
@@ -139,10 +139,11 @@ def _found_in(trace: Trace, others: list[Trace]) -> list[_Placed]:
             if codes in found or not (b.latent or operand).from_input:
                 continue  # a weight, a mask or a learned token
             activation = _described(history, b)
-            if activation.tapped and b.latent is not None and codes.two_valued:
-                if (codes.code, b.latent.held) in pairs:
+            pair = codes.code, b.latent and b.latent.held
+            if activation.tapped:
+                if pair in pairs:
                     continue  # query, key and value binarize one latent to the same codes
-                pairs.add((codes.code, b.latent.held))
+                pairs.add(pair)
             found[codes] = activation
         few = 2 < operand.held.levels <= FEW_LEVELS and operand.held.numel >= _FEW_AMONG
         if few and operand.requires_grad and operand.from_input and not binarizations:

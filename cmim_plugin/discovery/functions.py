@@ -48,11 +48,8 @@ SHAPE_ONLY = _names(
 RANDOM = _names(
     "rand randn randint randperm rand_like randn_like randint_like bernoulli uniform normal random multinomial"
 )
-#: Whole names: they write into their arguments, though their names do not end in a single underscore.
-_WRITES = _names(
-    "__setitem__ batch_norm instance_norm numpy __array__ __dlpack__ __iadd__ __isub__ __imul__ __idiv__ __itruediv__ "
-    "__ifloordiv__ __imod__ __ipow__ __iand__ __ior__ __ixor__"
-)
+#: Whole names: they write into their arguments, as `__iadd__` does and all whose names end in a single underscore.
+_WRITES = _names("__setitem__ batch_norm instance_norm numpy __array__ __dlpack__")
 
 
 def plain_name(function: Any) -> str:
@@ -66,4 +63,5 @@ def plain_name(function: Any) -> str:
 def writes(function: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a torch function writes into one of its arguments."""
     name = getattr(function, "__name__", "")
-    return name in _WRITES or (name.endswith("_") and not name.endswith("__")) or kwargs.get("out") is not None
+    in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+    return in_place or name in _WRITES or kwargs.get("out") is not None

@@ -87,10 +87,9 @@ class History:
         given = [a for a in event.arguments if a.held.numel == codes.held.numel and a.held.continuous]
         outside = followed(given, lambda s: [] if s.held.first_in_graph else s.given(same_size=True))
         found = [s.held.first_in_graph for s in outside if s.held.first_in_graph]
-        if not found:
-            return self._separable(source)
         # Not a threshold or a scale that was expanded to its size.
-        return next((latent for latent in found if is_sign_of(self.trace, codes, latent)), found[0])
+        signed = [latent for latent in found if is_sign_of(self.trace, codes, latent)]
+        return (signed or found)[0] if found else self._separable(source)
 
     def _separable(self, source: Sighting) -> Sighting | None:
         """The last tensor before the source that a threshold splits into its codes.
@@ -100,8 +99,12 @@ class History:
         pattern, numel = source.held.pattern, source.held.numel
         for s in reversed(self.trace.sightings[: source.seq]):
             fits = s.in_graph and s.held.continuous and not s.held.two_valued and s.held.numel == numel
+            if pattern is None or not fits or not _splits(s, pattern):
+                continue
             # Not `codes + x` of the estimator `codes + x - x.detach()`.
-            if fits and _splits(s, pattern) and not any(_is_of_levels(a, pattern) for a in s.given(same_size=True)):
+            values = [a.held.values for a in s.given(same_size=True) if a.held.continuous]
+            levels = [(v[pattern > 0], v[pattern < 0]) for v in values]
+            if not any(all(len(v) > 0 and is_constant(v) for v in pair) for pair in levels):
                 return s.held.first_in_graph
         return None
 
@@ -182,18 +185,10 @@ def _keeps(result: Sighting, codes: Sighting) -> bool:
     return bool((product >= 0).all() or (product <= 0).all())
 
 
-def _splits(latent: Sighting, pattern: Tensor | None) -> bool:
+def _splits(latent: Sighting, pattern: Tensor) -> bool:
     """Whether thresholds split a latent into the two codes of a pattern."""
     index = kept_positions(latent.held.numel, latent.held.values.device)
-    return pattern is not None and is_split_by_threshold(latent.held.values, pattern, index, latent.held.shape)
-
-
-def _is_of_levels(sighting: Sighting, pattern: Tensor | None) -> bool:
-    """Whether a tensor has one value for each code of a pattern."""
-    if pattern is None or not sighting.held.continuous:
-        return False
-    levels = sighting.held.values[pattern > 0], sighting.held.values[pattern < 0]
-    return all(len(values) > 0 and is_constant(values) for values in levels)
+    return is_split_by_threshold(latent.held.values, pattern, index, latent.held.shape)
 
 
 def _step(operand: Sighting) -> Event | None:
