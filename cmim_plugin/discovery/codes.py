@@ -117,7 +117,7 @@ def _is_plausible(x: Tensor, shared: Sequence[int]) -> bool:
         values = group.take(torch.arange(0, group.numel(), step, device=x.device)).tolist()
         low, high = min(values), max(values)
         noise = 2e-2 * max(abs(low), abs(high))
-        if not all(v - low <= noise or high - v <= noise or abs(v) <= noise for v in values):
+        if not all(min(v - low, high - v, abs(v)) <= noise for v in values):
             return False
     return True
 

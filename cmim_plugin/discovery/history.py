@@ -229,11 +229,11 @@ def operands(trace: Trace, module: str = "") -> Iterator[tuple[Event, Sighting]]
             wanted = (0, "input", 1, "hx") if is_recurrent else (0, "input")
             yield from ((event, first[key]) for key in wanted if key in first)
         elif name in functions.PRODUCTS:
-            addend = (0, "input") if name.startswith(("addm", "addb", "badd")) else ()
-            masks = "attention" in name
             for s in event.arguments:
-                is_mask = masks and s.site.path[1] not in (0, 1, 2, "query", "key", "value")
-                if s.site.path[1] not in addend and not is_mask:
+                slot = s.site.path[1]
+                is_addend = name.startswith(("addm", "addb", "badd")) and slot in (0, "input")
+                is_mask = "attention" in name and slot not in (0, 1, 2, "query", "key", "value")
+                if not is_addend and not is_mask:
                     yield event, s
 
 
