@@ -261,7 +261,6 @@ class CMIM(nn.Module):
         *,
         inputs: Callable[[Any], Any] | None = None,
         max_batches: int | None = None,
-        since: Report | None = None,
     ) -> Report:
         """What each tap keeps of its latent, over held-out data: see :class:`Report`. Nothing of the training moves.
 
@@ -274,14 +273,13 @@ class CMIM(nn.Module):
                 positional inputs or a dict of keyword inputs. Tensors are moved to the device of the model.
             inputs: batch to input of the model, for batches of another form.
             max_batches: stop after this number of batches.
-            since: an earlier report on the same inputs in the same order, to count the codes that flipped since.
 
         Raises:
-            CMIMError: another model, a batch without an input, no batch, no tap reached, or ``since`` saw other inputs.
+            CMIMError: another model, a batch without an input, no batch, or no tap reached.
         """
         own, source = path_to(self._capture.model_ref(), model)[-1], self._capture.batch_source
         positions = self.schedule.positions
-        return measure(own, self.contrast, source, self._teacher, positions, loader, inputs, max_batches, since)
+        return measure(own, self.contrast, source, self._teacher, positions, loader, inputs, max_batches)
 
     # -- attach and remove ---------------------------------------------------------------------------------------
 
