@@ -193,11 +193,9 @@ class CMIM(nn.Module):
         return captured
 
     def _finish_step(self, value: Tensor, captured: Pass) -> Tensor:
-        """The weighted loss, scaled from the taps of this step to all. Warns where that is due, and ends the step."""
-        if not torch.compiler.is_compiling():
-            if not self.schedule.step and self._capture.model_was_loaded:
-                self.contrast.tell_of_new_heads()
-            self.contrast.tell_of_idle_heads(self.weight)
+        """The weighted loss, scaled from the taps of this step to all. Ends the step."""
+        if not torch.compiler.is_compiling() and not self.schedule.step and self._capture.model_was_loaded:
+            self.contrast.tell_of_new_heads()
         self.schedule.advance()
         if not isinstance(self.weight, Tensor) and self.weight == 0:
             return self.heads.weights[:0].sum()  # 0 * inf would be NaN, and parameters would get a gradient of zero
