@@ -102,6 +102,7 @@ class CMIM(nn.Module):
         batch_size: int | None = None,
     ) -> None:
         super().__init__()
+        self.weight = weight
         _check_settings(locals())
         model = unwrapped(model)
         if attached_to(model):
@@ -117,7 +118,6 @@ class CMIM(nn.Module):
 
         #: What is contrasted, in forward order.
         self.taps: tuple[Tap, ...] = tapped if self._teacher is None else self._teacher.taps
-        self.weight = weight
         self.instances = instances
         generator = seeded_generator()
         self.contrast = Contrast(
@@ -215,7 +215,10 @@ class CMIM(nn.Module):
 
     @weight.setter
     def weight(self, weight: float | Tensor) -> None:
-        self._weight = _checked_weight(weight)
+        number = isinstance(weight, numbers.Real)
+        if not (0 <= weight < math.inf if number else isinstance(weight, Tensor) and weight.ndim == 0):
+            raise CMIMError(f"weight must be a number, zero or more, or a 0-d tensor; found {weight!r}.")
+        self._weight = float(weight) if number else weight
 
     # -- figures -------------------------------------------------------------------------------------------------
 
@@ -413,18 +416,24 @@ def _default_embed_dim(model: nn.Module, taps: tuple[Tap, ...]) -> int:
     return next((dim for dim in (128, 64) if dim * channels <= most), 32)
 
 
-def _checked_weight(weight: Any) -> float | Tensor:
-    number = isinstance(weight, numbers.Real)
-    if not (0 <= weight < math.inf if number else isinstance(weight, Tensor) and weight.ndim == 0):
-        raise CMIMError(f"weight must be a number, zero or more, or a 0-d tensor; found {weight!r}.")
-    return float(weight) if number else weight
+# Names of settings, their type, a test of the value, and both in words.
+Rules = list[tuple[str, Any, Callable[[Any], bool], str]]
+
+
+def check(settings: dict[str, Any], rules: Rules) -> None:
+    """Raise CMIMError for the first setting that breaks its rule. A boolean is no number."""
+    for names, kind, fits, wanted in rules:
+        for name in names.split():
+            value = settings[name]
+            if not isinstance(value, kind) or isinstance(value, bool) or not fits(value):
+                raise CMIMError(f"{name} must be {wanted}; found {value!r}.")
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
     number, integer, positive = numbers.Real, "an integer, {} or more", lambda v: v is None or v >= 1
     function = "a function such as InfoNCE() or NCE(num_samples=...)"
-    rules: list[tuple[str, Any, Callable[[Any], bool], str]] = [
-        ("weight heads_lr", number, lambda v: 0 <= v < math.inf, "a number, zero or more"),
+    rules: Rules = [
+        ("heads_lr", number, lambda v: 0 <= v < math.inf, "a number, zero or more"),
         ("temperature", number, lambda v: 0 < v < math.inf, "positive"),
         ("layer_decay", number, lambda v: 0 < v <= 1, "in (0, 1]"),
         ("num_positions", numbers.Integral, positive, integer.format(1)),
@@ -436,11 +445,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
         ("teacher", nn.Module | None, lambda v: True, "a torch.nn.Module or None"),
         ("teacher_modules", Mapping | None, lambda v: True, "a dict of tap name to module name, or None"),
     ]
-    for names, kind, fits, wanted in rules:
-        for name in names.split():
-            value = settings[name]
-            if not isinstance(value, kind) or isinstance(value, bool) or not fits(value):
-                raise CMIMError(f"{name} must be {wanted}; found {value!r}.")
+    check(settings, rules)
     teacher = settings["teacher"]
     if teacher is not None and unwrapped(teacher) is unwrapped(settings["model"]):
         raise CMIMError("The teacher is the binary network itself: pass another, full-precision network.")
