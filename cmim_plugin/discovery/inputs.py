@@ -134,17 +134,6 @@ def resampled(inputs: Inputs, source: BatchSource, samples: Sequence[int]) -> In
     return mapped(inputs, pick)
 
 
-def points_into_batch(inputs: Inputs, source: BatchSource, samples: int) -> bool:
-    """Whether an input that has not one entry a sample may hold numbers of samples beyond the first ``samples``.
-
-    As the edges of a graph do, or regions with the number of their image: they would point out of a smaller batch.
-    """
-    size, places = source.of(*inputs) or 0, dict(source.places)
-    others = [t for path, t in tensors_in(inputs) if path not in places and is_strided(t)]
-    numbers = [t.double() for t in others if not t.is_complex()]
-    return any(bool(((t >= samples) & (t < size) & (t == t.round())).any()) for t in numbers)
-
-
 def levels(tensor: Tensor) -> int:
     """How many values an input has that may be varied, a dense one of a floating-point type: 1, 2, or 3 if they are
     more. 0 for all other inputs. A mask has two, and an additive one holds minus infinity, so this counts as two."""
