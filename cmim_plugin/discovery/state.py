@@ -45,7 +45,7 @@ def preserve_state(model: nn.Module, inputs: Any) -> Iterator[None]:
     # BinaryNet keeps the real weight in an attribute of the parameter. TorchScript keeps its state in no attribute.
     holders = map(vars, [*model.modules(), *parameters])
     with contextlib.ExitStack() as undo:
-        tensors = _held(undo, [*holders, *parameters, *model.buffers(), *(p.grad for p in parameters), inputs])
+        tensors = note_changes(undo, [*holders, *parameters, *model.buffers(), *(p.grad for p in parameters), inputs])
         for module in model.modules():
             undo.callback(setattr, module, "training", module.training)
         for t in tensors:
@@ -68,14 +68,6 @@ def preserve_generators(tensors: Iterable[Tensor]) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def preserve_containers(inputs: Any) -> Iterator[None]:
-    """Put back what a forward takes out of the lists and dictionaries of its inputs, or puts into them."""
-    with contextlib.ExitStack() as undo:
-        _held(undo, [inputs])
-        yield
-
-
 def _restore(tensor: Tensor, data: Tensor, values: Tensor | None, flags: tuple[bool, Tensor | None] | None) -> None:
     """``flags``: of a leaf, whether it required a gradient, and its gradient."""
     if flags and not tensor.is_leaf and _compat.base_of(tensor) is None:
@@ -89,8 +81,8 @@ def _restore(tensor: Tensor, data: Tensor, values: Tensor | None, flags: tuple[b
         tensor.grad = flags[1]
 
 
-def _held(undo: contextlib.ExitStack, values: Iterable[Any]) -> list[Tensor]:
-    """The tensors that containers and objects hold; of all else that they hold, how to undo a change is noted."""
+def note_changes(undo: contextlib.ExitStack, values: Iterable[Any]) -> list[Tensor]:
+    """Note how to undo a change of what containers and objects hold, but for the tensors among it: these are returned."""
     tensors: list[Tensor] = []
     seen: set[int] = set()
     line = [(value, 0) for value in values]

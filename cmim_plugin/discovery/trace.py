@@ -25,10 +25,10 @@ from .. import _compat
 from .codes import is_constant, sign_pattern
 from .functions import RANDOM, SHAPE_ONLY, plain_name, writes
 from .inputs import Inputs, Path, is_strided, tensors_in
-from .state import preserve_containers, same
+from .state import note_changes, same
 
-# Values kept of each tensor, and values compared between two samples that got the same input.
-_VALUES, _TWIN_VALUES = 2048, 512
+# Values kept of each tensor.
+_VALUES = 2048
 # A tensor of at most so many values is quantized.
 FEW_LEVELS = 16
 
@@ -171,7 +171,7 @@ def record(model: nn.Module, inputs: Inputs, batch: int, twins: bool = False) ->
             if not isinstance(module, torch.jit.ScriptModule):  # that one takes no hooks
                 stack.callback(module.register_forward_pre_hook(recorder.enter, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(recorder.leave, always_call=True).remove)
-        stack.enter_context(preserve_containers(inputs))
+        note_changes(stack, [inputs])  # a forward may take things out of a dictionary
         stack.enter_context(recorder)
         model(*inputs[0], **inputs[1])
     recorder.trace.draws_scalars |= before != _positions()
@@ -318,15 +318,12 @@ class _Recorder(TorchFunctionMode):
         if last is not None and last.shape == data.shape and same(last.values, values):
             return last
         snapshot = self._last[tensor] = Snapshot(data.shape, values)
-        some = set(values[:64].tolist())
-        if len(some) == 1 and is_constant(data):
-            snapshot.constant = True
-        elif not self._from_input[tensor]:
-            pass  # a weight: nothing asks for its codes, and these take half of the time
-        elif (pattern := sign_pattern(data, index)) is not None:
-            snapshot.pattern, snapshot.one_hot = pattern, _is_one_hot(data)
-        elif len(some) <= FEW_LEVELS and values.unique().numel() <= FEW_LEVELS:
-            snapshot.levels = data.unique().numel()
+        snapshot.constant = bool((values[:64] == values[0]).all()) and is_constant(data)
+        if self._from_input[tensor] and not snapshot.constant:  # nothing asks for the codes of a weight
+            snapshot.pattern = sign_pattern(data, index)
+            snapshot.one_hot = snapshot.two_valued and _is_one_hot(data)
+            if not snapshot.two_valued and values.unique().numel() <= FEW_LEVELS:
+                snapshot.levels = data.unique().numel()
         if self._twins and data.is_floating_point():
             snapshot.twin_distance = self._twin_distance(data)
         return snapshot
@@ -336,9 +333,8 @@ class _Recorder(TorchFunctionMode):
         if rest:
             return None
         within = self._kept_positions(size, tensor.device)
-        within = within[:: max(1, len(within) // _TWIN_VALUES)]
-        last = self.trace.batch - 1
-        one, twin, other = (tensor.take(within + size * i).double() for i in (last, last - 1, 0))
+        samples = self.trace.batch - 1, self.trace.batch - 2, 0
+        one, twin, other = (tensor.take(within + size * sample).double() for sample in samples)
         otherwise = (one - other).abs().mean()
         return float((one - twin).abs().mean() / otherwise) if otherwise > 1e-6 * one.abs().mean() else None
 
