@@ -27,7 +27,6 @@ def tensors_in(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
 
 
 def part_of(tree: Any, path: Path) -> Any:
-    """What the keys lead to."""
     for key in path:
         tree = tree[key]
     return tree
@@ -140,8 +139,10 @@ def levels(tensor: Tensor) -> int:
     if not tensor.is_floating_point() or not is_strided(tensor) or tensor.numel() < 2:
         return 0
     low, high = tensor.detach().aminmax()
-    between = (tensor > low) & (tensor < high)
-    return 1 if low == high else 3 if tensor.isfinite().all() and between.any() else 2
+    if low == high:
+        return 1
+    more = tensor.isfinite().all() and ((tensor > low) & (tensor < high)).any()
+    return 3 if more else 2
 
 
 def varied(inputs: Inputs, seed: int, source: BatchSource | None = None) -> Inputs:

@@ -82,7 +82,7 @@ def _restore(tensor: Tensor, data: Tensor, values: Tensor | None, flags: tuple[b
 
 
 def note_changes(undo: contextlib.ExitStack, values: Iterable[Any]) -> list[Tensor]:
-    """Note how to undo a change of what containers and objects hold, but for the tensors among it: these are returned."""
+    """Note how to undo each change of what containers and objects hold. The tensors among it are returned instead."""
     tensors: list[Tensor] = []
     seen: set[int] = set()
     line = [(value, 0) for value in values]

@@ -225,8 +225,8 @@ class _Recorder(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if not self._scopes or func is Tensor.__deepcopy__:  # its memo holds all that was copied so far
             return func(*args, **kwargs)
-        scope, name = self._scopes[-1], plain_name(func)
-        call = func, self.trace.functions[scope][func], self._all_calls[scope][func]
+        inner, name = self._scopes[-1], plain_name(func)
+        call = func, self.trace.functions[inner][func], self._all_calls[inner][func]
         for scope in self._scopes:
             self.trace.functions[scope][func] += torch.is_grad_enabled()
             self._all_calls[scope][func] += 1
@@ -235,17 +235,16 @@ class _Recorder(TorchFunctionMode):
         event = Event(
             seq=len(self.trace.sightings),
             name=name,
-            module=self._scopes[-1][0],
+            module=inner[0],
             parameters=len(tensors) - len(activations),
             weighted=len(tensors) > len(activations) or any(t.requires_grad for t in tensors),
             arguments=self._see((args, kwargs), "argument", *call),
             equation=kwargs.get("dims", args[0] if args and isinstance(args[0], str) else ""),
         )
         from_input = name not in SHAPE_ONLY and any(self._from_input[t] for t in activations)
-        if self._twins and "drop" in name and "training" in kwargs:
-            kwargs["training"] = False
-        if self._twins and "dropout_p" in kwargs:
-            kwargs["dropout_p"] = 0.0
+        if self._twins:
+            rest = {"dropout_p": 0.0} | ({"training": False} if "drop" in name else {})
+            kwargs |= {key: rest[key] for key in rest.keys() & kwargs}
         into = kwargs.get("out", activations[0]) if from_input and writes(func, kwargs) else None
         # A write into a view changes all of the tensor.
         written = [t for t in (into, _compat.base_of(into)) if t is not None] if isinstance(into, Tensor) else []
