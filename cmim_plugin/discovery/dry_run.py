@@ -111,7 +111,7 @@ def _dry_run(model: nn.Module, inputs: Inputs, batch_size: int | None) -> tuple[
                 ) from error
         batch = _clear_size(sizes, first)
         stand_in = any(levels(t) == 1 for _, t in tensors_in(inputs))
-        made = [] if first is None or stand_in or first.batch != batch or batch == 1 else [first]
+        made = [first] if first is not None and not stand_in and first.batch == batch > 1 else []
         failure: Exception | None = None
         for inputs_of in _attempts(inputs, batch, sources.get(batch)):
             try:

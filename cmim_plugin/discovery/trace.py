@@ -144,7 +144,7 @@ class Trace:
     sightings: list[Sighting] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)  # of each module
-    #: (module, call of it) -> how often each function was called there with gradients
+    #: (module, call of it) -> how often each (function, whether with gradients) was called there
     functions: dict[tuple[str, int], Counter[Any]] = field(default_factory=lambda: defaultdict(Counter))
     draws_scalars: bool = False  # single random numbers were drawn, as a model that skips layers at random does
     time_major: str = ""  # a recurrent layer or attention that takes for time what is as long as the batch
@@ -155,7 +155,7 @@ class Trace:
 
     def counted(self, site: Site) -> Site:
         """The site, with how often its module and its function are called here."""
-        times = self.functions[site.module, site.call][site.function]
+        times = self.functions[site.module, site.call][site.function, True]
         return replace(site, calls=self.calls[site.module], times=times)
 
 
@@ -199,7 +199,6 @@ class _Recorder(TorchFunctionMode):
         self._from_input: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
         self._last: MutableMapping[Tensor, Snapshot] = WeakTensorKeyDictionary()
         self._kept_positions = cache(kept_positions)
-        self._all_calls: dict[tuple[str, int], Counter[Any]] = defaultdict(Counter)
 
     def __deepcopy__(self, memo: Any) -> _Recorder:
         return self  # a forward may copy modules, with their hooks
@@ -225,17 +224,16 @@ class _Recorder(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if not self._scopes or func is Tensor.__deepcopy__:  # its memo holds all that was copied so far
             return func(*args, **kwargs)
-        inner, name = self._scopes[-1], plain_name(func)
-        call = func, self.trace.functions[inner][func], self._all_calls[inner][func]
+        name, calls = plain_name(func), self.trace.functions[self._scopes[-1]]
+        call = func, calls[func, True], calls[func, True] + calls[func, False]
         for scope in self._scopes:
-            self.trace.functions[scope][func] += torch.is_grad_enabled()
-            self._all_calls[scope][func] += 1
+            self.trace.functions[scope][func, torch.is_grad_enabled()] += 1
         tensors = [tensor for _, tensor in tensors_in((args, kwargs))]
         activations = [t for t in tensors if id(t) not in self._parameters]
         event = Event(
             seq=len(self.trace.sightings),
             name=name,
-            module=inner[0],
+            module=self._scopes[-1][0],
             parameters=len(tensors) - len(activations),
             weighted=len(tensors) > len(activations) or any(t.requires_grad for t in tensors),
             arguments=self._see((args, kwargs), "argument", *call),
