@@ -180,6 +180,8 @@ def test_other_examples_are_refused():
     with pytest.raises(CMIMError, match=r"tuple of positional inputs or a dict .* found"):
         CMIM(network(), "a batch")
     with pytest.raises(CMIMError, match=r"model's forward raised TypeError.*Pass an example_input"):
+        CMIM(network(), (X, X))
+    with pytest.raises(CMIMError, match="example_input holds no tensor"):
         CMIM(network(), ())
     with pytest.raises(CMIMError, match=r"dry run failed.*RuntimeError") as raised:
         CMIM(network(), torch.randn(2, 5, 4, 4))

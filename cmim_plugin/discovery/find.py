@@ -23,7 +23,7 @@ from .channels import is_of_activations, spatial_dims, sums_with_weight
 from .dry_run import dry_run
 from .functions import CONVOLUTIONS, LAYERS, LOOKUPS, PRODUCTS
 from .history import Binarization, History, is_one_call, is_sign_of, operands, origin
-from .inputs import BatchSource, as_inputs
+from .inputs import BatchSource
 from .layout import Layout
 from .trace import FEW_LEVELS, Event, Sighting, Site, Trace
 
@@ -93,22 +93,11 @@ def discover(
     """:func:`find_binary_activations`, and where the number of samples is read off the inputs: None where the user
     stated it and no input has that size."""
     traces, source = dry_run(model, example_input, batch_size)
-    found = _found_over(model, traces)
-    more = source is not None and (source.of(*as_inputs(example_input)) or 0) > max(t.batch for t in traces)
-    # Few samples run first: of those an expert may get one, and drawn codes may look like anything.
-    if more and any(f.reason not in (None, _INPUT, _FROZEN, _NO_GRADIENT) for f in found):
-        found = _found_over(model, traces, dry_run(model, example_input, batch_size, all_samples=True)[0])
-    return tuple(found), source
-
-
-def _found_over(model: nn.Module, *runs: list[Trace]) -> list[BinaryActivation]:
-    """What the traces of some dry runs show together."""
     found: list[_Found] = []
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    for traces in runs:
-        for trace in traces[:1] + [t for t in traces[1:] if t.calls != traces[0].calls]:
-            _merge(order, found, _found_in(trace, [other for other in traces if other is not trace]))
-    return [replace(f, skipped=not all(t.calls[f.module] for run in runs for t in run)) for f in _named(found)]
+    for trace in traces[:1] + [t for t in traces[1:] if t.calls != traces[0].calls]:
+        _merge(order, found, _found_in(trace, [other for other in traces if other is not trace]))
+    return tuple(replace(f, skipped=not all(t.calls[f.module] for t in traces)) for f in _named(found)), source
 
 
 def find_binary_activations(
