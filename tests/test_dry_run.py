@@ -1013,6 +1013,14 @@ def test_callable_objects_and_those_of_bound_methods_are_put_back():
     assert not any(average.mean for average in averages)
 
 
+def test_modules_that_are_hidden_in_a_list_are_put_back():
+    hidden = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)))
+    model = Of(lambda m, x: m.encoder(m.hidden[0](x)), encoder=encoder(), hidden=[hidden])
+    before = {name: tensor.clone() for name, tensor in hidden.state_dict().items()}
+    assert tapped(model, torch.randn(8, 8)) == ["encoder.2"]
+    assert all(torch.equal(before[name], tensor) for name, tensor in hidden.state_dict().items())
+
+
 @pytest.mark.parametrize("product", [torch.linalg.matmul, lambda a, b: torch.chain_matmul(a, b)])
 def test_products_of_other_names_are_products(product):
     model = Of(

@@ -21,6 +21,8 @@ from .inputs import is_strided
 
 # How far containers and objects are followed into each other.
 _DEPTH = 4
+# A module in a list of a module is as far away; one that a trainer's callback holds is farther, and not ours to copy.
+_MODULES_DEPTH = 2
 _OF_THREADS = ("threading", "queue", "concurrent", "multiprocessing", "asyncio", "logging")
 _HOLD_NOTHING = {str, int, float, bool, bytes, type(None), *weakref.ProxyTypes}
 
@@ -35,8 +37,8 @@ def preserve_state(model: nn.Module, inputs: Any) -> Iterator[None]:
     """Put back, afterwards, everything that forward passes change in a model, in its inputs and around it.
 
     That is: parameters, buffers and other tensors, their gradients and attributes; modes, hooks and other attributes
-    of the modules; lists, dicts, sets, deques, numpy arrays and plain objects in these attributes, four levels deep;
-    the global random generators and those that the model holds (torch, numpy, Python).
+    of the modules; lists (also of modules), dicts, sets, deques, numpy arrays and plain objects in these attributes, up
+    to four levels deep; the global random generators and those that the model holds (torch, numpy, Python).
 
     Not put back: global variables, class attributes, variables of closures, ``__slots__``, iterators, files and state
     of C++ extensions.
@@ -93,6 +95,9 @@ def note_changes(undo: contextlib.ExitStack, values: Iterable[Any]) -> list[Tens
         if isinstance(value, Tensor):
             if is_strided(value) and not nn.parameter.is_lazy(value):
                 tensors.append(value)
+        elif isinstance(value, nn.Module):
+            # One in a list or tuple is none of the model's modules.
+            line += [(vars(module), 0) for module in value.modules()] if depth <= _MODULES_DEPTH else []
         elif depth <= _DEPTH:
             containers: list[Any] = [value] if isinstance(value, (dict, list, set, deque, bytearray)) else []
             containers += [vars(value)] if _has_state(value) else []
@@ -112,7 +117,7 @@ def _has_state(value: Any) -> bool:
     theirs, threads wait for what queues and locks hold."""
     package = type(value).__module__.partition(".")[0]
     passed_over = package in _OF_THREADS or (callable(value) and package == "torch")
-    no_object = isinstance(value, (nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType))
+    no_object = isinstance(value, (type, types.ModuleType, types.FunctionType, types.MethodType))
     return hasattr(value, "__dict__") and not passed_over and not no_object
 
 
