@@ -26,7 +26,7 @@ from .discovery.dry_run import is_dry_run
 from .discovery.find import Tap
 from .discovery.inputs import BatchSource, is_strided, positional_names
 from .errors import CMIMError, CMIMWarning, warn_once
-from .passes import BINARY, LATENT, Call, Pass, Pickup, current_error
+from .passes import BINARY, LATENT, Call, Pass, Pickup
 from .sampling import Schedule
 from .teacher import Teacher
 
@@ -83,11 +83,11 @@ class Capture:
         names = positional_names(model)
         #: Which positional input of the model is its mask; past all of them where none is.
         self._mask_at = names.index("attention_mask") if "attention_mask" in names else sys.maxsize
-        self._plan: dict[str, dict[int, list[Pickup]]] = defaultdict(lambda: defaultdict(list))
+        self._plan: dict[str, list[Pickup]] = defaultdict(list)  # by module
         for k, tap in enumerate(taps):
             for side, site in ((BINARY, tap.binary), (LATENT, tap.latent)):
                 if site is not None:
-                    self._plan[site.module][site.call].append(Pickup(k, side, site))
+                    self._plan[site.module].append(Pickup(k, side, site))
 
     # -- on and off ----------------------------------------------------------------------------------------------
 
@@ -105,19 +105,17 @@ class Capture:
         root = _RootHook(self, model)
         # Registered first and last: all other hooks of the model run inside the pass.
         self._handles.append(model.register_forward_pre_hook(root.enter, prepend=True, with_kwargs=True))
-        for name, plan in self._plan.items():
-            hook = _ModuleHook(self, modules[name], name, {call: tuple(found) for call, found in plan.items()})
+        for name, pickups in self._plan.items():
+            hook = _ModuleHook(self, modules[name], name, pickups)
             opening = modules[name].register_forward_pre_hook(hook.enter, with_kwargs=True)
             hook.closing = modules[name].register_forward_hook(hook.leave, with_kwargs=True, always_call=True)
             self._handles += [opening, hook.closing]
-            kinds = {pickup.site.kind for found in plan.values() for pickup in found}
-            # Hooks on outputs run outside of what counts the functions that the module calls.
-            self._last += [opening, hook.closing] if kinds <= {"input", "output"} and "output" in kinds else [opening]
+            # What hooks of others call on an output is not to be counted among the functions that the module calls.
+            listens = any(p.site.function is not None for p in pickups)
+            self._last += [opening] if listens else [opening, hook.closing]
         closing = model.register_forward_hook(root.leave, with_kwargs=True, always_call=True)
-        self._handles.append(closing)
-        if any(p.site.kind == "output" for found in self._plan.get("", {}).values() for p in found):
-            self._last.append(closing)  # behind the hook that picks up what the model itself returns
-        self._handles.append(model.register_load_state_dict_post_hook(root.loaded))
+        self._handles += [closing, model.register_load_state_dict_post_hook(root.loaded)]
+        self._last.append(closing)
 
     def make_last(self) -> None:
         """Move the hooks behind those that others registered since: these may change what modules get and return."""
@@ -142,25 +140,27 @@ class Capture:
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], hook: _RootHook) -> None:
         """A forward pass of the model starts, and is to be captured."""
+        compiling, thread = torch.compiler.is_compiling(), _thread()
         self.taken, self.not_begun = False, ""
-        every = torch.compiler.is_compiling() or _recording_a_graph()
-        scheduled = tuple(range(len(self.taps))) if every else self.schedule.taps
-        draws = self.schedule.draws_of(len(scheduled))
+        # In what is compiled, and in a CUDA graph that is being recorded, a choice of taps would be frozen.
+        every = compiling or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
         batch_size = None if self.batch_source is None else self.batch_source.of(args, kwargs)
         mask: Any = args[self._mask_at] if self._mask_at < len(args) else kwargs.get("attention_mask")
         # As transformers has it: (samples, tokens), zero for padding. Without samples it is not one of padding.
         if not isinstance(mask, Tensor) or not is_strided(mask) or mask.ndim < 2 or len(mask) != batch_size:
             mask = None
-        device = self.schedule.draws.device
-        started = Pass(self.taps, scheduled, draws, device, model.training, batch_size, mask, self.observer)
-        started.open.append(Call(hook, ()))
-        thread = _thread()
-        waiting = None if torch.compiler.is_compiling() else self._waiting.get(thread)
-        # A pass in eval mode does not take the place of one in training mode that waits.
-        if waiting is not None and (started.training or not waiting.training or waiting.backward.network_only):
-            self.forget()  # now, for it holds the activations of its graph
+        started = Pass(self.taps, self.schedule, every, model.training, batch_size, mask, self.observer)
+        started.open.append(Call(hook))
+        if not compiling:
+            waiting = self._waiting.get(thread)
+            # A pass in eval mode does not take the place of one in training mode that waits.
+            if waiting is not None and (started.training or not waiting.training or waiting.backward.network_only):
+                self.forget()  # now, for it holds the activations of its graph
+            if self._waiting.keys() - {thread}:  # nobody can ask for what threads left that have ended
+                alive = sys._current_frames()
+                for ended in [other for other in self._waiting if other not in alive]:
+                    del self._waiting[ended]
         self.running[thread] = started
-        self._forget_dead_threads()
         if self.teacher is not None:
             started.attempt(None, self.teacher.deliver, started, args, kwargs)
 
@@ -245,14 +245,6 @@ class Capture:
             )
         raise CMIMError(f"No forward pass to take the loss of: {why}.")
 
-    def _forget_dead_threads(self) -> None:
-        """Drop what threads left that have ended: nobody can ask for the loss of it."""
-        if torch.compiler.is_compiling() or not self._waiting.keys() - {_thread()}:
-            return
-        alive = sys._current_frames()
-        for thread in [thread for thread in self._waiting if thread not in alive]:
-            del self._waiting[thread]
-
 
 # -- hooks -----------------------------------------------------------------------------------------------------------
 
@@ -282,37 +274,32 @@ class _RootHook(_Hook):
         capture = self.capture
         if capture is None or not self.serves(module):
             return
-        running = self.running(module)
-        if running is not None and self._is_nested(running, module):
-            running.open.append(Call(self, ()))
-            return
-        if running is not None and (running.compiled or not torch.compiler.is_compiling()):
+        running, compiling = self.running(module), torch.compiler.is_compiling()
+        # The frames of an eager pass are not to be looked for in what is compiled.
+        if running is not None and (running.compiled or not compiling):
+            if _compat.running_calls(module) > sum(call.hook is self for call in running.open):
+                running.open.append(Call(self))  # the forward calls itself
+                return
             capture.drop()  # it was interrupted without closing hooks
-        if capture.observer is not None or (torch.is_grad_enabled() and not _compat.is_no_training_step()):
-            if not torch.compiler.is_compiling():
-                if is_dry_run():
-                    return
-                capture.make_last()
-            try:
-                with _compat.unrecorded():
-                    capture.begin(module, args, kwargs or {}, self)
-            except Exception as error:  # as of fake tensors
-                capture.drop()
-                if module.training:
-                    capture.forget()
-                capture.not_begun = f"{type(error).__name__}: {error}"
-
-    def _is_nested(self, running: Pass, module: nn.Module) -> bool:
-        """Whether the forward that starts is called by the one whose pass is open."""
-        if torch.compiler.is_compiling() and not running.compiled:
-            return False  # the frames of an eager pass are not to be looked for in what is compiled
-        return _compat.running_calls(module) > sum(call.hook is self for call in running.open)
+        if capture.observer is None and (not torch.is_grad_enabled() or _compat.is_no_training_step()):
+            return
+        if not compiling:
+            if is_dry_run():
+                return
+            capture.make_last()
+        try:
+            with _compat.unrecorded():
+                capture.begin(module, args, kwargs or {}, self)
+        except Exception as error:  # as of fake tensors
+            if module.training:
+                capture.forget()
+            capture.not_begun = f"{type(error).__name__}: {error}"
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any = None, output: Any = None) -> None:
         running = self.running(module)
         call = None if running is None else running.close(self)
         if self.capture is not None and running is not None and call is not None and not running.open:
-            if current_error() != call.error:
+            if call.raised:
                 self.capture.drop()
             else:
                 self.capture.end()
@@ -330,40 +317,33 @@ class _ModuleHook(_Hook):
         capture: Capture | None = None,
         module: nn.Module | None = None,
         name: str = "",
-        plan: dict[int, tuple[Pickup, ...]] | None = None,
+        pickups: Sequence[Pickup] = (),
     ) -> None:
         super().__init__(capture, module)
         self._name = name
-        self._plan = plan or {}
-        # Not a frozenset, for which torch 2.6 compiles no guard.
-        self._taps = tuple({p.tap for pickups in self._plan.values() for p in pickups})
-
-    def will_close(self) -> bool:
-        """Whether the closing hook is still on the module: others may have cleared it."""
-        return torch.compiler.is_compiling() or (self.closing is not None and _is_on(self.closing))
+        self._pickups = pickups
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
-        running = self.running(module)
+        running, compiling = self.running(module), torch.compiler.is_compiling()
         if running is None:
             return
-        if torch.compiler.is_compiling() and not running.compiled:
+        if compiling and not running.compiled:
             running.partly_compiled = True
         number = running.calls.get(self._name, 0)
         running.calls[self._name] = number + 1
-        if not any(k in running.scheduled for k in self._taps) or not self.will_close():
-            return
-        call = Call(self, [p for p in self._plan.get(number, ()) if p.tap in running.pairs])
-        if any(p.site.function is not None for p in call.pickups):
-            call.listener = _Listener(running, call.pickups)
+        if not compiling and (self.closing is None or not _is_on(self.closing)):
+            return  # others cleared the hook that would close the call
+        call = Call(self, [p for p in self._pickups if p.site.call == number and p.tap in running.pairs])
         running.pick_up(call.pickups, "input", (args, kwargs))
         running.open.append(call)
-        if call.listener is not None:
-            _compat.enter_mode_below(call.listener)
+        if any(p.site.function is not None for p in call.pickups):
+            call.listener = _Listener(running, call.pickups)
+            _compat.switch_mode(call.listener, on=True)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any = None, output: Any = None) -> None:
         running = self.running(module)
         call = None if running is None else running.close(self)
-        if running is not None and call is not None and current_error() == call.error:
+        if running is not None and call is not None and not call.raised:
             running.pick_up(call.pickups, "output", output)
             running.count(call)
 
@@ -388,8 +368,8 @@ class _Listener(TorchFunctionMode):
             return func(*args, **kwargs)
         nth = self.calls.get(func, 0)
         self.calls[func] = nth + 1
-        found = [p for p in self._pickups if p.site.function == func]
-        pickups = [p for p in found if (p.site.nth if self._with_gradients else p.site.nth_of_all) == nth]
+        of_func = [p for p in self._pickups if p.site.function == func]
+        pickups = [p for p in of_func if (p.site.nth if self._with_gradients else p.site.nth_of_all) == nth]
         self._running.pick_up(pickups, "argument", (args, kwargs))
         result = func(*args, **kwargs)
         self._running.pick_up(pickups, "result", result)
@@ -404,11 +384,6 @@ def _thread() -> int:
 def _is_on(handle: RemovableHandle) -> bool:
     """Whether a hook is still where it was registered: others may have cleared it."""
     return handle.id in (handle.hooks_dict_ref() or ())
-
-
-def _recording_a_graph() -> bool:
-    """Whether a CUDA graph is being recorded, in which a choice of taps would be frozen."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def attached_to(model: nn.Module) -> bool:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _compat
@@ -19,7 +18,7 @@ from .discovery.inputs import part_of
 from .discovery.layout import Layout
 from .discovery.trace import Site
 from .errors import CMIMError, warn_once
-from .sampling import BackwardRule, indices_among, sampled, upper_half
+from .sampling import BackwardRule, Schedule, indices_among, sampled, upper_half
 
 BINARY, LATENT = 0, 1
 # Why a tap adds nothing to the loss. FAILED: the loss raises. EXCUSED: it warns, and raises if no other tap is left.
@@ -71,11 +70,15 @@ class Call:
 
     listener: Any = None
 
-    def __init__(self, hook: object, pickups: Sequence[Pickup]) -> None:
+    def __init__(self, hook: object, pickups: Sequence[Pickup] = ()) -> None:
         self.hook = hook
         self.pickups = pickups
-        #: The exception that was being handled when the call started. A call that raised ends with another one.
-        self.error = current_error()
+        self._error = _current_error()
+
+    @property
+    def raised(self) -> bool:
+        """Whether the call ended with an exception: torch runs ``always_call`` hooks while it handles that one."""
+        return _current_error() != self._error
 
 
 class Pass:
@@ -88,21 +91,21 @@ class Pass:
     def __init__(
         self,
         taps: Sequence[Tap],
-        scheduled: Sequence[int],  # which of the taps are captured
-        draws: Tensor | None,  # (len(scheduled), n) int64, to choose positions by; None to pool over all
-        device: torch.device,  # of the heads
+        schedule: Schedule,
+        every_tap: bool,  # whatever the schedule says
         training: bool,
         batch_size: int | None,
         mask: Tensor | None,  # (B, ...), which the model itself was given
         observer: Callable[[Pass, int, Tensor], None] | None,  # gets the tap and a_B as a whole, before rows are taken
     ) -> None:
         self.taps = taps
-        self.scheduled = tuple(scheduled)
+        self.scheduled = tuple(range(len(taps))) if every_tap else schedule.taps
+        draws = schedule.draws_of(len(self.scheduled))
         self.random = None if draws is None else upper_half(draws)
+        self.device = schedule.draws.device
         widest = max(max(tap.channels, tap.latent_channels) for tap in taps)
         #: 0, 1, 2, ...: to count positions and channels with.
-        self.numbers = torch.arange(1 + max(widest, 0 if draws is None else draws.shape[-1]), device=device)
-        self.device = device
+        self.numbers = torch.arange(1 + max(widest, 0 if draws is None else draws.shape[-1]), device=self.device)
         self.training = training
         self.batch_size = batch_size
         self.mask = mask
@@ -114,10 +117,9 @@ class Pass:
         #: Calls of modules that run, the innermost last, and how often each module was called so far.
         self.open: list[Call] = []
         self.calls: dict[str, int] = {}
-        #: What is asked of the backward passes.
         self.backward = BackwardRule()
         self._elements: dict[Any, tuple[Tensor, Tensor]] = {}
-        self._zeros: dict[Any, Tensor] = {}
+        self._zeros: dict[torch.dtype, Tensor] = {}
 
     @property
     def usable_mask(self) -> Tensor | None:
@@ -160,7 +162,7 @@ class Pass:
         while True:
             call = self.open.pop()
             if call.listener is not None:
-                _compat.leave_mode(call.listener)
+                _compat.switch_mode(call.listener, on=False)
             if call.hook is hook:
                 return call
 
@@ -238,19 +240,26 @@ class Pass:
             return
         pair.total, pair.spatial = layout.positions(x.shape), layout.spatial_shape(x.shape)
         pair.tokens = layout.tokens(x.shape)
+        slot = self.scheduled.index(k)
         if torch.compiler.is_compiling():
-            pair.index = indices_among(self.random[self.scheduled.index(k)], pair.total, self.numbers)
+            pair.index = indices_among(self.random[slot], pair.total, self.numbers)
             rows = layout.rows(x)[pair.index]
         else:
-            pair.index, elements = self._positions(k, layout, x)
-            rows = sampled(x, elements, self._zero(x), self.backward)
+            # Of all taps at once, for each shape: two small operations instead of two for each tap and side.
+            key = layout, x.shape
+            if key not in self._elements:
+                of_all = indices_among(self.random, pair.total, self.numbers)
+                self._elements[key] = of_all, layout.elements(of_all, x.shape, self.numbers)
+            if x.dtype not in self._zeros:
+                self._zeros[x.dtype] = x.new_zeros(())
+            pair.index, elements = (of_all[slot] for of_all in self._elements[key])
+            rows = sampled(x, elements, self._zeros[x.dtype], self.backward)
         pair.rows[side] = _without_masked_scores(rows, side, layout)
         if side == BINARY and self.usable_mask is not None:
             pair.unpadded = mask_of(pair, self.usable_mask.to(x.device))
 
     def _trouble(self, tap: Tap, pair: Pair, side: int, x: Any) -> tuple[str, str] | None:
         """Why the rows of an activation cannot be taken: FAILED or EXCUSED, and a message."""
-        layout = tap.layouts[side]
         if not isinstance(x, Tensor):
             why = f"a tensor was expected, found a {type(x).__name__}"
             return FAILED, f"{why}. Attach again with an example_input like the training batches"
@@ -262,46 +271,24 @@ class Pass:
                 "its binary activation came without a gradient. Layers that were frozen do that (nothing is left to "
                 "train there), and reentrant activation checkpointing (pass use_reentrant=False to checkpoint)"
             )
+        layout = tap.layouts[side]
         wanted, found = (tap.channels if side == BINARY else tap.latent_channels), layout.channels(x.shape)
         if found != wanted and layout.scores:
-            return (
-                EXCUSED,
-                f"its channels are the tokens of the batch, which were {wanted} when CMIM was attached: pad to one "
-                "length, or leave it out with taps=",
-            )
+            why = f"its channels are the tokens of the batch, which were {wanted} when CMIM was attached"
+            return EXCUSED, f"{why}: pad to one length, or leave it out with taps="
         if found != wanted:
             why = f"it has {found} channels, and had {wanted} when CMIM was attached"
             return FAILED, f"{why}. After pruning, or after another change of the layers, attach again"
         if layout.windowed and len(x) and (not self.batch_size or len(x) % self.batch_size):
             return EXCUSED, "its rows are not a whole number of windows for each sample of the batch"
         other, total = pair.rows[1 - side], layout.positions(x.shape)
-        if other is None:
-            return None
-        if self.random is None and not layout.windowed and len(other) != len(x):
+        if other is not None and self.random is None and not layout.windowed and len(other) != len(x):
             return FAILED, f"its two sides have {len(other)} and {len(x)} samples in this batch"
-        if self.random is not None and pair.total != total:
+        if other is not None and self.random is not None and pair.total != total:
             remedy = "Leave it out with taps=" if tap.latent else "Name another module with teacher_modules="
             why = f"its two sides have {pair.total} and {total} positions in this batch"
             return FAILED, f'{why}. {remedy}, or use instances="image"'
         return None
-
-    def _positions(self, k: int, layout: Layout, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The positions of a tap, ``(n,)``, and where their channels stand in the activation, ``(n, C)``."""
-        assert self.random is not None
-        slot = self.scheduled.index(k)
-        # Of all taps at once, for each shape: two small operations instead of two for each tap and side.
-        key = layout, x.shape
-        if key not in self._elements:
-            of_all = indices_among(self.random, layout.positions(x.shape), self.numbers)
-            self._elements[key] = of_all, layout.elements(of_all, x.shape, self.numbers)
-        index, elements = self._elements[key]
-        return index[slot], elements[slot]
-
-    def _zero(self, x: Tensor) -> Tensor:
-        key = x.dtype, x.device
-        if key not in self._zeros:
-            self._zeros[key] = x.new_zeros(())
-        return self._zeros[key]
 
 
 def mask_of(pair: Pair, mask: Tensor) -> Tensor:
@@ -325,25 +312,12 @@ def _without_masked_scores(values: Tensor, side: int, layout: Layout) -> Tensor:
     if side != LATENT or layout.spatial is not None:
         return values
     if torch.compiler.is_compiling():
-        return F.threshold(values, _MASKED, 0.0)
-    found: Tensor = _WithoutMaskedScores.apply(values)
-    return found
+        return values.masked_fill(values <= _MASKED, 0)
+    # Checkpointing counts what is saved, and misses ours when it recomputes: hooks of our own hide the mask from it.
+    with torch.autograd.graph.saved_tensors_hooks(lambda mask: mask, lambda mask: mask):
+        return values.masked_fill(values <= _MASKED, 0)
 
 
-class _WithoutMaskedScores(torch.autograd.Function):
-    """``F.threshold``, which saves a tensor: checkpointing counts those, and we capture nothing when it recomputes."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        ctx.masked = values <= _MASKED
-        return values.masked_fill(ctx.masked, 0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.masked_fill(ctx.masked, 0)
-
-
-def current_error() -> int:
-    """The id of the exception that is being handled, 0 for none. torch runs ``always_call`` hooks while it handles the
-    exception of the forward: if the id changed between two hooks of a call, the call raised."""
+def _current_error() -> int:
+    """The id of the exception that is being handled, 0 for none."""
     return 0 if torch.compiler.is_compiling() else id(sys.exc_info()[1])
