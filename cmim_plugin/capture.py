@@ -106,7 +106,7 @@ class Capture:
         # Registered first and last: all other hooks of the model run inside the pass.
         self._handles.append(model.register_forward_pre_hook(root.enter, prepend=True, with_kwargs=True))
         for name, pickups in self._plan.items():
-            hook = _ModuleHook(self, modules[name], name, pickups)
+            hook = _ModuleHook(self, modules[name], pickups)
             opening = modules[name].register_forward_pre_hook(hook.enter, with_kwargs=True)
             hook.closing = modules[name].register_forward_hook(hook.leave, with_kwargs=True, always_call=True)
             self._handles += [opening, hook.closing]
@@ -160,12 +160,12 @@ class Capture:
                 alive = sys._current_frames()
                 for ended in [other for other in self._waiting if other not in alive]:
                     del self._waiting[ended]
-        self.running[thread] = started
         if self.teacher is not None:
-            started.attempt(None, self.teacher.deliver, started, args, kwargs)
+            self.teacher.deliver(started, args, kwargs)
+        self.running[thread] = started
 
     def end(self) -> None:
-        """The pass of this thread has come to its end, and waits for its loss to be asked for."""
+        """The pass of this thread is complete, and waits for its loss to be asked for."""
         thread = _thread()
         ended = self.running.pop(thread)
         if torch.compiler.is_compiling():
@@ -225,13 +225,13 @@ class Capture:
         if waiting is not None:
             self.taken = True
             return waiting
-        if not torch.is_grad_enabled():
+        if self.not_begun:
+            why = f"capturing it raised {self.not_begun}"
+        elif not torch.is_grad_enabled():
             why = (
                 "under torch.no_grad() nothing is captured. In a function that both trains and validates, write: "
                 "if torch.is_grad_enabled(): loss = loss + cmim(model)"
             )
-        elif self.not_begun:
-            why = f"capturing it raised {self.not_begun}"
         elif self._waiting:
             why = "the model ran in another thread. Call cmim(model) in the thread that runs the model"
         elif self.taken and not torch.compiler.is_compiling():
@@ -252,9 +252,14 @@ class Capture:
 class _Hook:
     """The model holds bound methods of this class. If the model is copied or pickled, the copy's hooks do nothing."""
 
-    def __init__(self, capture: Capture | None = None, module: nn.Module | None = None) -> None:
+    closing: RemovableHandle | None = None  # of leave(), which others may clear
+
+    def __init__(
+        self, capture: Capture | None = None, module: nn.Module | None = None, pickups: Sequence[Pickup] = ()
+    ) -> None:
         self.capture = capture
         self._module = None if module is None else weakref.ref(module)
+        self._pickups = pickups
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
@@ -267,9 +272,25 @@ class _Hook:
         """This thread's pass."""
         return self.capture.running.get(_thread()) if self.capture is not None and self.serves(module) else None
 
+    # torch.ao.quantization registers hooks again without `with_kwargs`: what it leaves out has a default.
+    def leave(self, module: nn.Module, args: Any, kwargs: Any = None, output: Any = None) -> None:
+        """A call of the module ends; with that of the model itself, the pass does."""
+        running = self.running(module)
+        call = None if running is None else running.close(self)
+        if self.capture is None or running is None or call is None:
+            return
+        if not call.raised:
+            running.pick_up(call.pickups, "output", output)
+            if call.listener is not None:
+                running.miscounted += call.listener.miscounted()
+        if not running.open:
+            if call.raised:
+                self.capture.drop()
+            else:
+                self.capture.end()
+
 
 class _RootHook(_Hook):
-    # torch.ao.quantization registers hooks again without `with_kwargs`: what it leaves out has a default.
     def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         capture = self.capture
         if capture is None or not self.serves(module):
@@ -295,57 +316,29 @@ class _RootHook(_Hook):
                 capture.forget()
             capture.not_begun = f"{type(error).__name__}: {error}"
 
-    def leave(self, module: nn.Module, args: Any, kwargs: Any = None, output: Any = None) -> None:
-        running = self.running(module)
-        call = None if running is None else running.close(self)
-        if self.capture is not None and running is not None and call is not None and not running.open:
-            if call.raised:
-                self.capture.drop()
-            else:
-                self.capture.end()
-
     def loaded(self, module: nn.Module, incompatible: Any) -> None:
         if self.capture is not None and self.serves(module):
             self.capture.model_was_loaded = True
 
 
 class _ModuleHook(_Hook):
-    closing: RemovableHandle | None = None  # of the hook that closes what enter() opens
-
-    def __init__(
-        self,
-        capture: Capture | None = None,
-        module: nn.Module | None = None,
-        name: str = "",
-        pickups: Sequence[Pickup] = (),
-    ) -> None:
-        super().__init__(capture, module)
-        self._name = name
-        self._pickups = pickups
-
     def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         running, compiling = self.running(module), torch.compiler.is_compiling()
         if running is None:
             return
         if compiling and not running.compiled:
             running.partly_compiled = True
-        number = running.calls.get(self._name, 0)
-        running.calls[self._name] = number + 1
+        name = self._pickups[0].site.module
+        number = running.calls.get(name, 0)
+        running.calls[name] = number + 1
         if not compiling and (self.closing is None or not _is_on(self.closing)):
-            return  # others cleared the hook that would close the call
+            return
         call = Call(self, [p for p in self._pickups if p.site.call == number and p.tap in running.pairs])
         running.pick_up(call.pickups, "input", (args, kwargs))
         running.open.append(call)
         if any(p.site.function is not None for p in call.pickups):
             call.listener = _Listener(running, call.pickups)
             _compat.switch_mode(call.listener, on=True)
-
-    def leave(self, module: nn.Module, args: Any, kwargs: Any = None, output: Any = None) -> None:
-        running = self.running(module)
-        call = None if running is None else running.close(self)
-        if running is not None and call is not None and not call.raised:
-            running.pick_up(call.pickups, "output", output)
-            running.count(call)
 
 
 class _Listener(TorchFunctionMode):
@@ -374,6 +367,10 @@ class _Listener(TorchFunctionMode):
         result = func(*args, **kwargs)
         self._running.pick_up(pickups, "result", result)
         return result
+
+    def miscounted(self) -> list[int]:
+        """The taps of which a function was called more or less often than in the dry run."""
+        return [p.tap for p in self._pickups if self.calls.get(p.site.function, 0) != p.site.times]
 
 
 @_compat.constant_when_compiled

@@ -84,7 +84,6 @@ class Call:
 class Pass:
     """One forward pass of the model, from its first hook to its last, and until its loss is asked for."""
 
-    failure: str | None = None  # what went wrong with the pass as a whole
     partly_compiled = False  # a part of the model is compiled, and its root is not
     muted = False  # within a hook of ours: our own torch calls are not the model's
 
@@ -136,24 +135,21 @@ class Pass:
     def _take_at(self, p: Pickup, tree: Any) -> None:
         self.take(p.tap, p.side, part_of(tree, p.site.path))
 
-    def attempt(self, tap: int | None, action: Callable[..., None], *args: Any) -> None:
-        """Do something for a tap (None: for the pass). What goes wrong is kept, and the model goes on."""
+    def attempt(self, k: int, action: Callable[..., None], *args: Any) -> None:
+        """Do something for a tap. What goes wrong is kept, and the model goes on."""
         was_muted, self.muted = self.muted, True
         try:
             with _compat.unrecorded():
                 action(*args)
         except Exception as error:
             why = str(error) if isinstance(error, CMIMError) else f"{type(error).__name__}: {error}"
-            self.leave_out(tap, FAILED, why)
+            self.leave_out(k, FAILED, why)
         finally:
             self.muted = was_muted
 
-    def leave_out(self, tap: int | None, how: str, why: str) -> None:
-        """A tap (None: the pass) adds nothing to the loss. Not by an exception: torch 2.6 does not compile those."""
-        if tap is None:
-            self.failure = self.failure or why
-        else:
-            self.pairs[tap].left_out = self.pairs[tap].left_out or (how, why)
+    def leave_out(self, k: int, how: str, why: str) -> None:
+        """A tap adds nothing to the loss. Not by an exception: torch 2.6 does not compile those."""
+        self.pairs[k].left_out = self.pairs[k].left_out or (how, why)
 
     def close(self, hook: object) -> Call | None:
         """The innermost call of a hook's module ends, with all that was opened within it."""
@@ -166,12 +162,6 @@ class Pass:
             if call.hook is hook:
                 return call
 
-    def count(self, call: Call) -> None:
-        """A call has ended: note the taps of which it called a function more or less often than in the dry run."""
-        for p in call.pickups:
-            if p.site.function is not None and call.listener.calls.get(p.site.function, 0) != p.site.times:
-                self.miscounted.append(p.tap)
-
     def abandon(self) -> None:
         """The pass did not come to its end."""
         while self.open:
@@ -182,13 +172,12 @@ class Pass:
         ``plugin`` about each tap that adds nothing to the loss. ``may_reach_none``: accept a pass that reached no tap,
         as random skipping of layers can make it."""
         self._check_counts()
-        lines = self.troubles()
         left_out = [pair.left_out[0] for pair in self.pairs.values() if pair.left_out]
         reached = any(pair.complete for pair in self.pairs.values())
         # Of some taps, those of this step may be frozen; of all, none is left to train.
         frozen = EXCUSED in left_out and not reached
-        if self.failure or FAILED in left_out or (frozen and len(self.scheduled) == len(self.taps)):
-            raise CMIMError("\n".join(["The forward pass could not be captured.", *lines]))
+        if FAILED in left_out or (frozen and len(self.scheduled) == len(self.taps)):
+            raise CMIMError("\n".join(["The forward pass could not be captured.", *self.troubles()]))
         for k, pair in self.pairs.items():
             if not pair.complete:
                 self.leave_out(k, MISSED, "the forward pass did not reach it")
@@ -203,18 +192,16 @@ class Pass:
 
     def troubles(self) -> list[str]:
         """What went wrong, a line each."""
-        of_taps = [f"Tap {self.taps[k].name}: {pair.left_out[1]}." for k, pair in self.pairs.items() if pair.left_out]
-        return [self.failure, *of_taps] if self.failure else of_taps
+        return [f"Tap {pair.tap.name}: {pair.left_out[1]}." for pair in self.pairs.values() if pair.left_out]
 
     def _check_counts(self) -> None:
         """Leave out the taps whose two sides may not belong together. That is so where a function was called more or
         less often than in the dry run, or a module was and the sides are not picked up in one call."""
         for k, pair in self.pairs.items():
-            tap = self.taps[k]
-            sites = [site for site in (tap.binary, tap.latent) if site is not None]
+            sites = [site for site in (pair.tap.binary, pair.tap.latent) if site is not None]
             other_calls = any(self.calls.get(site.module, 0) != site.calls for site in sites)
             failed = pair.left_out is not None and pair.left_out[0] == FAILED
-            if k in self.miscounted or (other_calls and (failed or not tap.in_one_call)):
+            if k in self.miscounted or (other_calls and (failed or not pair.tap.in_one_call)):
                 pair.rows = [None, None]
                 pair.left_out = MISSED, "a function or module was not called as often as in the dry run"
 
