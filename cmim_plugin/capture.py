@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from . import _compat
@@ -41,20 +40,12 @@ _CAPTURES: weakref.WeakSet[Capture] = weakref.WeakSet()
 
 
 class Capture:
-    """The hooks of one plug-in on one model.
+    """The hooks of one plug-in on one model, which they do not keep alive, and the passes that they captured.
 
-    Args:
-        model: not kept alive by this object.
-        taps: what to capture.
-        schedule: which of them the next pass captures, and at which positions.
-        batch_source: where the number of samples is read off the model's inputs.
-        observer: called with the pass, the tap and a_B as a whole. With it every pass is captured, in eval mode and
-            without gradients too.
-        teacher: runs on the inputs of the model, before the model does.
+    ``observer`` is called with the pass, the tap and a_B as a whole; with it, a pass without gradients is captured too.
     """
 
     unasked = 0  # passes that were captured since a loss was asked for
-    taken = False  # the loss of the last pass was asked for
     attached = False  # the hooks are on the model
     removed = False  # the hooks are off for good
     not_begun = ""  # why the last pass could not be captured at all
@@ -78,7 +69,7 @@ class Capture:
         # Thread -> its pass that runs, and its pass that waits for its loss to be asked for.
         self.running: dict[int, Pass] = {}
         self._waiting: dict[int, Pass] = {}
-        self._handles: list[RemovableHandle] = []
+        self.handles: list[RemovableHandle] = []
         self._last: list[RemovableHandle] = []  # of those, the ones that come behind the hooks of others
         names = positional_names(model)
         #: Which positional input of the model is its mask; past all of them where none is.
@@ -104,17 +95,17 @@ class Capture:
         _CAPTURES.add(self)
         root = _RootHook(self, model)
         # Registered first and last: all other hooks of the model run inside the pass.
-        self._handles.append(model.register_forward_pre_hook(root.enter, prepend=True, with_kwargs=True))
+        self.handles.append(model.register_forward_pre_hook(root.enter, prepend=True, with_kwargs=True))
         for name, pickups in self._plan.items():
             hook = _ModuleHook(self, modules[name], pickups)
             opening = modules[name].register_forward_pre_hook(hook.enter, with_kwargs=True)
             hook.closing = modules[name].register_forward_hook(hook.leave, with_kwargs=True, always_call=True)
-            self._handles += [opening, hook.closing]
+            self.handles += [opening, hook.closing]
             # What hooks of others call on an output is not to be counted among the functions that the module calls.
             listens = any(p.site.function is not None for p in pickups)
             self._last += [opening] if listens else [opening, hook.closing]
         closing = model.register_forward_hook(root.leave, with_kwargs=True, always_call=True)
-        self._handles += [closing, model.register_load_state_dict_post_hook(root.loaded)]
+        self.handles += [closing, model.register_load_state_dict_post_hook(root.loaded)]
         self._last.append(closing)
 
     def make_last(self) -> None:
@@ -127,9 +118,9 @@ class Capture:
     def detach(self) -> None:
         """Take the hooks off, forget what was captured, and leave no mode on torch's stack, also after an interrupt."""
         self.attached, self.not_begun = False, ""
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
-        self._handles.clear()
+        self.handles.clear()
         self._last.clear()
         for running in self.running.values():
             running.abandon()
@@ -141,7 +132,7 @@ class Capture:
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], hook: _RootHook) -> None:
         """A forward pass of the model starts, and is to be captured."""
         compiling, thread = torch.compiler.is_compiling(), _thread()
-        self.taken, self.not_begun = False, ""
+        self.not_begun = ""
         # In what is compiled, and in a CUDA graph that is being recorded, a choice of taps would be frozen.
         every = compiling or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
         batch_size = None if self.batch_source is None else self.batch_source.of(args, kwargs)
@@ -150,7 +141,7 @@ class Capture:
         if not isinstance(mask, Tensor) or not is_strided(mask) or mask.ndim < 2 or len(mask) != batch_size:
             mask = None
         started = Pass(self.taps, self.schedule, every, model.training, batch_size, mask, self.observer)
-        started.open.append(Call(hook))
+        started.open.append(Call(started, hook))
         if not compiling:
             waiting = self._waiting.get(thread)
             # A pass in eval mode does not take the place of one in training mode that waits.
@@ -171,8 +162,6 @@ class Capture:
         if torch.compiler.is_compiling():
             self._waiting[thread] = ended
             return
-        if ended.partly_compiled:
-            self.schedule.all_taps = True
         if thread not in self._waiting:
             self._waiting[thread] = ended
             self.unasked += ended.training
@@ -191,12 +180,7 @@ class Capture:
     @property
     def hooked(self) -> bool:
         """Whether all hooks are still on the model: other code may have cleared some."""
-        return all(map(_is_on, self._handles))
-
-    @property
-    def holds(self) -> bool:
-        """Whether some hooks of a forward pass are still on the model."""
-        return any(map(_is_on, self._handles[:-1]))  # the last one is called when the model loads a state
+        return all(map(_is_on, self.handles))
 
     def forget(self) -> None:
         """The pass of this thread that waits gives no loss."""
@@ -211,19 +195,12 @@ class Capture:
         self.unasked = 0
         thread = _thread()
         if not torch.compiler.is_compiling():
-            model = self.model_ref()
-            if thread in self.running and model is not None and _compat.running_calls(model):
-                raise CMIMError(
-                    "cmim(model) was called within the forward of the model itself, whose pass is not complete yet. "
-                    "Attach to the inner network, or ask for the loss after the forward."
-                )
             self.drop()  # a pass that was interrupted
             if thread not in self._waiting:
                 # Compiled code leaves its pass to the thread that compiled it.
                 thread = next((key for key, waiting in self._waiting.items() if waiting.compiled), thread)
         waiting = self._waiting.pop(thread, None)
         if waiting is not None:
-            self.taken = True
             return waiting
         if self.not_begun:
             why = f"capturing it raised {self.not_begun}"
@@ -234,14 +211,12 @@ class Capture:
             )
         elif self._waiting:
             why = "the model ran in another thread. Call cmim(model) in the thread that runs the model"
-        elif self.taken and not torch.compiler.is_compiling():
-            why = "it was taken already, and one pass gives one loss. Keep the value, or call model(x) again"
         else:
             why = (
-                "call model(x), with gradients enabled, before each cmim(model). Not "
-                "captured: a pass under torch.no_grad(), one that raised, one through model.forward(x), one of a model "
-                "that was compiled before CMIM was attached (attach first, or call torch._dynamo.reset()), or whose "
-                "hooks other code cleared (attach again)"
+                "call model(x), with gradients enabled, before each cmim(model): one pass gives one loss. Not "
+                "captured: a pass that has not ended yet, one under torch.no_grad(), one that raised, one through "
+                "model.forward(x), one of a model that was compiled before CMIM was attached (attach first, or call "
+                "torch._dynamo.reset()), or whose hooks other code cleared (attach again)"
             )
         raise CMIMError(f"No forward pass to take the loss of: {why}.")
 
@@ -257,49 +232,45 @@ class _Hook:
     def __init__(
         self, capture: Capture | None = None, module: nn.Module | None = None, pickups: Sequence[Pickup] = ()
     ) -> None:
-        self.capture = capture
+        self._capture = capture
         self._module = None if module is None else weakref.ref(module)
         self._pickups = pickups
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
 
-    def serves(self, module: nn.Module) -> bool:
-        """Whether this is the module that the hook was made for: a replica shares its hooks with the original."""
-        return self._module is not None and self._module() is module
-
-    def running(self, module: nn.Module) -> Pass | None:
-        """This thread's pass."""
-        return self.capture.running.get(_thread()) if self.capture is not None and self.serves(module) else None
+    def capture_of(self, module: nn.Module) -> Capture | None:
+        """The capture, if the hook was made for this module: a replica shares its hooks with the original."""
+        return self._capture if self._module is not None and self._module() is module else None
 
     # torch.ao.quantization registers hooks again without `with_kwargs`: what it leaves out has a default.
     def leave(self, module: nn.Module, args: Any, kwargs: Any = None, output: Any = None) -> None:
         """A call of the module ends; with that of the model itself, the pass does."""
-        running = self.running(module)
+        capture = self.capture_of(module)
+        running = None if capture is None else capture.running.get(_thread())
         call = None if running is None else running.close(self)
-        if self.capture is None or running is None or call is None:
+        if capture is None or running is None or call is None:
             return
-        if not call.raised:
+        if not call.raised():
             running.pick_up(call.pickups, "output", output)
-            if call.listener is not None:
-                running.miscounted += call.listener.miscounted()
+            running.miscounted += call.miscounted()
         if not running.open:
-            if call.raised:
-                self.capture.drop()
+            if call.raised():
+                capture.drop()
             else:
-                self.capture.end()
+                capture.end()
 
 
 class _RootHook(_Hook):
     def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
-        capture = self.capture
-        if capture is None or not self.serves(module):
+        capture = self.capture_of(module)
+        if capture is None:
             return
-        running, compiling = self.running(module), torch.compiler.is_compiling()
+        running, compiling = capture.running.get(_thread()), torch.compiler.is_compiling()
         # The frames of an eager pass are not to be looked for in what is compiled.
         if running is not None and (running.compiled or not compiling):
             if _compat.running_calls(module) > sum(call.hook is self for call in running.open):
-                running.open.append(Call(self))  # the forward calls itself
+                running.open.append(Call(running, self))  # the forward calls itself
                 return
             capture.drop()  # it was interrupted without closing hooks
         if capture.observer is None and (not torch.is_grad_enabled() or _compat.is_no_training_step()):
@@ -317,60 +288,29 @@ class _RootHook(_Hook):
             capture.not_begun = f"{type(error).__name__}: {error}"
 
     def loaded(self, module: nn.Module, incompatible: Any) -> None:
-        if self.capture is not None and self.serves(module):
-            self.capture.model_was_loaded = True
+        capture = self.capture_of(module)
+        if capture is not None:
+            capture.model_was_loaded = True
 
 
 class _ModuleHook(_Hook):
     def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
-        running, compiling = self.running(module), torch.compiler.is_compiling()
-        if running is None:
+        capture, compiling = self.capture_of(module), torch.compiler.is_compiling()
+        running = None if capture is None else capture.running.get(_thread())
+        if capture is None or running is None:
             return
-        if compiling and not running.compiled:
-            running.partly_compiled = True
+        if compiling and not running.compiled:  # a part of the model alone is compiled
+            capture.schedule.all_taps = True
         name = self._pickups[0].site.module
         number = running.calls.get(name, 0)
         running.calls[name] = number + 1
         if not compiling and (self.closing is None or not _is_on(self.closing)):
             return
-        call = Call(self, [p for p in self._pickups if p.site.call == number and p.tap in running.pairs])
+        call = Call(running, self, [p for p in self._pickups if p.site.call == number and p.tap in running.pairs])
         running.pick_up(call.pickups, "input", (args, kwargs))
         running.open.append(call)
-        if any(p.site.function is not None for p in call.pickups):
-            call.listener = _Listener(running, call.pickups)
-            _compat.switch_mode(call.listener, on=True)
-
-
-class _Listener(TorchFunctionMode):
-    """Sees the torch functions that are called while one module runs, and picks up the tensors that were planned."""
-
-    def __init__(self, running: Pass, pickups: Sequence[Pickup]) -> None:
-        super().__init__()
-        self._running = running
-        self._pickups = [p for p in pickups if p.site.function is not None]
-        self._functions = [p.site.function for p in self._pickups]
-        #: How often each function was called so far, with gradients. In a report, where none has, how often in all.
-        self.calls: dict[Any, int] = {}
-        self._with_gradients = torch.is_grad_enabled()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        # torch.compile runs the backward of an autograd.Function through here, too: without gradients.
-        without = self._with_gradients and not torch.is_grad_enabled()
-        if self._running.muted or without or func not in self._functions:
-            return func(*args, **kwargs)
-        nth = self.calls.get(func, 0)
-        self.calls[func] = nth + 1
-        of_func = [p for p in self._pickups if p.site.function == func]
-        pickups = [p for p in of_func if (p.site.nth if self._with_gradients else p.site.nth_of_all) == nth]
-        self._running.pick_up(pickups, "argument", (args, kwargs))
-        result = func(*args, **kwargs)
-        self._running.pick_up(pickups, "result", result)
-        return result
-
-    def miscounted(self) -> list[int]:
-        """The taps of which a function was called more or less often than in the dry run."""
-        return [p.tap for p in self._pickups if self.calls.get(p.site.function, 0) != p.site.times]
+        if call.listens:
+            _compat.switch_mode(call, on=True)
 
 
 @_compat.constant_when_compiled
@@ -390,7 +330,8 @@ def attached_to(model: nn.Module) -> bool:
     """
     for capture in list(_CAPTURES):
         other = capture.model_ref()
-        if other is not None and capture.holds and (model in set(other.modules()) or other in set(model.modules())):
+        related = other is not None and (model in set(other.modules()) or other in set(model.modules()))
+        if related and any(map(_is_on, capture.handles[:-1])):  # the last one is not for forward passes
             return True
     return False
 

@@ -73,8 +73,7 @@ class _Objective:
 
     def _log_likelihoods(self, scores: Tensor, negatives: Tensor | None) -> Tensor:
         """The log-likelihood of each anchor, ``(..., n)``, from its scores with all, ``(..., n, n + Q)``, the
-        positives on the diagonal. ``negatives``: which candidates are negatives, bool; None for all but the positive.
-        """
+        positives on the diagonal. ``negatives``: which candidates are negatives, bool; None: all but the positive."""
         raise NotImplementedError
 
 
@@ -146,11 +145,7 @@ class NCE(_Objective):
 
 
 def count_negatives(
-    n: int,
-    labels: Tensor | None = None,
-    queue_labels: Tensor | None = None,
-    queue: int = 0,
-    mask: Tensor | None = None,
+    n: int, labels: Tensor | None = None, queue_labels: Tensor | None = None, queue: int = 0, mask: Tensor | None = None
 ) -> Tensor:
     """How many negatives each of ``n`` anchors has: int64, ``(n,)``, or shaped like ``labels`` and on their device.
 
@@ -165,10 +160,8 @@ def count_negatives(
 
 
 def _negatives(n: int, labels: Tensor | None, queue_labels: Tensor | None, queue: int, mask: Tensor | None) -> Tensor:
-    """Which candidates are negatives of which anchors: bool ``(..., n, n + queue)``.
-
-    Not the anchor's own pair, not its own class, and nothing that is masked.
-    """
+    """Which candidates are negatives of which anchors, bool ``(..., n, n + queue)``: not the anchor's own pair, not its
+    own class, and nothing that is masked."""
     given = mask if labels is None else labels
     negatives = ~torch.eye(n, n + queue, dtype=torch.bool, device="cpu" if given is None else given.device)
     if labels is not None:
@@ -212,12 +205,12 @@ def _check(
         raise CMIMError(f"z_b and z_f must both be float64 or neither, and floating point; found {found}.")
     if not temperature > 0:
         raise CMIMError(f"temperature must be positive; found {temperature}.")
-    for name, given, kind in (("labels", labels, "integers"), ("mask", mask, "bool")):
-        if given is not None:
-            fits = given.dtype == torch.bool if name == "mask" else holds_integers(given)
-            if given.shape != shape[:-1] or not fits:
-                found = f"shape {tuple(given.shape)}, {given.dtype}"
-                raise CMIMError(f"{name} must be {kind} of shape {shape[:-1]}, one a row; found {found}.")
+    if labels is not None and (labels.shape != shape[:-1] or not holds_integers(labels)):
+        found = f"shape {tuple(labels.shape)}, {labels.dtype}"
+        raise CMIMError(f"labels must be integers of shape {shape[:-1]}, one a row; found {found}.")
+    if mask is not None and (mask.shape != shape[:-1] or mask.dtype != torch.bool):
+        found = f"shape {tuple(mask.shape)}, {mask.dtype}"
+        raise CMIMError(f"mask must be bool of shape {shape[:-1]}, one a row; found {found}.")
     if queue_b is None and queue_f is None:
         return
     of_b, of_f, of_labels = (None if t is None else tuple(t.shape) for t in (queue_b, queue_f, queue_labels))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from . import _compat
 from .discovery.find import Tap
@@ -65,26 +66,49 @@ class Pickup(NamedTuple):
     site: Site
 
 
-class Call:
-    """A call of a module that runs."""
+class Call(TorchFunctionMode):
+    """A call of a module that runs. As a mode it sees the torch functions that are called meanwhile."""
 
-    listener: Any = None
-
-    def __init__(self, hook: object, pickups: Sequence[Pickup] = ()) -> None:
+    def __init__(self, running: Pass, hook: object, pickups: Sequence[Pickup] = ()) -> None:
+        super().__init__()
+        self._running = running
         self.hook = hook
         self.pickups = pickups
+        self._functions = [p.site.function for p in pickups if p.site.function is not None]
+        self.listens = len(self._functions) > 0
+        #: How often each function was called so far, with gradients. In a report, where none has, how often in all.
+        self._counts: dict[Any, int] = {}
+        self._with_gradients = torch.is_grad_enabled()
         self._error = _current_error()
 
-    @property
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        # torch.compile runs the backward of an autograd.Function through here, too: without gradients.
+        without = self._with_gradients and not torch.is_grad_enabled()
+        if self._running.muted or without or func not in self._functions:
+            return func(*args, **kwargs)
+        nth = self._counts.get(func, 0)
+        self._counts[func] = nth + 1
+        of_func = [p for p in self.pickups if p.site.function == func]
+        pickups = [p for p in of_func if (p.site.nth if self._with_gradients else p.site.nth_of_all) == nth]
+        self._running.pick_up(pickups, "argument", (args, kwargs))
+        result = func(*args, **kwargs)
+        self._running.pick_up(pickups, "result", result)
+        return result
+
     def raised(self) -> bool:
         """Whether the call ended with an exception: torch runs ``always_call`` hooks while it handles that one."""
         return _current_error() != self._error
+
+    def miscounted(self) -> list[int]:
+        """The taps of which a function was called more or less often than in the dry run."""
+        of_functions = [p for p in self.pickups if p.site.function is not None]
+        return [p.tap for p in of_functions if self._counts.get(p.site.function, 0) != p.site.times]
 
 
 class Pass:
     """One forward pass of the model, from its first hook to its last, and until its loss is asked for."""
 
-    partly_compiled = False  # a part of the model is compiled, and its root is not
     muted = False  # within a hook of ours: our own torch calls are not the model's
 
     def __init__(
@@ -157,8 +181,8 @@ class Pass:
             return None
         while True:
             call = self.open.pop()
-            if call.listener is not None:
-                _compat.switch_mode(call.listener, on=False)
+            if call.listens:
+                _compat.switch_mode(call, on=False)
             if call.hook is hook:
                 return call
 
