@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -115,11 +116,13 @@ def all_gather(output: Tensor, input: Tensor) -> None:
     gather(output, input)
 
 
-def constant_when_compiled(function: Callable[[], int]) -> Callable[[], int]:
-    """``torch.compiler.assume_constant_result``, without its import of ``torch._dynamo``, which takes seconds. Where a
-    release reads another mark, the function is traced."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
+def thread() -> int:
+    """The id of this thread. In compiled code it is a constant; where a release reads another mark, it is traced."""
+    return threading.get_ident()
+
+
+# As torch.compiler.assume_constant_result does, which imports torch._dynamo, and that takes seconds.
+thread._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def force_eager() -> contextlib.AbstractContextManager[Any]:

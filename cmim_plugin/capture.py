@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import _compat
+from ._compat import thread
 from .discovery.dry_run import is_dry_run
 from .discovery.find import Tap
 from .discovery.inputs import BatchSource, is_strided, positional_names
@@ -112,7 +112,7 @@ class Capture:
         """Move the hooks behind those that others registered since: these may change what modules get and return."""
         for handle in self._last:
             hooks: Any = handle.hooks_dict_ref() or {}
-            if handle.id in hooks and next(reversed(hooks)) != handle.id:
+            if handle.id in hooks:
                 hooks.move_to_end(handle.id)
 
     def detach(self) -> None:
@@ -131,7 +131,7 @@ class Capture:
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], hook: _RootHook) -> None:
         """A forward pass of the model starts, and is to be captured."""
-        compiling, thread = torch.compiler.is_compiling(), _thread()
+        compiling, own = torch.compiler.is_compiling(), thread()
         self.not_begun = ""
         # In what is compiled, and in a CUDA graph that is being recorded, a choice of taps would be frozen.
         every = compiling or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
@@ -143,27 +143,25 @@ class Capture:
         started = Pass(self.taps, self.schedule, every, model.training, batch_size, mask, self.observer)
         started.open.append(Call(started, hook))
         if not compiling:
-            waiting = self._waiting.get(thread)
+            waiting = self._waiting.get(own)
             # A pass in eval mode does not take the place of one in training mode that waits.
             if waiting is not None and (started.training or not waiting.training or waiting.backward.network_only):
                 self.forget()  # now, for it holds the activations of its graph
-            if self._waiting.keys() - {thread}:  # nobody can ask for what threads left that have ended
+            if self._waiting.keys() - {own}:  # nobody can ask for what threads left that have ended
                 alive = sys._current_frames()
                 for ended in [other for other in self._waiting if other not in alive]:
                     del self._waiting[ended]
         if self.teacher is not None:
             self.teacher.deliver(started, args, kwargs)
-        self.running[thread] = started
+        self.running[own] = started
 
     def end(self) -> None:
         """The pass of this thread is complete, and waits for its loss to be asked for."""
-        thread = _thread()
-        ended = self.running.pop(thread)
+        ended = self.running.pop(thread())
         if torch.compiler.is_compiling():
-            self._waiting[thread] = ended
-            return
-        if thread not in self._waiting:
-            self._waiting[thread] = ended
+            self._waiting[thread()] = ended
+        elif thread() not in self._waiting:
+            self._waiting[thread()] = ended
             self.unasked += ended.training
             if self.unasked == _FORGOTTEN:
                 with contextlib.suppress(CMIMWarning):  # where warnings are errors: not within the user's forward
@@ -171,7 +169,7 @@ class Capture:
 
     def drop(self) -> None:
         """The pass of this thread did not come to its end."""
-        running = self.running.pop(_thread(), None)
+        running = self.running.pop(thread(), None)
         if running is not None:
             running.abandon()
             if running.training:
@@ -184,7 +182,7 @@ class Capture:
 
     def forget(self) -> None:
         """The pass of this thread that waits gives no loss."""
-        self._waiting.pop(_thread(), None)
+        self._waiting.pop(thread(), None)
 
     def pop(self) -> Pass:
         """The last pass of this thread, which is then forgotten here. Raises CMIMError where there is none."""
@@ -193,13 +191,13 @@ class Capture:
         if not self.attached:
             raise CMIMError("This CMIM is paused: leave the `with cmim.paused()` block before asking for the loss.")
         self.unasked = 0
-        thread = _thread()
+        key = thread()
         if not torch.compiler.is_compiling():
             self.drop()  # a pass that was interrupted
-            if thread not in self._waiting:
+            if key not in self._waiting:
                 # Compiled code leaves its pass to the thread that compiled it.
-                thread = next((key for key, waiting in self._waiting.items() if waiting.compiled), thread)
-        waiting = self._waiting.pop(thread, None)
+                key = next((other for other, waiting in self._waiting.items() if waiting.compiled), key)
+        waiting = self._waiting.pop(key, None)
         if waiting is not None:
             return waiting
         if self.not_begun:
@@ -247,7 +245,7 @@ class _Hook:
     def leave(self, module: nn.Module, args: Any, kwargs: Any = None, output: Any = None) -> None:
         """A call of the module ends; with that of the model itself, the pass does."""
         capture = self.capture_of(module)
-        running = None if capture is None else capture.running.get(_thread())
+        running = None if capture is None else capture.running.get(thread())
         call = None if running is None else running.close(self)
         if capture is None or running is None or call is None:
             return
@@ -266,7 +264,7 @@ class _RootHook(_Hook):
         capture = self.capture_of(module)
         if capture is None:
             return
-        running, compiling = capture.running.get(_thread()), torch.compiler.is_compiling()
+        running, compiling = capture.running.get(thread()), torch.compiler.is_compiling()
         # The frames of an eager pass are not to be looked for in what is compiled.
         if running is not None and (running.compiled or not compiling):
             if _compat.running_calls(module) > sum(call.hook is self for call in running.open):
@@ -296,7 +294,7 @@ class _RootHook(_Hook):
 class _ModuleHook(_Hook):
     def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         capture, compiling = self.capture_of(module), torch.compiler.is_compiling()
-        running = None if capture is None else capture.running.get(_thread())
+        running = None if capture is None else capture.running.get(thread())
         if capture is None or running is None:
             return
         if compiling and not running.compiled:  # a part of the model alone is compiled
@@ -311,11 +309,6 @@ class _ModuleHook(_Hook):
         running.open.append(call)
         if call.listens:
             _compat.switch_mode(call, on=True)
-
-
-@_compat.constant_when_compiled
-def _thread() -> int:
-    return threading.get_ident()
 
 
 def _is_on(handle: RemovableHandle) -> bool:

@@ -122,13 +122,12 @@ def indices_among(random: Tensor, total: int, numbers: Tensor) -> Tensor:
 
 
 class BackwardRule:
-    """What is watched in the backward passes of one forward pass."""
+    """What the backward passes of one forward pass are to do, and did."""
 
-    #: The graph node of a leaf, or None for no rule. The gradients of the contrast and of the network's loss must come
-    #: to the leaf in one backward pass; where they come in two, the second raises CMIMError.
+    #: The graph node of a leaf. If given, the gradients of the contrast and of the network's loss must come to the leaf
+    #: in one backward pass; where they come in two, the second raises CMIMError.
     one_pass_to: Any = None
-    #: A backward pass came without the contrast, which most likely freed the graph.
-    network_only = False
+    network_only = False  # a backward pass came without the contrast, which most likely freed the graph
 
     def watch_leaf_of(self, x: Tensor) -> None:
         """From now on, to the first leaf that ``x`` was computed from."""
@@ -141,13 +140,12 @@ class BackwardRule:
 def sampled(x: Tensor, elements: Tensor, zero: Tensor, rule: BackwardRule) -> Tensor:
     """``x.take(elements)``, with a gradient that costs what the sample does and not what ``x`` does.
 
-    The gradient of a sample is zero nearly everywhere. Plain autograd would fill a tensor of x's size with it and add
-    that to the network's own gradient. Here a single zero, expanded, goes to ``x`` instead: the engine waits for it,
-    and a hook on the gradient of ``x`` adds the sampled entries, in place, once the sum is there.
+    Plain autograd would fill a tensor of x's size with a gradient that is zero nearly everywhere. Here a single zero,
+    expanded, goes to ``x``: the engine waits for it, and a hook on the gradient of ``x`` adds the sampled entries in
+    place, once the sum is there. A whole tensor is used where something could tell the difference: another hook on the
+    gradient was registered before and would not see these entries, deterministic algorithms, a subclass of Tensor.
 
-    A whole tensor is used where something could tell the difference: another hook on the gradient of ``x`` was
-    registered before ours and would not see the sampled entries, deterministic algorithms are asked for, or a subclass
-    of Tensor. ``elements``: int64, distinct places in the flattened ``x``; ``zero``: 0-d, of x's dtype and device.
+    ``elements``: int64, distinct places in the flattened ``x``; ``zero``: 0-d, of x's dtype and device.
     """
     hook = None
     if (
@@ -160,8 +158,7 @@ def sampled(x: Tensor, elements: Tensor, zero: Tensor, rule: BackwardRule) -> Te
     ):
         hook = AddSampledGradient(elements, zero, rule)
         x.register_hook(hook)
-    found: Tensor = _Sample.apply(x, elements, hook)
-    return found
+    return _Sample.apply(x, elements, hook)
 
 
 class _Sample(torch.autograd.Function):
@@ -185,8 +182,8 @@ class _Sample(torch.autograd.Function):
 class AddSampledGradient:
     """The hook on an activation's gradient: adds that of the sampled entries, in place.
 
-    The engine has just added our expanded zero to the network's gradient. It does so in place only where nobody else
-    holds that tensor, and into a new tensor otherwise, so nothing of anybody else's is written into.
+    The engine has just added our expanded zero to the network's gradient, into a new tensor where anybody else holds
+    that one: nothing of anybody else's is written into.
     """
 
     of_sample: Tensor | None = None  # the gradient of the sample, in the backward pass that runs
