@@ -13,6 +13,7 @@ import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 import torch
@@ -39,11 +40,17 @@ _FORGOTTEN_WARNING = (
 _CAPTURES: weakref.WeakSet[Capture] = weakref.WeakSet()
 
 
+@dataclass(eq=False, repr=False)
 class Capture:
-    """The hooks of one plug-in on one model, which they do not keep alive, and the passes that they captured.
+    """The hooks of one plug-in on one model, which they do not keep alive, and the passes that they captured."""
 
-    ``observer`` is called with the pass, the tap and a_B as a whole; with it, a pass without gradients is captured too.
-    """
+    model: InitVar[nn.Module]
+    taps: tuple[Tap, ...]
+    schedule: Schedule
+    batch_source: BatchSource | None
+    #: Called with the pass, the tap and a_B as a whole. With it, passes without gradients are captured too.
+    observer: Callable[[Pass, int, Tensor], None] | None = None
+    teacher: Teacher | None = None
 
     unasked = 0  # passes that were captured since a loss was asked for
     attached = False  # the hooks are on the model
@@ -51,20 +58,7 @@ class Capture:
     not_begun = ""  # why the last pass could not be captured at all
     model_was_loaded = False  # the model loaded a state_dict since the hooks were put on it
 
-    def __init__(
-        self,
-        model: nn.Module,
-        taps: tuple[Tap, ...],
-        schedule: Schedule,
-        batch_source: BatchSource | None,
-        observer: Callable[[Pass, int, Tensor], None] | None = None,
-        teacher: Teacher | None = None,
-    ) -> None:
-        self.taps = taps
-        self.schedule = schedule
-        self.batch_source = batch_source
-        self.observer = observer
-        self.teacher = teacher
+    def __post_init__(self, model: nn.Module) -> None:
         self.model_ref = weakref.ref(model)
         # Thread -> its pass that runs, and its pass that waits for its loss to be asked for.
         self.running: dict[int, Pass] = {}
@@ -75,7 +69,7 @@ class Capture:
         #: Which positional input of the model is its mask; past all of them where none is.
         self._mask_at = names.index("attention_mask") if "attention_mask" in names else sys.maxsize
         self._plan: dict[str, list[Pickup]] = defaultdict(list)  # by module
-        for k, tap in enumerate(taps):
+        for k, tap in enumerate(self.taps):
             for side, site in ((BINARY, tap.binary), (LATENT, tap.latent)):
                 if site is not None:
                     self._plan[site.module].append(Pickup(k, side, site))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import InitVar, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -106,35 +107,30 @@ class Call(TorchFunctionMode):
         return [p.tap for p in of_functions if self._counts.get(p.site.function, 0) != p.site.times]
 
 
+@dataclass(eq=False, repr=False)
 class Pass:
     """One forward pass of the model, from its first hook to its last, and until its loss is asked for."""
 
+    taps: Sequence[Tap]
+    schedule: InitVar[Schedule]
+    every_tap: InitVar[bool]  # whatever the schedule says
+    training: bool
+    batch_size: int | None
+    mask: Tensor | None  # (B, ...), which the model itself was given
+    observer: Callable[[Pass, int, Tensor], None] | None  # gets the tap and a_B as a whole, before rows are taken
+
     muted = False  # within a hook of ours: our own torch calls are not the model's
 
-    def __init__(
-        self,
-        taps: Sequence[Tap],
-        schedule: Schedule,
-        every_tap: bool,  # whatever the schedule says
-        training: bool,
-        batch_size: int | None,
-        mask: Tensor | None,  # (B, ...), which the model itself was given
-        observer: Callable[[Pass, int, Tensor], None] | None,  # gets the tap and a_B as a whole, before rows are taken
-    ) -> None:
-        self.taps = taps
-        self.scheduled = tuple(range(len(taps))) if every_tap else schedule.taps
+    def __post_init__(self, schedule: Schedule, every_tap: bool) -> None:
+        self.scheduled = tuple(range(len(self.taps))) if every_tap else schedule.taps
         draws = schedule.draws_of(len(self.scheduled))
         self.random = None if draws is None else upper_half(draws)
         self.device = schedule.draws.device
-        widest = max(max(tap.channels, tap.latent_channels) for tap in taps)
+        widest = max(max(tap.channels, tap.latent_channels) for tap in self.taps)
         #: 0, 1, 2, ...: to count positions and channels with.
         self.numbers = torch.arange(1 + max(widest, 0 if draws is None else draws.shape[-1]), device=self.device)
-        self.training = training
-        self.batch_size = batch_size
-        self.mask = mask
-        self.observer = observer
         self.compiled = torch.compiler.is_compiling()
-        self.pairs = {k: Pair(taps[k]) for k in self.scheduled}
+        self.pairs = {k: Pair(self.taps[k]) for k in self.scheduled}
         #: Taps of which a function was called another number of times than in the dry run.
         self.miscounted: list[int] = []
         #: Calls of modules that run, the innermost last, and how often each module was called so far.
