@@ -32,10 +32,6 @@ from .teacher import Teacher
 
 # After this number of training passes in a row without a loss we warn. (An adversarial attack takes dozens.)
 _FORGOTTEN = 100
-_FORGOTTEN_WARNING = (
-    f"{_FORGOTTEN} forward passes ran with gradients, and cmim(model) was called after none of them. Add cmim(model) "
-    "to the loss of each training step, or call cmim.remove()."
-)
 # Those that were ever attached and are still in use: two plug-ins on one model are refused.
 _CAPTURES: weakref.WeakSet[Capture] = weakref.WeakSet()
 
@@ -159,7 +155,11 @@ class Capture:
             self.unasked += ended.training
             if self.unasked == _FORGOTTEN:
                 with contextlib.suppress(CMIMWarning):  # where warnings are errors: not within the user's forward
-                    warn_once(self, _FORGOTTEN_WARNING)
+                    warn_once(
+                        self,
+                        f"{_FORGOTTEN} forward passes ran with gradients, and cmim(model) was called after none of "
+                        "them. Add cmim(model) to the loss of each training step, or call cmim.remove().",
+                    )
 
     def drop(self) -> None:
         """The pass of this thread did not come to its end."""

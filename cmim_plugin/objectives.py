@@ -53,7 +53,9 @@ class _Objective:
         Raises:
             CMIMError: shapes or dtypes do not fit together, or the temperature is not positive.
         """
-        _check(z_b, z_f, temperature, labels, mask, queue_b, queue_f, queue_labels)
+        _check(z_b, z_f, temperature, labels, mask)
+        if queue_b is not None or queue_f is not None:
+            _check_queue(tuple(z_b.shape), labels, queue_b, queue_f, queue_labels)
         n, negatives = z_b.shape[-2], None
         if labels is not None or mask is not None:
             queue = 0 if queue_b is None else queue_b.shape[-2]
@@ -185,16 +187,7 @@ def _float32(numbers: Tensor | int) -> Tensor:
     return numbers.float() if isinstance(numbers, Tensor) else torch.tensor(float(numbers), device="cpu")
 
 
-def _check(
-    z_b: Tensor,
-    z_f: Tensor,
-    temperature: float,
-    labels: Tensor | None,
-    mask: Tensor | None,
-    queue_b: Tensor | None,
-    queue_f: Tensor | None,
-    queue_labels: Tensor | None,
-) -> None:
+def _check(z_b: Tensor, z_f: Tensor, temperature: float, labels: Tensor | None, mask: Tensor | None) -> None:
     shape, dtypes = tuple(z_b.shape), {z_b.dtype, z_f.dtype}
     if z_b.ndim < 2 or z_b.shape != z_f.shape:
         raise CMIMError(f"z_b and z_f must both be (..., instances, dimensions); found {shape} and {tuple(z_f.shape)}.")
@@ -211,9 +204,11 @@ def _check(
     if mask is not None and (mask.shape != shape[:-1] or mask.dtype != torch.bool):
         found = f"shape {tuple(mask.shape)}, {mask.dtype}"
         raise CMIMError(f"mask must be bool of shape {shape[:-1]}, one a row; found {found}.")
-    if queue_b is None and queue_f is None:
-        return
-    of_b, of_f, of_labels = (None if t is None else tuple(t.shape) for t in (queue_b, queue_f, queue_labels))
+
+
+def _check_queue(shape: tuple[int, ...], labels: Tensor | None, *queue: Tensor | None) -> None:
+    """``shape``: of the embeddings; ``queue``: embeddings of both sides, and labels."""
+    of_b, of_f, of_labels = (None if t is None else tuple(t.shape) for t in queue)
     entries = (*shape[:-2], of_b[-2] if of_b and len(of_b) > 1 else "entries")
     if not of_b == of_f == (*entries, shape[-1]):
         wanted = ", ".join(map(str, (*shape[:-2], "entries", shape[-1])))

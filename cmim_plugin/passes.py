@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import _compat
 from .discovery.find import Tap
-from .discovery.inputs import part_of
+from .discovery.inputs import Path, part_of
 from .discovery.layout import Layout
 from .discovery.trace import Site
 from .errors import CMIMError, warn_once
@@ -150,17 +150,14 @@ class Pass:
         """Take the rows of those activations that are picked up at sites of this kind."""
         for p in pickups:
             if p.site.kind == kind:
-                self.attempt(p.tap, self._take_at, p, tree)
+                self.try_to_take(p.tap, p.side, tree, p.site.path)
 
-    def _take_at(self, p: Pickup, tree: Any) -> None:
-        self.take(p.tap, p.side, part_of(tree, p.site.path))
-
-    def attempt(self, k: int, action: Callable[..., None], *args: Any) -> None:
-        """Do something for a tap. What goes wrong is kept, and the model goes on."""
+    def try_to_take(self, k: int, side: int, tree: Any, path: Path = ()) -> None:
+        """Take the rows of one side of a tap. What goes wrong is kept, and the model goes on."""
         was_muted, self.muted = self.muted, True
         try:
             with _compat.unrecorded():
-                action(*args)
+                self.take(k, side, part_of(tree, path))
         except Exception as error:
             why = str(error) if isinstance(error, CMIMError) else f"{type(error).__name__}: {error}"
             self.leave_out(k, FAILED, why)
@@ -233,9 +230,9 @@ class Pass:
 
     def take(self, k: int, side: int, x: Any) -> None:
         """Take the rows of one side of a tap out of its activation."""
-        tap, pair = self.taps[k], self.pairs[k]
-        layout = tap.layouts[side]
-        trouble = self._trouble(tap, pair, side, x)
+        pair = self.pairs[k]
+        layout = pair.tap.layouts[side]
+        trouble = self._trouble(pair, side, x)
         if trouble is not None:
             self.leave_out(k, *trouble)
             return
@@ -265,7 +262,7 @@ class Pass:
         if side == BINARY and self.usable_mask is not None:
             pair.unpadded = mask_of(pair, self.usable_mask.to(x.device))
 
-    def _trouble(self, tap: Tap, pair: Pair, side: int, x: Any) -> tuple[str, str] | None:
+    def _trouble(self, pair: Pair, side: int, x: Any) -> tuple[str, str] | None:
         """Why the rows of an activation cannot be taken: FAILED or EXCUSED, and a message."""
         if not isinstance(x, Tensor):
             why = f"a tensor was expected, found a {type(x).__name__}"
@@ -278,7 +275,7 @@ class Pass:
                 "its binary activation came without a gradient. Layers that were frozen do that (nothing is left to "
                 "train there), and reentrant activation checkpointing (pass use_reentrant=False to checkpoint)"
             )
-        layout = tap.layouts[side]
+        tap, layout = pair.tap, pair.tap.layouts[side]
         wanted, found = (tap.channels if side == BINARY else tap.latent_channels), layout.channels(x.shape)
         if found != wanted and layout.scores:
             why = f"its channels are the tokens of the batch, which were {wanted} when CMIM was attached"

@@ -104,7 +104,7 @@ class Teacher:
             raise CMIMError("The teacher is in training mode: leave it out of model.train(), or call teacher.eval().")
         activations = self._run(args, kwargs)
         for k in to.scheduled:
-            to.attempt(k, to.take, k, LATENT, activations[k])
+            to.try_to_take(k, LATENT, activations[k])
 
 
 def _in_place_of(tap: Tap, module: str, trace: Trace) -> Sighting | None:
