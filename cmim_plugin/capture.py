@@ -1,9 +1,8 @@
 """Hooks on the model: one forward pass becomes rows of a_B and a_F, tap by tap.
 
-The hooks change nothing that the model returns, and raise nothing: what goes wrong is kept in the :class:`Pass`, and
-raised when the loss is asked for. Where each activation is picked up was decided in the dry run. A pass changes two
-things, for good: once a part of the model ran compiled, every pass captures all taps; and hooks that others registered
-since come before ours.
+The hooks change nothing that the model returns, and raise nothing: what goes wrong is told when the loss is asked for.
+Where each activation is picked up was decided in the dry run. A pass changes two things, for good: once a part of the
+model ran compiled, every pass captures all taps; and hooks that others registered since come before ours.
 """
 
 from __future__ import annotations
@@ -102,7 +101,7 @@ class Capture:
         """Move the hooks behind those that others registered since: these may change what modules get and return."""
         for handle in self._last:
             hooks: Any = handle.hooks_dict_ref() or {}
-            if handle.id in hooks:
+            if handle.id in hooks and next(reversed(hooks)) != handle.id:
                 hooks.move_to_end(handle.id)
 
     def detach(self) -> None:

@@ -87,11 +87,8 @@ class Heads(nn.Module):
     def forward(
         self, taps: Sequence[int], rows: Sequence[tuple[Tensor, Tensor]], weights: Tensor | None = None
     ) -> list[Tensor]:
-        """Both sides of some taps under their heads: ``(n_k, D)`` of unit length, of each a_B, then of each a_F. In
-        float32 whatever autocast says (float64 where the weights are).
-
-        ``rows``: ``(n_k, C_b)`` and ``(n_k, C_f)`` of each, of any floating dtype.
-        """
+        """Both sides of some taps under their heads: ``(n_k, D)`` of unit length, of each a_B, then of each a_F, in the
+        dtype of the weights. ``rows``: ``(n_k, C_b)`` and ``(n_k, C_f)`` of each, of any floating dtype."""
         weights = self.weights if weights is None else weights
         sides = [(rows[i][side], self._slices[tap][side]) for side in (0, 1) for i, tap in enumerate(taps)]
         # Sides with as many channels and rows are one batched product. Position i of its results is side order[i].
@@ -147,6 +144,7 @@ class Heads(nn.Module):
         self.is_copy = True
         self.weights.requires_grad_(False)
 
+    @torch.inference_mode(False)  # a state may be loaded in inference mode
     def _become_leaf(self) -> None:
         """Make the weights a leaf, with a gradient that is always there: backward passes add to it in place."""
         for name in ("weights", "exp_avg", "exp_avg_sq", "steps"):

@@ -23,8 +23,8 @@ from .errors import CMIMError, warn_once
 from .sampling import BackwardRule, Schedule, indices_among, sampled, upper_half
 
 BINARY, LATENT = 0, 1
-# Why a tap adds nothing to the loss. FAILED: the loss raises. EXCUSED: it warns, and raises if no other tap is left.
-# MISSED, the forward did not reach the tap: it warns.
+# Why a tap adds nothing to the loss, which then raises (FAILED), raises if no other tap is left (EXCUSED), or warns
+# (MISSED: the forward pass did not reach the tap).
 FAILED, EXCUSED, MISSED = "failed", "excused", "missed"
 # Below this, a latent was masked: float16 has -65504, and many write -10000.
 _MASKED = -5000.0
@@ -185,9 +185,8 @@ class Pass:
             self.close(self.open[-1].hook)
 
     def check(self, plugin: object, may_reach_none: bool) -> None:
-        """Raise CMIMError where something could not be captured or nothing is left to train. Warn once for each
-        ``plugin`` about each tap that adds nothing to the loss. ``may_reach_none``: accept a pass that reached no tap,
-        as random skipping of layers can make it."""
+        """Raise CMIMError where something could not be captured or nothing is left to train; warn ``plugin`` once about
+        each tap that adds nothing. ``may_reach_none``: accept a pass without a tap, as one that skips layers."""
         self._check_counts()
         left_out = [pair.left_out[0] for pair in self.pairs.values() if pair.left_out]
         reached = any(pair.complete for pair in self.pairs.values())

@@ -105,7 +105,7 @@ def stratified_indices(draws: Tensor, total: int) -> Tensor:
 
 
 def upper_half(draws: Tensor) -> Tensor:
-    """The upper 32 bits: the lower ones of such a generator have short periods."""
+    """The upper 32 bits: the lower ones have short periods."""
     return draws >> 32
 
 
