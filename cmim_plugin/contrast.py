@@ -130,7 +130,7 @@ class Contrast(nn.Module):
                     z_b,
                     z_f,
                     None if labels is None else labels_of(pair, labels),
-                    None if mask is None else pair.unpadded if own else mask_of(pair, mask),
+                    None if mask is None else mask_of(pair, mask),
                 )
                 for (k, pair), z_b, z_f in zip(pairs.items(), z[: len(pairs)], z[len(pairs) :], strict=True)
             }
