@@ -1,12 +1,13 @@
 """Every use of torch API that is private, or that only some releases have: what it is for, and what we do without it.
 
-Each is looked up once, under a name of this module. A test takes them away one by one.
+torch 2.6 to 2.14 have all of it. A test takes each away in turn.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -17,18 +18,21 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-# torch 2.6 to 2.14 have all of these but the last, which 2.14 introduced.
-_current_graph_task_id = getattr(torch._C, "_current_graph_task_id", None)
-_functorch_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", None)
-_jit_tracing_state = getattr(torch._C, "_get_tracing_state", None)
-_mode_stack_length = getattr(torch._C, "_len_torch_function_stack", None)
-_pop_mode = getattr(torch._C, "_pop_torch_function_stack", None)
-_push_mode = getattr(torch._C, "_push_on_torch_function_stack", None)
-_will_execute = getattr(torch._C, "_will_engine_execute_node", None)
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
-_dispatch_mode = getattr(torch._C, "_get_dispatch_mode", None)
-_proxy_mode = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "PROXY", None)
-_all_gather_single = getattr(dist, "all_gather_single", None)
+
+def _private(name: str, without: Any) -> Callable[..., Any]:
+    """A function of torch's C++ module; where a release lacks it, one that returns ``without``."""
+    return getattr(torch._C, name, lambda *args: without)
+
+
+_current_graph_task_id = _private("_current_graph_task_id", -1)
+_are_functorch_transforms_active = _private("_are_functorch_transforms_active", False)
+_get_tracing_state = _private("_get_tracing_state", None)
+_get_dispatch_mode = _private("_get_dispatch_mode", None)
+_len_torch_dispatch_stack = _private("_len_torch_dispatch_stack", 0)
+_will_engine_execute_node = _private("_will_engine_execute_node", True)
+_len_torch_function_stack = getattr(torch._C, "_len_torch_function_stack", None)
+_pop_torch_function_stack = getattr(torch._C, "_pop_torch_function_stack", None)
+_push_on_torch_function_stack = getattr(torch._C, "_push_on_torch_function_stack", None)
 
 
 def is_no_training_step() -> bool:
@@ -40,32 +44,28 @@ def is_no_training_step() -> bool:
     if torch.compiler.is_compiling():
         # Not is_exporting(), which torch 2.11 takes for True in all that it compiles.
         return bool(getattr(torch.compiler, "_is_exporting_flag", False))
-    return (
-        (_current_graph_task_id is not None and _current_graph_task_id() != -1)
-        or (_functorch_transforms_active is not None and _functorch_transforms_active())
+    proxy_mode = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "PROXY", None)
+    return bool(
+        _current_graph_task_id() != -1
+        or _are_functorch_transforms_active()
         or getattr(forward_ad, "_current_level", -1) >= 0
-        or (_jit_tracing_state is not None and _jit_tracing_state() is not None)
-        or (_dispatch_mode is not None and _proxy_mode is not None and _dispatch_mode(_proxy_mode) is not None)
+        or _get_tracing_state() is not None
+        or (proxy_mode is not None and _get_dispatch_mode(proxy_mode) is not None)
     )
 
 
 def accumulates(node: Any) -> bool:
     """Whether the backward pass that runs adds to the ``grad`` of a leaf, by its node, unlike ``torch.autograd.grad``.
     Without it: True, and an ``autograd.grad`` of one of two losses counts as a backward pass."""
-    if _will_execute is None:
-        return True
     try:
-        return bool(_will_execute(node))
+        return bool(_will_engine_execute_node(node))
     except RuntimeError:  # "a leaf node was passed, but we are currently running autograd.grad()"
         return False
 
 
-def gradient_hooks(tensor: Tensor) -> list[Any] | None:
-    """The hooks that were registered on a tensor's gradient. Without it: None, and no way is taken that needs it."""
-    try:
-        return list((tensor._backward_hooks or {}).values())
-    except AttributeError:
-        return None
+def gradient_hooks(tensor: Tensor) -> list[Any]:
+    """The hooks that were registered on a tensor's gradient. Without it: something that is no hook of ours."""
+    return list((getattr(tensor, "_backward_hooks", {0: None}) or {}).values())
 
 
 def base_of(tensor: Tensor) -> Tensor | None:
@@ -85,53 +85,44 @@ def drop_hooks(module: nn.Module, mine: Callable[[Any], bool]) -> None:
 
 def running_calls(module: nn.Module) -> int:
     """How many calls of a module are on this thread's Python stack. Without it: 0, and a nested call starts anew."""
-    call = getattr(nn.Module, "_call_impl", None)
-    code = getattr(call, "__code__", None)
+    code = getattr(getattr(nn.Module, "_call_impl", None), "__code__", None)
     count = 0
     frame: FrameType | None = sys._getframe()
     while frame is not None and code is not None:
-        if frame.f_code is code and frame.f_locals.get("self") is module:
-            count += 1
+        count += frame.f_code is code and frame.f_locals.get("self") is module
         frame = frame.f_back
     return count
 
 
-def enter_mode_below(mode: TorchFunctionMode) -> None:
-    """Put a mode on this thread's stack, below all that lie there: an interrupt then ends the modes of others first.
-    Without it, and in compiled code: on top."""
-    if torch.compiler.is_compiling() or _mode_stack_length is None or _pop_mode is None or _push_mode is None:
-        mode.__enter__()
+def switch_mode(mode: TorchFunctionMode, on: bool) -> None:
+    """Put a mode on this thread's stack, below all that lie there: an interrupt then ends the modes of others first. Or
+    take it off, wherever it lies. Without it, and in compiled code: put it on top, or take off the one on top."""
+    length, pop, push = _len_torch_function_stack, _pop_torch_function_stack, _push_on_torch_function_stack
+    if torch.compiler.is_compiling() or length is None or pop is None or push is None:
+        if on:
+            mode.__enter__()
+        else:
+            mode.__exit__(None, None, None)
         return
-    above = [_pop_mode() for _ in range(_mode_stack_length())]
-    for each in (mode, *reversed(above)):
-        _push_mode(each)
-
-
-def leave_mode(mode: TorchFunctionMode) -> None:
-    """Take a mode off this thread's stack, wherever it lies. Without it, and in compiled code: the one on top."""
-    if torch.compiler.is_compiling() or _mode_stack_length is None or _pop_mode is None or _push_mode is None:
-        mode.__exit__(None, None, None)
-        return
-    above = []
-    while _mode_stack_length():
-        top = _pop_mode()
-        if top is mode:
-            break
-        above.append(top)
-    for other in reversed(above):
-        _push_mode(other)
+    others = [each for each in (pop() for _ in range(length())) if each is not mode]
+    for each in reversed([*others, mode] if on else others):
+        push(each)
 
 
 def all_gather(output: Tensor, input: Tensor) -> None:
-    """Gather tensors of one shape from all ranks into one. torch 2.14 renamed ``all_gather_into_tensor``."""
-    (_all_gather_single or dist.all_gather_into_tensor)(output, input)
+    """Gather tensors of one shape from all ranks into one. Without ``all_gather_single``, which 2.14 introduced: by
+    ``all_gather_into_tensor``, its name before."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(output, input)
 
 
-def constant_when_compiled(function: Callable[[], int]) -> Callable[[], int]:
-    """``torch.compiler.assume_constant_result``, without its import of ``torch._dynamo``, which takes seconds. Where a
-    release reads another mark, the function is traced."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
+def thread() -> int:
+    """The id of this thread. In compiled code it is a constant; where a release reads another mark, it is traced."""
+    return threading.get_ident()
+
+
+# As torch.compiler.assume_constant_result does, which imports torch._dynamo, and that takes seconds.
+thread._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def force_eager() -> contextlib.AbstractContextManager[Any]:
@@ -151,12 +142,12 @@ def unseen() -> contextlib.AbstractContextManager[Any]:
 def unrecorded() -> contextlib.AbstractContextManager[Any]:
     """Operations called within are not recorded by selective activation checkpointing: when it recomputes, it would
     return their results in the place of the model's own. Without it: they are recorded."""
-    if torch.compiler.is_compiling() or _dispatch_modes is None or not _dispatch_modes():
+    if torch.compiler.is_compiling() or not _len_torch_dispatch_stack():
         return contextlib.nullcontext()
     from torch.utils import _python_dispatch, checkpoint
 
     recorder = getattr(checkpoint, "_CachingTorchDispatchMode", ())
     modes: list[Any] = getattr(_python_dispatch, "_get_current_dispatch_mode_stack", list)()
-    if not any(isinstance(mode, recorder) for mode in modes):
-        return contextlib.nullcontext()
-    return getattr(_python_dispatch, "_disable_current_modes", contextlib.nullcontext)()
+    recorded = any(isinstance(mode, recorder) for mode in modes)
+    without_modes = getattr(_python_dispatch, "_disable_current_modes", contextlib.nullcontext)
+    return without_modes() if recorded else contextlib.nullcontext()

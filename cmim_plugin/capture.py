@@ -1,93 +1,73 @@
 """Hooks on the model: one forward pass becomes rows of a_B and a_F, tap by tap.
 
-The hooks change nothing that the model returns, and raise nothing: what goes wrong is kept in the :class:`Pass`, and
-raised when the loss is asked for. Where each activation is picked up was decided in the dry run. A pass changes two
-things, for good: once a part of the model ran compiled, every pass captures all taps; and hooks that others registered
-since come before ours.
+The hooks change nothing that the model returns, and raise nothing: what goes wrong is told when the loss is asked for.
+Where each activation is picked up was decided in the dry run. A pass changes two things, for good: once a part of the
+model ran compiled, every pass captures all taps; and hooks that others registered since come before ours.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from . import _compat
+from ._compat import thread
 from .discovery.dry_run import is_dry_run
 from .discovery.find import Tap
 from .discovery.inputs import BatchSource, is_strided, positional_names
 from .errors import CMIMError, CMIMWarning, warn_once
-from .passes import BINARY, LATENT, Call, Pass, Pickup, current_error
+from .passes import BINARY, LATENT, Call, Pass, Pickup
 from .sampling import Schedule
 from .teacher import Teacher
 
 # After this number of training passes in a row without a loss we warn. (An adversarial attack takes dozens.)
 _FORGOTTEN = 100
-_FORGOTTEN_WARNING = (
-    f"{_FORGOTTEN} forward passes ran with gradients, and cmim(model) was called after none of them. Add cmim(model) "
-    "to the loss of each training step, or call cmim.remove()."
-)
 # Those that were ever attached and are still in use: two plug-ins on one model are refused.
 _CAPTURES: weakref.WeakSet[Capture] = weakref.WeakSet()
 
 
+@dataclass(eq=False, repr=False)
 class Capture:
-    """The hooks of one plug-in on one model.
+    """The hooks of one plug-in on one model, which they do not keep alive, and the passes that they captured."""
 
-    Args:
-        model: not kept alive by this object.
-        taps: what to capture.
-        schedule: which of them the next pass captures, and at which positions.
-        batch_source: where the number of samples is read off the model's inputs.
-        observer: called with the pass, the tap and a_B as a whole. With it every pass is captured, in eval mode and
-            without gradients too.
-        teacher: runs on the inputs of the model, before the model does.
-    """
+    model: InitVar[nn.Module]
+    taps: tuple[Tap, ...]
+    schedule: Schedule
+    batch_source: BatchSource | None
+    #: Called with the pass, the tap and a_B as a whole. With it, passes without gradients are captured too.
+    observer: Callable[[Pass, int, Tensor], None] | None = None
+    teacher: Teacher | None = None
 
     unasked = 0  # passes that were captured since a loss was asked for
-    taken = False  # the loss of the last pass was asked for
     attached = False  # the hooks are on the model
     removed = False  # the hooks are off for good
     not_begun = ""  # why the last pass could not be captured at all
     model_was_loaded = False  # the model loaded a state_dict since the hooks were put on it
 
-    def __init__(
-        self,
-        model: nn.Module,
-        taps: tuple[Tap, ...],
-        schedule: Schedule,
-        batch_source: BatchSource | None,
-        observer: Callable[[Pass, int, Tensor], None] | None = None,
-        teacher: Teacher | None = None,
-    ) -> None:
-        self.taps = taps
-        self.schedule = schedule
-        self.batch_source = batch_source
-        self.observer = observer
-        self.teacher = teacher
+    def __post_init__(self, model: nn.Module) -> None:
         self.model_ref = weakref.ref(model)
         # Thread -> its pass that runs, and its pass that waits for its loss to be asked for.
         self.running: dict[int, Pass] = {}
         self._waiting: dict[int, Pass] = {}
-        self._handles: list[RemovableHandle] = []
+        self.handles: list[RemovableHandle] = []
         self._last: list[RemovableHandle] = []  # of those, the ones that come behind the hooks of others
         names = positional_names(model)
         #: Which positional input of the model is its mask; past all of them where none is.
         self._mask_at = names.index("attention_mask") if "attention_mask" in names else sys.maxsize
-        self._plan: dict[str, dict[int, list[Pickup]]] = defaultdict(lambda: defaultdict(list))
-        for k, tap in enumerate(taps):
+        self._plan: dict[str, list[Pickup]] = defaultdict(list)  # by module
+        for k, tap in enumerate(self.taps):
             for side, site in ((BINARY, tap.binary), (LATENT, tap.latent)):
                 if site is not None:
-                    self._plan[site.module][site.call].append(Pickup(k, side, site))
+                    self._plan[site.module].append(Pickup(k, side, site))
 
     # -- on and off ----------------------------------------------------------------------------------------------
 
@@ -104,20 +84,18 @@ class Capture:
         _CAPTURES.add(self)
         root = _RootHook(self, model)
         # Registered first and last: all other hooks of the model run inside the pass.
-        self._handles.append(model.register_forward_pre_hook(root.enter, prepend=True, with_kwargs=True))
-        for name, plan in self._plan.items():
-            hook = _ModuleHook(self, modules[name], name, {call: tuple(found) for call, found in plan.items()})
+        self.handles.append(model.register_forward_pre_hook(root.enter, prepend=True, with_kwargs=True))
+        for name, pickups in self._plan.items():
+            hook = _ModuleHook(self, modules[name], pickups)
             opening = modules[name].register_forward_pre_hook(hook.enter, with_kwargs=True)
             hook.closing = modules[name].register_forward_hook(hook.leave, with_kwargs=True, always_call=True)
-            self._handles += [opening, hook.closing]
-            kinds = {pickup.site.kind for found in plan.values() for pickup in found}
-            # Hooks on outputs run outside of what counts the functions that the module calls.
-            self._last += [opening, hook.closing] if kinds <= {"input", "output"} and "output" in kinds else [opening]
+            self.handles += [opening, hook.closing]
+            # What hooks of others call on an output is not to be counted among the functions that the module calls.
+            listens = any(p.site.function is not None for p in pickups)
+            self._last += [opening] if listens else [opening, hook.closing]
         closing = model.register_forward_hook(root.leave, with_kwargs=True, always_call=True)
-        self._handles.append(closing)
-        if any(p.site.kind == "output" for found in self._plan.get("", {}).values() for p in found):
-            self._last.append(closing)  # behind the hook that picks up what the model itself returns
-        self._handles.append(model.register_load_state_dict_post_hook(root.loaded))
+        self.handles += [closing, model.register_load_state_dict_post_hook(root.loaded)]
+        self._last.append(closing)
 
     def make_last(self) -> None:
         """Move the hooks behind those that others registered since: these may change what modules get and return."""
@@ -129,9 +107,9 @@ class Capture:
     def detach(self) -> None:
         """Take the hooks off, forget what was captured, and leave no mode on torch's stack, also after an interrupt."""
         self.attached, self.not_begun = False, ""
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
-        self._handles.clear()
+        self.handles.clear()
         self._last.clear()
         for running in self.running.values():
             running.abandon()
@@ -142,47 +120,49 @@ class Capture:
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], hook: _RootHook) -> None:
         """A forward pass of the model starts, and is to be captured."""
-        self.taken, self.not_begun = False, ""
-        every = torch.compiler.is_compiling() or _recording_a_graph()
-        scheduled = tuple(range(len(self.taps))) if every else self.schedule.taps
-        draws = self.schedule.draws_of(len(scheduled))
+        compiling, own = torch.compiler.is_compiling(), thread()
+        self.not_begun = ""
+        # In what is compiled, and in a CUDA graph that is being recorded, a choice of taps would be frozen.
+        every = compiling or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
         batch_size = None if self.batch_source is None else self.batch_source.of(args, kwargs)
         mask: Any = args[self._mask_at] if self._mask_at < len(args) else kwargs.get("attention_mask")
         # As transformers has it: (samples, tokens), zero for padding. Without samples it is not one of padding.
         if not isinstance(mask, Tensor) or not is_strided(mask) or mask.ndim < 2 or len(mask) != batch_size:
             mask = None
-        device = self.schedule.draws.device
-        started = Pass(self.taps, scheduled, draws, device, model.training, batch_size, mask, self.observer)
-        started.open.append(Call(hook, ()))
-        thread = _thread()
-        waiting = None if torch.compiler.is_compiling() else self._waiting.get(thread)
-        # A pass in eval mode does not take the place of one in training mode that waits.
-        if waiting is not None and (started.training or not waiting.training or waiting.backward.network_only):
-            self.forget()  # now, for it holds the activations of its graph
-        self.running[thread] = started
-        self._forget_dead_threads()
+        started = Pass(self.taps, self.schedule, every, model.training, batch_size, mask, self.observer)
+        started.open.append(Call(started, hook))
+        if not compiling:
+            waiting = self._waiting.get(own)
+            # A pass in eval mode does not take the place of one in training mode that waits.
+            if waiting is not None and (started.training or not waiting.training or waiting.backward.network_only):
+                self.forget()  # now, for it holds the activations of its graph
+            if self._waiting.keys() - {own}:  # nobody can ask for what threads left that have ended
+                alive = sys._current_frames()
+                for ended in [other for other in self._waiting if other not in alive]:
+                    del self._waiting[ended]
         if self.teacher is not None:
-            started.attempt(None, self.teacher.deliver, started, args, kwargs)
+            self.teacher.deliver(started, args, kwargs)
+        self.running[own] = started
 
     def end(self) -> None:
-        """The pass of this thread has come to its end, and waits for its loss to be asked for."""
-        thread = _thread()
-        ended = self.running.pop(thread)
+        """The pass of this thread is complete, and waits for its loss to be asked for."""
+        ended = self.running.pop(thread())
         if torch.compiler.is_compiling():
-            self._waiting[thread] = ended
-            return
-        if ended.partly_compiled:
-            self.schedule.all_taps = True
-        if thread not in self._waiting:
-            self._waiting[thread] = ended
+            self._waiting[thread()] = ended
+        elif thread() not in self._waiting:
+            self._waiting[thread()] = ended
             self.unasked += ended.training
             if self.unasked == _FORGOTTEN:
                 with contextlib.suppress(CMIMWarning):  # where warnings are errors: not within the user's forward
-                    warn_once(self, _FORGOTTEN_WARNING)
+                    warn_once(
+                        self,
+                        f"{_FORGOTTEN} forward passes ran with gradients, and cmim(model) was called after none of "
+                        "them. Add cmim(model) to the loss of each training step, or call cmim.remove().",
+                    )
 
     def drop(self) -> None:
         """The pass of this thread did not come to its end."""
-        running = self.running.pop(_thread(), None)
+        running = self.running.pop(thread(), None)
         if running is not None:
             running.abandon()
             if running.training:
@@ -191,16 +171,11 @@ class Capture:
     @property
     def hooked(self) -> bool:
         """Whether all hooks are still on the model: other code may have cleared some."""
-        return all(map(_is_on, self._handles))
-
-    @property
-    def holds(self) -> bool:
-        """Whether some hooks of a forward pass are still on the model."""
-        return any(map(_is_on, self._handles[:-1]))  # the last one is called when the model loads a state
+        return all(map(_is_on, self.handles))
 
     def forget(self) -> None:
         """The pass of this thread that waits gives no loss."""
-        self._waiting.pop(_thread(), None)
+        self._waiting.pop(thread(), None)
 
     def pop(self) -> Pass:
         """The last pass of this thread, which is then forgotten here. Raises CMIMError where there is none."""
@@ -209,49 +184,32 @@ class Capture:
         if not self.attached:
             raise CMIMError("This CMIM is paused: leave the `with cmim.paused()` block before asking for the loss.")
         self.unasked = 0
-        thread = _thread()
+        key = thread()
         if not torch.compiler.is_compiling():
-            model = self.model_ref()
-            if thread in self.running and model is not None and _compat.running_calls(model):
-                raise CMIMError(
-                    "cmim(model) was called within the forward of the model itself, whose pass is not complete yet. "
-                    "Attach to the inner network, or ask for the loss after the forward."
-                )
             self.drop()  # a pass that was interrupted
-            if thread not in self._waiting:
+            if key not in self._waiting:
                 # Compiled code leaves its pass to the thread that compiled it.
-                thread = next((key for key, waiting in self._waiting.items() if waiting.compiled), thread)
-        waiting = self._waiting.pop(thread, None)
+                key = next((other for other, waiting in self._waiting.items() if waiting.compiled), key)
+        waiting = self._waiting.pop(key, None)
         if waiting is not None:
-            self.taken = True
             return waiting
-        if not torch.is_grad_enabled():
+        if self.not_begun:
+            why = f"capturing it raised {self.not_begun}"
+        elif not torch.is_grad_enabled():
             why = (
                 "under torch.no_grad() nothing is captured. In a function that both trains and validates, write: "
                 "if torch.is_grad_enabled(): loss = loss + cmim(model)"
             )
-        elif self.not_begun:
-            why = f"capturing it raised {self.not_begun}"
         elif self._waiting:
             why = "the model ran in another thread. Call cmim(model) in the thread that runs the model"
-        elif self.taken and not torch.compiler.is_compiling():
-            why = "it was taken already, and one pass gives one loss. Keep the value, or call model(x) again"
         else:
             why = (
-                "call model(x), with gradients enabled, before each cmim(model). Not "
-                "captured: a pass under torch.no_grad(), one that raised, one through model.forward(x), one of a model "
-                "that was compiled before CMIM was attached (attach first, or call torch._dynamo.reset()), or whose "
-                "hooks other code cleared (attach again)"
+                "call model(x), with gradients enabled, before each cmim(model): one pass gives one loss. Not "
+                "captured: a pass that has not ended yet, one under torch.no_grad(), one that raised, one through "
+                "model.forward(x), one of a model that was compiled before CMIM was attached (attach first, or call "
+                "torch._dynamo.reset()), or whose hooks other code cleared (attach again)"
             )
         raise CMIMError(f"No forward pass to take the loss of: {why}.")
-
-    def _forget_dead_threads(self) -> None:
-        """Drop what threads left that have ended: nobody can ask for the loss of it."""
-        if torch.compiler.is_compiling() or not self._waiting.keys() - {_thread()}:
-            return
-        alive = sys._current_frames()
-        for thread in [thread for thread in self._waiting if thread not in alive]:
-            del self._waiting[thread]
 
 
 # -- hooks -----------------------------------------------------------------------------------------------------------
@@ -260,155 +218,95 @@ class Capture:
 class _Hook:
     """The model holds bound methods of this class. If the model is copied or pickled, the copy's hooks do nothing."""
 
-    def __init__(self, capture: Capture | None = None, module: nn.Module | None = None) -> None:
-        self.capture = capture
+    closing: RemovableHandle | None = None  # of leave(), which others may clear
+
+    def __init__(
+        self, capture: Capture | None = None, module: nn.Module | None = None, pickups: Sequence[Pickup] = ()
+    ) -> None:
+        self._capture = capture
         self._module = None if module is None else weakref.ref(module)
+        self._pickups = pickups
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
 
-    def serves(self, module: nn.Module) -> bool:
-        """Whether this is the module that the hook was made for: a replica shares its hooks with the original."""
-        return self._module is not None and self._module() is module
+    def capture_of(self, module: nn.Module) -> Capture | None:
+        """The capture, if the hook was made for this module: a replica shares its hooks with the original."""
+        return self._capture if self._module is not None and self._module() is module else None
 
-    def running(self, module: nn.Module) -> Pass | None:
-        """This thread's pass."""
-        return self.capture.running.get(_thread()) if self.capture is not None and self.serves(module) else None
+    # torch.ao.quantization registers hooks again without `with_kwargs`: what it leaves out has a default.
+    def leave(self, module: nn.Module, args: Any, kwargs: Any = None, output: Any = None) -> None:
+        """A call of the module ends; with that of the model itself, the pass does."""
+        capture = self.capture_of(module)
+        running = None if capture is None else capture.running.get(thread())
+        call = None if running is None else running.close(self)
+        if capture is None or running is None or call is None:
+            return
+        if not call.raised():
+            running.pick_up(call.pickups, "output", output)
+            running.miscounted += call.miscounted()
+        if not running.open:
+            if call.raised():
+                capture.drop()
+            else:
+                capture.end()
 
 
 class _RootHook(_Hook):
-    # torch.ao.quantization registers hooks again without `with_kwargs`: what it leaves out has a default.
     def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
-        capture = self.capture
-        if capture is None or not self.serves(module):
+        capture = self.capture_of(module)
+        if capture is None:
             return
-        running = self.running(module)
-        if running is not None and self._is_nested(running, module):
-            running.open.append(Call(self, ()))
-            return
-        if running is not None and (running.compiled or not torch.compiler.is_compiling()):
+        running, compiling = capture.running.get(thread()), torch.compiler.is_compiling()
+        # The frames of an eager pass are not to be looked for in what is compiled.
+        if running is not None and (running.compiled or not compiling):
+            if _compat.running_calls(module) > sum(call.hook is self for call in running.open):
+                running.open.append(Call(running, self))  # the forward calls itself
+                return
             capture.drop()  # it was interrupted without closing hooks
-        if capture.observer is not None or (torch.is_grad_enabled() and not _compat.is_no_training_step()):
-            if not torch.compiler.is_compiling():
-                if is_dry_run():
-                    return
-                capture.make_last()
-            try:
-                with _compat.unrecorded():
-                    capture.begin(module, args, kwargs or {}, self)
-            except Exception as error:  # as of fake tensors
-                capture.drop()
-                if module.training:
-                    capture.forget()
-                capture.not_begun = f"{type(error).__name__}: {error}"
-
-    def _is_nested(self, running: Pass, module: nn.Module) -> bool:
-        """Whether the forward that starts is called by the one whose pass is open."""
-        if torch.compiler.is_compiling() and not running.compiled:
-            return False  # the frames of an eager pass are not to be looked for in what is compiled
-        return _compat.running_calls(module) > sum(call.hook is self for call in running.open)
-
-    def leave(self, module: nn.Module, args: Any, kwargs: Any = None, output: Any = None) -> None:
-        running = self.running(module)
-        call = None if running is None else running.close(self)
-        if self.capture is not None and running is not None and call is not None and not running.open:
-            if current_error() != call.error:
-                self.capture.drop()
-            else:
-                self.capture.end()
+        if capture.observer is None and (not torch.is_grad_enabled() or _compat.is_no_training_step()):
+            return
+        if not compiling:
+            if is_dry_run():
+                return
+            capture.make_last()
+        try:
+            with _compat.unrecorded():
+                capture.begin(module, args, kwargs or {}, self)
+        except Exception as error:  # as of fake tensors
+            if module.training:
+                capture.forget()
+            capture.not_begun = f"{type(error).__name__}: {error}"
 
     def loaded(self, module: nn.Module, incompatible: Any) -> None:
-        if self.capture is not None and self.serves(module):
-            self.capture.model_was_loaded = True
+        capture = self.capture_of(module)
+        if capture is not None:
+            capture.model_was_loaded = True
 
 
 class _ModuleHook(_Hook):
-    closing: RemovableHandle | None = None  # of the hook that closes what enter() opens
-
-    def __init__(
-        self,
-        capture: Capture | None = None,
-        module: nn.Module | None = None,
-        name: str = "",
-        plan: dict[int, tuple[Pickup, ...]] | None = None,
-    ) -> None:
-        super().__init__(capture, module)
-        self._name = name
-        self._plan = plan or {}
-        # Not a frozenset, for which torch 2.6 compiles no guard.
-        self._taps = tuple({p.tap for pickups in self._plan.values() for p in pickups})
-
-    def will_close(self) -> bool:
-        """Whether the closing hook is still on the module: others may have cleared it."""
-        return torch.compiler.is_compiling() or (self.closing is not None and _is_on(self.closing))
-
     def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
-        running = self.running(module)
-        if running is None:
+        capture, compiling = self.capture_of(module), torch.compiler.is_compiling()
+        running = None if capture is None else capture.running.get(thread())
+        if capture is None or running is None:
             return
-        if torch.compiler.is_compiling() and not running.compiled:
-            running.partly_compiled = True
-        number = running.calls.get(self._name, 0)
-        running.calls[self._name] = number + 1
-        if not any(k in running.scheduled for k in self._taps) or not self.will_close():
+        if compiling and not running.compiled:  # a part of the model alone is compiled
+            capture.schedule.all_taps = True
+        name = self._pickups[0].site.module
+        number = running.calls.get(name, 0)
+        running.calls[name] = number + 1
+        if not compiling and (self.closing is None or not _is_on(self.closing)):
             return
-        call = Call(self, [p for p in self._plan.get(number, ()) if p.tap in running.pairs])
-        if any(p.site.function is not None for p in call.pickups):
-            call.listener = _Listener(running, call.pickups)
+        call = Call(running, self, [p for p in self._pickups if p.site.call == number and p.tap in running.pairs])
         running.pick_up(call.pickups, "input", (args, kwargs))
         running.open.append(call)
-        if call.listener is not None:
-            _compat.enter_mode_below(call.listener)
-
-    def leave(self, module: nn.Module, args: Any, kwargs: Any = None, output: Any = None) -> None:
-        running = self.running(module)
-        call = None if running is None else running.close(self)
-        if running is not None and call is not None and current_error() == call.error:
-            running.pick_up(call.pickups, "output", output)
-            running.count(call)
-
-
-class _Listener(TorchFunctionMode):
-    """Sees the torch functions that are called while one module runs, and picks up the tensors that were planned."""
-
-    def __init__(self, running: Pass, pickups: Sequence[Pickup]) -> None:
-        super().__init__()
-        self._running = running
-        self._pickups = [p for p in pickups if p.site.function is not None]
-        self._functions = [p.site.function for p in self._pickups]
-        #: How often each function was called so far, with gradients. In a report, where none has, how often in all.
-        self.calls: dict[Any, int] = {}
-        self._with_gradients = torch.is_grad_enabled()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        # torch.compile runs the backward of an autograd.Function through here, too: without gradients.
-        without = self._with_gradients and not torch.is_grad_enabled()
-        if self._running.muted or without or func not in self._functions:
-            return func(*args, **kwargs)
-        nth = self.calls.get(func, 0)
-        self.calls[func] = nth + 1
-        found = [p for p in self._pickups if p.site.function == func]
-        pickups = [p for p in found if (p.site.nth if self._with_gradients else p.site.nth_of_all) == nth]
-        self._running.pick_up(pickups, "argument", (args, kwargs))
-        result = func(*args, **kwargs)
-        self._running.pick_up(pickups, "result", result)
-        return result
-
-
-@_compat.constant_when_compiled
-def _thread() -> int:
-    return threading.get_ident()
+        if call.listens:
+            _compat.switch_mode(call, on=True)
 
 
 def _is_on(handle: RemovableHandle) -> bool:
     """Whether a hook is still where it was registered: others may have cleared it."""
     return handle.id in (handle.hooks_dict_ref() or ())
-
-
-def _recording_a_graph() -> bool:
-    """Whether a CUDA graph is being recorded, in which a choice of taps would be frozen."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def attached_to(model: nn.Module) -> bool:
@@ -418,7 +316,8 @@ def attached_to(model: nn.Module) -> bool:
     """
     for capture in list(_CAPTURES):
         other = capture.model_ref()
-        if other is not None and capture.holds and (model in set(other.modules()) or other in set(model.modules())):
+        related = other is not None and (model in set(other.modules()) or other in set(model.modules()))
+        if related and any(map(_is_on, capture.handles[:-1])):  # the last one is not for forward passes
             return True
     return False
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,8 +18,6 @@ from .passes import Pair, Pass, mask_of, samples_of
 
 # In the first steps we check that labels and mask leave a negative. The check waits for the device.
 _FIRST_STEPS = 3
-# After this number of losses we check that the heads learn. The check waits for the device.
-_CHECK_HEADS_AT = 100
 # What labels (of positions, of whole images) and a mask are to be.
 _LABELS = (
     "{} integers, one a sample of the batch, or a map of them for each",
@@ -57,8 +54,6 @@ class Embedded(NamedTuple):
 class Contrast(nn.Module):
     """The heads, queues and objective of all taps; the arguments are those of :class:`cmim_plugin.CMIM`."""
 
-    _saved_metrics: Tensor
-
     def __init__(
         self,
         taps: Sequence[Tap],
@@ -82,14 +77,11 @@ class Contrast(nn.Module):
         #: One weight per tap. They sum to 1: ``weight`` means the same for a shallow and for a deep network.
         self.layer_weights = tuple(w / sum(raw) for w in raw)
         self._layer_weights = self.heads.weights.new_tensor(self.layer_weights)
-        # Those of a loaded state, until there are new ones: a run that resumes logs what the unbroken one does.
-        self.register_buffer("_saved_metrics", torch.full((len(taps), 2), math.nan, dtype=torch.float32, device="cpu"))
         #: How often a state was loaded, and how often since all ranks started from one state.
         self.loads = self.loads_since_sync = 0
         self.last: dict[int, Last] = {}
         self._asked: set[int] = set()  # taps that a loss was asked of, also of those that gave none
         self._losses_checked = 0  # for negatives, up to _FIRST_STEPS
-        self._losses_with_weight = 0
 
     def forward(self, captured: Pass, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """The weighted sum of the losses of the taps that this pass captured, 0-d; the arguments are those of
@@ -138,7 +130,7 @@ class Contrast(nn.Module):
                     z_b,
                     z_f,
                     None if labels is None else labels_of(pair, labels),
-                    None if mask is None else pair.unpadded if own else mask_of(pair, mask),
+                    None if mask is None else mask_of(pair, mask),
                 )
                 for (k, pair), z_b, z_f in zip(pairs.items(), z[: len(pairs)], z[len(pairs) :], strict=True)
             }
@@ -235,9 +227,6 @@ class Contrast(nn.Module):
                 found[tap.name] = {"loss": last.loss}
                 if bound is not None and (last.mask is None or bool(last.mask.any())):
                     found[tap.name]["bound"] = bound(last.loss, last.negatives())
-            elif not self._saved_metrics[k].isnan().all():
-                values = zip(("loss", "bound"), self._saved_metrics[k].clone(), strict=True)
-                found[tap.name] = {name: value for name, value in values if not value.isnan()}
         return found
 
     def scalars(self, weight: float | Tensor, all_taps: bool) -> dict[str, float]:
@@ -263,27 +252,9 @@ class Contrast(nn.Module):
                 "cmim.state_dict() beside the model's, and load it. Starting from a baseline's checkpoint is fine.",
             )
 
-    def tell_of_idle_heads(self, weight: float | Tensor) -> None:
-        """A loss was asked for. After some with a weight above zero, warn of heads that do not learn."""
-        self._losses_with_weight += isinstance(weight, Tensor) or weight > 0
-        due = self._losses_with_weight == _CHECK_HEADS_AT and self.heads.lr
-        if due and float(weight) and not bool(self.heads.steps):
-            warn_once(
-                self,
-                f"{_CHECK_HEADS_AT} losses were asked for, and no gradient came back to the heads. Is cmim(model) part "
-                "of what backward() is called on? autograd.grad() and backward(inputs=...) leave the heads out: name "
-                "cmim.heads.weights among the inputs.",
-            )
-
-    def _save_to_state_dict(self, *args: Any) -> None:
-        for k, values in enumerate(map(self.metrics().get, (tap.name for tap in self.taps))):
-            for i, name in enumerate(("loss", "bound")):
-                self._saved_metrics[k, i] = (values or {}).get(name, math.nan)
-        super()._save_to_state_dict(*args)
-
     def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state, prefix, *args)  # type: ignore[arg-type]
-        if prefix + "_saved_metrics" in state:  # with strict=False a state may be another module's
+        if prefix + "heads.weights" in state:  # with strict=False a state may be another module's
             self.last.clear()
             self.loads += 1
             self.loads_since_sync += 1

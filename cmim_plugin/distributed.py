@@ -1,8 +1,7 @@
-"""Several ranks that compute one loss: as one process would on the whole batch.
+"""Several ranks compute the loss that one process would on the whole batch.
 
-Every rank gathers the embeddings of all, and computes the same loss from them. The gradient of its own rows is then at
-hand without another exchange. It is multiplied by the number of ranks, for DistributedDataParallel and FSDP divide by
-it.
+Every rank gathers the embeddings of all and computes the same loss from them. The gradient of its own rows is
+multiplied by the number of ranks, for DistributedDataParallel and FSDP divide by it.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def start_alike(module: nn.Module, device: torch.device) -> None:
 
 
 def counts_of_all(counts: Sequence[int], device: torch.device) -> tuple[tuple[int, ...], ...]:
-    """The counts of every rank. Waits for the device: shapes have to be known here."""
+    """The counts of every rank. Waits for the device."""
     own = torch.tensor(counts, device=device)
     found = own.new_empty(ranks() * len(counts))
     _compat.all_gather(found, own)
@@ -49,9 +48,7 @@ def counts_of_all(counts: Sequence[int], device: torch.device) -> tuple[tuple[in
 
 def gather(rows: Tensor, counts: tuple[tuple[int, ...], ...]) -> Tensor:
     """The rows of all ranks, tap by tap and within a tap rank by rank; ``counts``: of each tap, on each rank.
-
-    Gradients go to the rows of this rank, multiplied by the number of ranks.
-    """
+    Gradients go to the rows of this rank, multiplied by the number of ranks."""
     return _Gather.apply(rows, counts)
 
 
@@ -77,14 +74,13 @@ class _Gather(torch.autograd.Function):
 def _order(counts: tuple[tuple[int, ...], ...], rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where each gathered row lies in the padded rows of all ranks, and where this rank's rows are among them."""
     longest = max(map(sum, counts))
-    order: list[int] = []
-    own: list[int] = []
-    for tap in range(len(counts[0])):
-        for other, of_rank in enumerate(counts):
-            start = other * longest + sum(of_rank[:tap])
-            if other == rank:
-                own += range(len(order), len(order) + of_rank[tap])
-            order += range(start, start + of_rank[tap])
+    order = [
+        other * longest + sum(of_rank[:tap]) + i
+        for tap in range(len(counts[0]))
+        for other, of_rank in enumerate(counts)
+        for i in range(of_rank[tap])
+    ]
+    own = [i for i, place in enumerate(order) if place // longest == rank]
     # The type has to be told where there are no rows.
     return torch.tensor(order, dtype=torch.long, device=device), torch.tensor(own, dtype=torch.long, device=device)
 

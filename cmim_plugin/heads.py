@@ -23,10 +23,9 @@ def grouped(items: Iterable[int], keys: Iterable[Any]) -> list[tuple[Any, list[i
     """Items of equal keys, in order. Not by a dict: a size that is hashed is a constant to torch.compile."""
     groups: list[tuple[Any, list[int]]] = []
     for item, key in zip(items, keys, strict=True):
-        for known, group in groups:
-            if known == key:
-                group.append(item)
-                break
+        known = [group for other, group in groups if other == key]
+        if known:
+            known[0].append(item)
         else:
             groups.append((key, [item]))
     return groups
@@ -35,9 +34,8 @@ def grouped(items: Iterable[int], keys: Iterable[Any]) -> list[tuple[Any, list[i
 class Heads(nn.Module):
     """The heads of all taps, and an Adam of a fixed rate that trains them whatever the network is trained with.
 
-    All weights lie in one tensor, so that the optimizer's step is a few operations. The tensor is a buffer that
-    requires a gradient, not a parameter: nobody else's optimizer, clipping, decay or wrapper touches it, and it is
-    saved and moved like any other state.
+    All weights lie in one tensor, so that the optimizer's step is a few operations. It is a buffer that requires a
+    gradient, not a parameter: no optimizer, clipping, decay or wrapper of others touches it.
 
     Args:
         channels: of both sides of each tap, a_B first, then a_F (or the teacher's activation).
@@ -89,11 +87,8 @@ class Heads(nn.Module):
     def forward(
         self, taps: Sequence[int], rows: Sequence[tuple[Tensor, Tensor]], weights: Tensor | None = None
     ) -> list[Tensor]:
-        """Both sides of some taps under their heads: ``(n_k, D)`` of unit length, of each a_B, then of each a_F. In
-        float32 whatever autocast says (float64 where the weights are).
-
-        ``rows``: ``(n_k, C_b)`` and ``(n_k, C_f)`` of each, of any floating dtype.
-        """
+        """Both sides of some taps under their heads: ``(n_k, D)`` of unit length, of each a_B, then of each a_F, in the
+        dtype of the weights. ``rows``: ``(n_k, C_b)`` and ``(n_k, C_f)`` of each, of any floating dtype."""
         weights = self.weights if weights is None else weights
         sides = [(rows[i][side], self._slices[tap][side]) for side in (0, 1) for i, tap in enumerate(taps)]
         # Sides with as many channels and rows are one batched product. Position i of its results is side order[i].
@@ -124,9 +119,9 @@ class Heads(nn.Module):
     def step(self) -> None:
         """One step of Adam with the gradient that was left since the last one, which is then used up.
 
-        A gradient that is zero, since no backward pass came, or not finite, since a GradScaler overflowed, is skipped.
-        The device decides that: the host waits for nothing. The gradient is divided by its length, the sum of its
-        absolute values: Adam averages over steps, and a GradScaler or another weight changes the scale between them.
+        A gradient that is zero, since no backward pass came, or not finite, since a GradScaler overflowed, is skipped,
+        and the host does not wait. The gradient is divided by the sum of its absolute values: Adam averages over steps,
+        between which a GradScaler or another weight changes the scale.
         """
         if not self.lr or self.is_copy:
             return
@@ -149,6 +144,7 @@ class Heads(nn.Module):
         self.is_copy = True
         self.weights.requires_grad_(False)
 
+    @torch.inference_mode(False)  # a state may be loaded in inference mode
     def _become_leaf(self) -> None:
         """Make the weights a leaf, with a gradient that is always there: backward passes add to it in place."""
         for name in ("weights", "exp_avg", "exp_avg_sq", "steps"):
@@ -158,7 +154,10 @@ class Heads(nn.Module):
             if not (buffer.requires_grad and buffer.is_leaf and buffer.dtype == dtype):  # an optimizer may hold it
                 setattr(self, name, buffer.detach().to(dtype))
         self.weights.requires_grad_(not self.is_copy)  # an average of copies writes into all tensors
-        self.weights.grad = torch.zeros_like(self.weights)
+        if self.weights.grad is None:
+            self.weights.grad = torch.zeros_like(self.weights)
+        else:  # in place, for a CUDA graph that was recorded
+            self.weights.grad.zero_()
         self._unit = self.weights.new_full((self.embed_dim,), self.embed_dim**-0.5)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Heads:
@@ -181,28 +180,18 @@ class Heads(nn.Module):
                 f"Found:  {channels.tolist()}\nWanted: {self.channels.tolist()}"
             )
         super()._load_from_state_dict(state, prefix, *args)  # type: ignore[arg-type]
-        if self.weights.requires_grad and self.weights.grad is not None:
-            self.weights.grad.zero_()
-        else:  # load_state_dict(assign=True)
-            self._become_leaf()
+        self._become_leaf()
 
 
-# An operator, for torch.compile does not trace the fused kernel.
-@torch.library.custom_op("cmim_plugin::adam_step", mutates_args=("weights", "grad", "exp_avg", "exp_avg_sq", "steps"))
+# An operator: torch.compile does not trace the fused kernel.
+@torch.library.custom_op("cmim_plugin::adam_step", mutates_args=("weights", "grad", "mean", "square", "steps"))
 def adam_step(
-    weights: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    steps: Tensor,
-    scale: Tensor,
-    skip: Tensor,
-    lr: float,
+    weights: Tensor, grad: Tensor, mean: Tensor, square: Tensor, steps: Tensor, scale: Tensor, skip: Tensor, lr: float
 ) -> None:
     """One step of Adam in place, in one kernel, with ``grad / scale``; none where ``skip``, 0-d float32, is 1."""
     # fmt: off
     adam(
-        [weights], [grad], [exp_avg], [exp_avg_sq], [], [steps], fused=True, grad_scale=scale, found_inf=skip,
+        [weights], [grad], [mean], [square], [], [steps], fused=True, grad_scale=scale, found_inf=skip,
         beta1=_BETA1, beta2=_BETA2, lr=lr, eps=_EPSILON, weight_decay=0.0, amsgrad=False, maximize=False,
     )
     # fmt: on

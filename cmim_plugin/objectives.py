@@ -53,7 +53,9 @@ class _Objective:
         Raises:
             CMIMError: shapes or dtypes do not fit together, or the temperature is not positive.
         """
-        _check(z_b, z_f, temperature, labels, mask, queue_b, queue_f, queue_labels)
+        _check(z_b, z_f, temperature, labels, mask)
+        if queue_b is not None or queue_f is not None:
+            _check_queue(tuple(z_b.shape), labels, queue_b, queue_f, queue_labels)
         n, negatives = z_b.shape[-2], None
         if labels is not None or mask is not None:
             queue = 0 if queue_b is None else queue_b.shape[-2]
@@ -73,8 +75,7 @@ class _Objective:
 
     def _log_likelihoods(self, scores: Tensor, negatives: Tensor | None) -> Tensor:
         """The log-likelihood of each anchor, ``(..., n)``, from its scores with all, ``(..., n, n + Q)``, the
-        positives on the diagonal. ``negatives``: which candidates are negatives, bool; None for all but the positive.
-        """
+        positives on the diagonal. ``negatives``: which candidates are negatives, bool; None: all but the positive."""
         raise NotImplementedError
 
 
@@ -146,11 +147,7 @@ class NCE(_Objective):
 
 
 def count_negatives(
-    n: int,
-    labels: Tensor | None = None,
-    queue_labels: Tensor | None = None,
-    queue: int = 0,
-    mask: Tensor | None = None,
+    n: int, labels: Tensor | None = None, queue_labels: Tensor | None = None, queue: int = 0, mask: Tensor | None = None
 ) -> Tensor:
     """How many negatives each of ``n`` anchors has: int64, ``(n,)``, or shaped like ``labels`` and on their device.
 
@@ -165,10 +162,8 @@ def count_negatives(
 
 
 def _negatives(n: int, labels: Tensor | None, queue_labels: Tensor | None, queue: int, mask: Tensor | None) -> Tensor:
-    """Which candidates are negatives of which anchors: bool ``(..., n, n + queue)``.
-
-    Not the anchor's own pair, not its own class, and nothing that is masked.
-    """
+    """Which candidates are negatives of which anchors, bool ``(..., n, n + queue)``: not the anchor's own pair, not its
+    own class, and nothing that is masked."""
     given = mask if labels is None else labels
     negatives = ~torch.eye(n, n + queue, dtype=torch.bool, device="cpu" if given is None else given.device)
     if labels is not None:
@@ -192,16 +187,7 @@ def _float32(numbers: Tensor | int) -> Tensor:
     return numbers.float() if isinstance(numbers, Tensor) else torch.tensor(float(numbers), device="cpu")
 
 
-def _check(
-    z_b: Tensor,
-    z_f: Tensor,
-    temperature: float,
-    labels: Tensor | None,
-    mask: Tensor | None,
-    queue_b: Tensor | None,
-    queue_f: Tensor | None,
-    queue_labels: Tensor | None,
-) -> None:
+def _check(z_b: Tensor, z_f: Tensor, temperature: float, labels: Tensor | None, mask: Tensor | None) -> None:
     shape, dtypes = tuple(z_b.shape), {z_b.dtype, z_f.dtype}
     if z_b.ndim < 2 or z_b.shape != z_f.shape:
         raise CMIMError(f"z_b and z_f must both be (..., instances, dimensions); found {shape} and {tuple(z_f.shape)}.")
@@ -212,15 +198,17 @@ def _check(
         raise CMIMError(f"z_b and z_f must both be float64 or neither, and floating point; found {found}.")
     if not temperature > 0:
         raise CMIMError(f"temperature must be positive; found {temperature}.")
-    for name, given, kind in (("labels", labels, "integers"), ("mask", mask, "bool")):
-        if given is not None:
-            fits = given.dtype == torch.bool if name == "mask" else holds_integers(given)
-            if given.shape != shape[:-1] or not fits:
-                found = f"shape {tuple(given.shape)}, {given.dtype}"
-                raise CMIMError(f"{name} must be {kind} of shape {shape[:-1]}, one a row; found {found}.")
-    if queue_b is None and queue_f is None:
-        return
-    of_b, of_f, of_labels = (None if t is None else tuple(t.shape) for t in (queue_b, queue_f, queue_labels))
+    if labels is not None and (labels.shape != shape[:-1] or not holds_integers(labels)):
+        found = f"shape {tuple(labels.shape)}, {labels.dtype}"
+        raise CMIMError(f"labels must be integers of shape {shape[:-1]}, one a row; found {found}.")
+    if mask is not None and (mask.shape != shape[:-1] or mask.dtype != torch.bool):
+        found = f"shape {tuple(mask.shape)}, {mask.dtype}"
+        raise CMIMError(f"mask must be bool of shape {shape[:-1]}, one a row; found {found}.")
+
+
+def _check_queue(shape: tuple[int, ...], labels: Tensor | None, *queue: Tensor | None) -> None:
+    """``shape``: of the embeddings; ``queue``: embeddings of both sides, and labels."""
+    of_b, of_f, of_labels = (None if t is None else tuple(t.shape) for t in queue)
     entries = (*shape[:-2], of_b[-2] if of_b and len(of_b) > 1 else "entries")
     if not of_b == of_f == (*entries, shape[-1]):
         wanted = ", ".join(map(str, (*shape[:-2], "entries", shape[-1])))

@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import InitVar, dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from . import _compat
 from .discovery.find import Tap
-from .discovery.inputs import part_of
+from .discovery.inputs import Path, part_of
 from .discovery.layout import Layout
 from .discovery.trace import Site
 from .errors import CMIMError, warn_once
-from .sampling import BackwardRule, indices_among, sampled, upper_half
+from .sampling import BackwardRule, Schedule, indices_among, sampled, upper_half
 
 BINARY, LATENT = 0, 1
-# Why a tap adds nothing to the loss. FAILED: the loss raises. EXCUSED: it warns, and raises if no other tap is left.
-# MISSED, the forward did not reach the tap: it warns.
+# Why a tap adds nothing to the loss, which then raises (FAILED), raises if no other tap is left (EXCUSED), or warns
+# (MISSED: the forward pass did not reach the tap).
 FAILED, EXCUSED, MISSED = "failed", "excused", "missed"
 # Below this, a latent was masked: float16 has -65504, and many write -10000.
 _MASKED = -5000.0
@@ -37,7 +38,6 @@ class Pair:
     total = 0  # positions of the whole batch
     batch_size = 0  # its samples
     tokens = 0  # of a sample, 0 where its positions are no sequence
-    unpadded: Tensor | None = None  # (n,) bool, what the mask that the model was given says of each row
     left_out: tuple[str, str] | None = None  # FAILED, EXCUSED or MISSED, and why, where it adds nothing to the loss
 
     def __init__(self, tap: Tap) -> None:
@@ -66,58 +66,78 @@ class Pickup(NamedTuple):
     site: Site
 
 
-class Call:
-    """A call of a module that runs."""
+class Call(TorchFunctionMode):
+    """A call of a module that runs. As a mode it sees the torch functions that are called meanwhile."""
 
-    listener: Any = None
-
-    def __init__(self, hook: object, pickups: Sequence[Pickup]) -> None:
+    def __init__(self, running: Pass, hook: object, pickups: Sequence[Pickup] = ()) -> None:
+        super().__init__()
+        self._running = running
         self.hook = hook
         self.pickups = pickups
-        #: The exception that was being handled when the call started. A call that raised ends with another one.
-        self.error = current_error()
+        self._functions = [p.site.function for p in pickups if p.site.function is not None]
+        self.listens = len(self._functions) > 0
+        #: How often each function was called so far, with gradients. In a report, where none has, how often in all.
+        self._counts: dict[Any, int] = {}
+        self._with_gradients = torch.is_grad_enabled()
+        self._error = _current_error()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        # torch.compile runs the backward of an autograd.Function through here, too: without gradients.
+        without = self._with_gradients and not torch.is_grad_enabled()
+        if self._running.muted or without or func not in self._functions:
+            return func(*args, **kwargs)
+        nth = self._counts.get(func, 0)
+        self._counts[func] = nth + 1
+        of_func = [p for p in self.pickups if p.site.function == func]
+        pickups = [p for p in of_func if (p.site.nth if self._with_gradients else p.site.nth_of_all) == nth]
+        self._running.pick_up(pickups, "argument", (args, kwargs))
+        result = func(*args, **kwargs)
+        self._running.pick_up(pickups, "result", result)
+        return result
+
+    def raised(self) -> bool:
+        """Whether the call ended with an exception: torch runs ``always_call`` hooks while it handles that one."""
+        return _current_error() != self._error
+
+    def miscounted(self) -> list[int]:
+        """The taps of which a function was called more or less often than in the dry run."""
+        of_functions = [p for p in self.pickups if p.site.function is not None]
+        return [p.tap for p in of_functions if self._counts.get(p.site.function, 0) != p.site.times]
 
 
+@dataclass(eq=False, repr=False)
 class Pass:
     """One forward pass of the model, from its first hook to its last, and until its loss is asked for."""
 
-    failure: str | None = None  # what went wrong with the pass as a whole
-    partly_compiled = False  # a part of the model is compiled, and its root is not
+    taps: Sequence[Tap]
+    schedule: InitVar[Schedule]
+    every_tap: InitVar[bool]  # whatever the schedule says
+    training: bool
+    batch_size: int | None
+    mask: Tensor | None  # (B, ...), which the model itself was given
+    observer: Callable[[Pass, int, Tensor], None] | None  # gets the tap and a_B as a whole, before rows are taken
+
     muted = False  # within a hook of ours: our own torch calls are not the model's
 
-    def __init__(
-        self,
-        taps: Sequence[Tap],
-        scheduled: Sequence[int],  # which of the taps are captured
-        draws: Tensor | None,  # (len(scheduled), n) int64, to choose positions by; None to pool over all
-        device: torch.device,  # of the heads
-        training: bool,
-        batch_size: int | None,
-        mask: Tensor | None,  # (B, ...), which the model itself was given
-        observer: Callable[[Pass, int, Tensor], None] | None,  # gets the tap and a_B as a whole, before rows are taken
-    ) -> None:
-        self.taps = taps
-        self.scheduled = tuple(scheduled)
+    def __post_init__(self, schedule: Schedule, every_tap: bool) -> None:
+        self.scheduled = tuple(range(len(self.taps))) if every_tap else schedule.taps
+        draws = schedule.draws_of(len(self.scheduled))
         self.random = None if draws is None else upper_half(draws)
-        widest = max(max(tap.channels, tap.latent_channels) for tap in taps)
+        self.device = schedule.draws.device
+        widest = max(max(tap.channels, tap.latent_channels) for tap in self.taps)
         #: 0, 1, 2, ...: to count positions and channels with.
-        self.numbers = torch.arange(1 + max(widest, 0 if draws is None else draws.shape[-1]), device=device)
-        self.device = device
-        self.training = training
-        self.batch_size = batch_size
-        self.mask = mask
-        self.observer = observer
+        self.numbers = torch.arange(1 + max(widest, 0 if draws is None else draws.shape[-1]), device=self.device)
         self.compiled = torch.compiler.is_compiling()
-        self.pairs = {k: Pair(taps[k]) for k in self.scheduled}
+        self.pairs = {k: Pair(self.taps[k]) for k in self.scheduled}
         #: Taps of which a function was called another number of times than in the dry run.
         self.miscounted: list[int] = []
         #: Calls of modules that run, the innermost last, and how often each module was called so far.
         self.open: list[Call] = []
         self.calls: dict[str, int] = {}
-        #: What is asked of the backward passes.
         self.backward = BackwardRule()
         self._elements: dict[Any, tuple[Tensor, Tensor]] = {}
-        self._zeros: dict[Any, Tensor] = {}
+        self._zeros: dict[torch.dtype, Tensor] = {}
 
     @property
     def usable_mask(self) -> Tensor | None:
@@ -129,29 +149,23 @@ class Pass:
         """Take the rows of those activations that are picked up at sites of this kind."""
         for p in pickups:
             if p.site.kind == kind:
-                self.attempt(p.tap, self._take_at, p, tree)
+                self._try_to_take(p.tap, p.side, tree, p.site.path)
 
-    def _take_at(self, p: Pickup, tree: Any) -> None:
-        self.take(p.tap, p.side, part_of(tree, p.site.path))
-
-    def attempt(self, tap: int | None, action: Callable[..., None], *args: Any) -> None:
-        """Do something for a tap (None: for the pass). What goes wrong is kept, and the model goes on."""
+    def _try_to_take(self, k: int, side: int, tree: Any, path: Path = ()) -> None:
+        """Take the rows of one side of a tap. What goes wrong is kept, and the model goes on."""
         was_muted, self.muted = self.muted, True
         try:
             with _compat.unrecorded():
-                action(*args)
+                self.take(k, side, part_of(tree, path))
         except Exception as error:
             why = str(error) if isinstance(error, CMIMError) else f"{type(error).__name__}: {error}"
-            self.leave_out(tap, FAILED, why)
+            self.leave_out(k, FAILED, why)
         finally:
             self.muted = was_muted
 
-    def leave_out(self, tap: int | None, how: str, why: str) -> None:
-        """A tap (None: the pass) adds nothing to the loss. Not by an exception: torch 2.6 does not compile those."""
-        if tap is None:
-            self.failure = self.failure or why
-        else:
-            self.pairs[tap].left_out = self.pairs[tap].left_out or (how, why)
+    def leave_out(self, k: int, how: str, why: str) -> None:
+        """A tap adds nothing to the loss. Not by an exception: torch 2.6 does not compile those."""
+        self.pairs[k].left_out = self.pairs[k].left_out or (how, why)
 
     def close(self, hook: object) -> Call | None:
         """The innermost call of a hook's module ends, with all that was opened within it."""
@@ -159,16 +173,10 @@ class Pass:
             return None
         while True:
             call = self.open.pop()
-            if call.listener is not None:
-                _compat.leave_mode(call.listener)
+            if call.listens:
+                _compat.switch_mode(call, on=False)
             if call.hook is hook:
                 return call
-
-    def count(self, call: Call) -> None:
-        """A call has ended: note the taps of which it called a function more or less often than in the dry run."""
-        for p in call.pickups:
-            if p.site.function is not None and call.listener.calls.get(p.site.function, 0) != p.site.times:
-                self.miscounted.append(p.tap)
 
     def abandon(self) -> None:
         """The pass did not come to its end."""
@@ -176,17 +184,15 @@ class Pass:
             self.close(self.open[-1].hook)
 
     def check(self, plugin: object, may_reach_none: bool) -> None:
-        """Raise CMIMError where something could not be captured or nothing is left to train. Warn once for each
-        ``plugin`` about each tap that adds nothing to the loss. ``may_reach_none``: accept a pass that reached no tap,
-        as random skipping of layers can make it."""
+        """Raise CMIMError where something could not be captured or nothing is left to train; warn ``plugin`` once about
+        each tap that adds nothing. ``may_reach_none``: accept a pass without a tap, as one that skips layers."""
         self._check_counts()
-        lines = self.troubles()
         left_out = [pair.left_out[0] for pair in self.pairs.values() if pair.left_out]
         reached = any(pair.complete for pair in self.pairs.values())
         # Of some taps, those of this step may be frozen; of all, none is left to train.
         frozen = EXCUSED in left_out and not reached
-        if self.failure or FAILED in left_out or (frozen and len(self.scheduled) == len(self.taps)):
-            raise CMIMError("\n".join(["The forward pass could not be captured.", *lines]))
+        if FAILED in left_out or (frozen and len(self.scheduled) == len(self.taps)):
+            raise CMIMError("\n".join(["The forward pass could not be captured.", *self.troubles()]))
         for k, pair in self.pairs.items():
             if not pair.complete:
                 self.leave_out(k, MISSED, "the forward pass did not reach it")
@@ -201,18 +207,16 @@ class Pass:
 
     def troubles(self) -> list[str]:
         """What went wrong, a line each."""
-        of_taps = [f"Tap {self.taps[k].name}: {pair.left_out[1]}." for k, pair in self.pairs.items() if pair.left_out]
-        return [self.failure, *of_taps] if self.failure else of_taps
+        return [f"Tap {pair.tap.name}: {pair.left_out[1]}." for pair in self.pairs.values() if pair.left_out]
 
     def _check_counts(self) -> None:
         """Leave out the taps whose two sides may not belong together. That is so where a function was called more or
         less often than in the dry run, or a module was and the sides are not picked up in one call."""
         for k, pair in self.pairs.items():
-            tap = self.taps[k]
-            sites = [site for site in (tap.binary, tap.latent) if site is not None]
+            sites = [site for site in (pair.tap.binary, pair.tap.latent) if site is not None]
             other_calls = any(self.calls.get(site.module, 0) != site.calls for site in sites)
             failed = pair.left_out is not None and pair.left_out[0] == FAILED
-            if k in self.miscounted or (other_calls and (failed or not tap.in_one_call)):
+            if k in self.miscounted or (other_calls and (failed or not pair.tap.in_one_call)):
                 pair.rows = [None, None]
                 pair.left_out = MISSED, "a function or module was not called as often as in the dry run"
 
@@ -224,9 +228,9 @@ class Pass:
 
     def take(self, k: int, side: int, x: Any) -> None:
         """Take the rows of one side of a tap out of its activation."""
-        tap, pair = self.taps[k], self.pairs[k]
-        layout = tap.layouts[side]
-        trouble = self._trouble(tap, pair, side, x)
+        pair = self.pairs[k]
+        layout = pair.tap.layouts[side]
+        trouble = self._trouble(pair, side, x)
         if trouble is not None:
             self.leave_out(k, *trouble)
             return
@@ -238,19 +242,24 @@ class Pass:
             return
         pair.total, pair.spatial = layout.positions(x.shape), layout.spatial_shape(x.shape)
         pair.tokens = layout.tokens(x.shape)
+        slot = self.scheduled.index(k)
         if torch.compiler.is_compiling():
-            pair.index = indices_among(self.random[self.scheduled.index(k)], pair.total, self.numbers)
+            pair.index = indices_among(self.random[slot], pair.total, self.numbers)
             rows = layout.rows(x)[pair.index]
         else:
-            pair.index, elements = self._positions(k, layout, x)
-            rows = sampled(x, elements, self._zero(x), self.backward)
+            # Of all taps at once, for each shape: two small operations instead of two for each tap and side.
+            key = layout, x.shape
+            if key not in self._elements:
+                of_all = indices_among(self.random, pair.total, self.numbers)
+                self._elements[key] = of_all, layout.elements(of_all, x.shape, self.numbers)
+            if x.dtype not in self._zeros:
+                self._zeros[x.dtype] = x.new_zeros(())
+            pair.index, elements = (of_all[slot] for of_all in self._elements[key])
+            rows = sampled(x, elements, self._zeros[x.dtype], self.backward)
         pair.rows[side] = _without_masked_scores(rows, side, layout)
-        if side == BINARY and self.usable_mask is not None:
-            pair.unpadded = mask_of(pair, self.usable_mask.to(x.device))
 
-    def _trouble(self, tap: Tap, pair: Pair, side: int, x: Any) -> tuple[str, str] | None:
+    def _trouble(self, pair: Pair, side: int, x: Any) -> tuple[str, str] | None:
         """Why the rows of an activation cannot be taken: FAILED or EXCUSED, and a message."""
-        layout = tap.layouts[side]
         if not isinstance(x, Tensor):
             why = f"a tensor was expected, found a {type(x).__name__}"
             return FAILED, f"{why}. Attach again with an example_input like the training batches"
@@ -262,46 +271,24 @@ class Pass:
                 "its binary activation came without a gradient. Layers that were frozen do that (nothing is left to "
                 "train there), and reentrant activation checkpointing (pass use_reentrant=False to checkpoint)"
             )
+        tap, layout = pair.tap, pair.tap.layouts[side]
         wanted, found = (tap.channels if side == BINARY else tap.latent_channels), layout.channels(x.shape)
         if found != wanted and layout.scores:
-            return (
-                EXCUSED,
-                f"its channels are the tokens of the batch, which were {wanted} when CMIM was attached: pad to one "
-                "length, or leave it out with taps=",
-            )
+            why = f"its channels are the tokens of the batch, which were {wanted} when CMIM was attached"
+            return EXCUSED, f"{why}: pad to one length, or leave it out with taps="
         if found != wanted:
             why = f"it has {found} channels, and had {wanted} when CMIM was attached"
             return FAILED, f"{why}. After pruning, or after another change of the layers, attach again"
         if layout.windowed and len(x) and (not self.batch_size or len(x) % self.batch_size):
             return EXCUSED, "its rows are not a whole number of windows for each sample of the batch"
         other, total = pair.rows[1 - side], layout.positions(x.shape)
-        if other is None:
-            return None
-        if self.random is None and not layout.windowed and len(other) != len(x):
+        if other is not None and self.random is None and not layout.windowed and len(other) != len(x):
             return FAILED, f"its two sides have {len(other)} and {len(x)} samples in this batch"
-        if self.random is not None and pair.total != total:
+        if other is not None and self.random is not None and pair.total != total:
             remedy = "Leave it out with taps=" if tap.latent else "Name another module with teacher_modules="
             why = f"its two sides have {pair.total} and {total} positions in this batch"
             return FAILED, f'{why}. {remedy}, or use instances="image"'
         return None
-
-    def _positions(self, k: int, layout: Layout, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The positions of a tap, ``(n,)``, and where their channels stand in the activation, ``(n, C)``."""
-        assert self.random is not None
-        slot = self.scheduled.index(k)
-        # Of all taps at once, for each shape: two small operations instead of two for each tap and side.
-        key = layout, x.shape
-        if key not in self._elements:
-            of_all = indices_among(self.random, layout.positions(x.shape), self.numbers)
-            self._elements[key] = of_all, layout.elements(of_all, x.shape, self.numbers)
-        index, elements = self._elements[key]
-        return index[slot], elements[slot]
-
-    def _zero(self, x: Tensor) -> Tensor:
-        key = x.dtype, x.device
-        if key not in self._zeros:
-            self._zeros[key] = x.new_zeros(())
-        return self._zeros[key]
 
 
 def mask_of(pair: Pair, mask: Tensor) -> Tensor:
@@ -325,25 +312,12 @@ def _without_masked_scores(values: Tensor, side: int, layout: Layout) -> Tensor:
     if side != LATENT or layout.spatial is not None:
         return values
     if torch.compiler.is_compiling():
-        return F.threshold(values, _MASKED, 0.0)
-    found: Tensor = _WithoutMaskedScores.apply(values)
-    return found
+        return values.masked_fill(values <= _MASKED, 0)
+    # Checkpointing counts what is saved, and misses ours when it recomputes: hooks of our own hide the mask from it.
+    with torch.autograd.graph.saved_tensors_hooks(lambda mask: mask, lambda mask: mask):
+        return values.masked_fill(values <= _MASKED, 0)
 
 
-class _WithoutMaskedScores(torch.autograd.Function):
-    """``F.threshold``, which saves a tensor: checkpointing counts those, and we capture nothing when it recomputes."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        ctx.masked = values <= _MASKED
-        return values.masked_fill(ctx.masked, 0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.masked_fill(ctx.masked, 0)
-
-
-def current_error() -> int:
-    """The id of the exception that is being handled, 0 for none. torch runs ``always_call`` hooks while it handles the
-    exception of the forward: if the id changed between two hooks of a call, the call raised."""
+def _current_error() -> int:
+    """The id of the exception that is being handled, 0 for none."""
     return 0 if torch.compiler.is_compiling() else id(sys.exc_info()[1])

@@ -102,6 +102,7 @@ class CMIM(nn.Module):
         batch_size: int | None = None,
     ) -> None:
         super().__init__()
+        self.weight = weight
         _check_settings(locals())
         model = unwrapped(model)
         if attached_to(model):
@@ -117,7 +118,6 @@ class CMIM(nn.Module):
 
         #: What is contrasted, in forward order.
         self.taps: tuple[Tap, ...] = tapped if self._teacher is None else self._teacher.taps
-        self.weight = weight
         self.instances = instances
         generator = seeded_generator()
         self.contrast = Contrast(
@@ -193,11 +193,9 @@ class CMIM(nn.Module):
         return captured
 
     def _finish_step(self, value: Tensor, captured: Pass) -> Tensor:
-        """The weighted loss, scaled from the taps of this step to all. Warns where that is due, and ends the step."""
-        if not torch.compiler.is_compiling():
-            if not self.schedule.step and self._capture.model_was_loaded:
-                self.contrast.tell_of_new_heads()
-            self.contrast.tell_of_idle_heads(self.weight)
+        """The weighted loss, scaled from the taps of this step to all. Ends the step."""
+        if not torch.compiler.is_compiling() and not self.schedule.step and self._capture.model_was_loaded:
+            self.contrast.tell_of_new_heads()
         self.schedule.advance()
         if not isinstance(self.weight, Tensor) and self.weight == 0:
             return self.heads.weights[:0].sum()  # 0 * inf would be NaN, and parameters would get a gradient of zero
@@ -217,7 +215,10 @@ class CMIM(nn.Module):
 
     @weight.setter
     def weight(self, weight: float | Tensor) -> None:
-        self._weight = _checked_weight(weight)
+        number = isinstance(weight, numbers.Real)
+        if not (0 <= weight < math.inf if number else isinstance(weight, Tensor) and weight.ndim == 0):
+            raise CMIMError(f"weight must be a number, zero or more, or a 0-d tensor; found {weight!r}.")
+        self._weight = float(weight) if number else weight
 
     # -- figures -------------------------------------------------------------------------------------------------
 
@@ -261,7 +262,6 @@ class CMIM(nn.Module):
         *,
         inputs: Callable[[Any], Any] | None = None,
         max_batches: int | None = None,
-        since: Report | None = None,
     ) -> Report:
         """What each tap keeps of its latent, over held-out data: see :class:`Report`. Nothing of the training moves.
 
@@ -274,14 +274,13 @@ class CMIM(nn.Module):
                 positional inputs or a dict of keyword inputs. Tensors are moved to the device of the model.
             inputs: batch to input of the model, for batches of another form.
             max_batches: stop after this number of batches.
-            since: an earlier report on the same inputs in the same order, to count the codes that flipped since.
 
         Raises:
-            CMIMError: another model, a batch without an input, no batch, no tap reached, or ``since`` saw other inputs.
+            CMIMError: another model, a batch without an input, no batch, or no tap reached.
         """
         own, source = path_to(self._capture.model_ref(), model)[-1], self._capture.batch_source
         positions = self.schedule.positions
-        return measure(own, self.contrast, source, self._teacher, positions, loader, inputs, max_batches, since)
+        return measure(own, self.contrast, source, self._teacher, positions, loader, inputs, max_batches)
 
     # -- attach and remove ---------------------------------------------------------------------------------------
 
@@ -417,18 +416,24 @@ def _default_embed_dim(model: nn.Module, taps: tuple[Tap, ...]) -> int:
     return next((dim for dim in (128, 64) if dim * channels <= most), 32)
 
 
-def _checked_weight(weight: Any) -> float | Tensor:
-    number = isinstance(weight, numbers.Real)
-    if not (0 <= weight < math.inf if number else isinstance(weight, Tensor) and weight.ndim == 0):
-        raise CMIMError(f"weight must be a number, zero or more, or a 0-d tensor; found {weight!r}.")
-    return float(weight) if number else weight
+# Names of settings, their type, a test of the value, and both in words.
+Rules = list[tuple[str, Any, Callable[[Any], bool], str]]
+
+
+def check(settings: dict[str, Any], rules: Rules) -> None:
+    """Raise CMIMError for the first setting that breaks its rule. A boolean is no number."""
+    for names, kind, fits, wanted in rules:
+        for name in names.split():
+            value = settings[name]
+            if not isinstance(value, kind) or isinstance(value, bool) or not fits(value):
+                raise CMIMError(f"{name} must be {wanted}; found {value!r}.")
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
     number, integer, positive = numbers.Real, "an integer, {} or more", lambda v: v is None or v >= 1
     function = "a function such as InfoNCE() or NCE(num_samples=...)"
-    rules: list[tuple[str, Any, Callable[[Any], bool], str]] = [
-        ("weight heads_lr", number, lambda v: 0 <= v < math.inf, "a number, zero or more"),
+    rules: Rules = [
+        ("heads_lr", number, lambda v: 0 <= v < math.inf, "a number, zero or more"),
         ("temperature", number, lambda v: 0 < v < math.inf, "positive"),
         ("layer_decay", number, lambda v: 0 < v <= 1, "in (0, 1]"),
         ("num_positions", numbers.Integral, positive, integer.format(1)),
@@ -440,11 +445,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
         ("teacher", nn.Module | None, lambda v: True, "a torch.nn.Module or None"),
         ("teacher_modules", Mapping | None, lambda v: True, "a dict of tap name to module name, or None"),
     ]
-    for names, kind, fits, wanted in rules:
-        for name in names.split():
-            value = settings[name]
-            if not isinstance(value, kind) or isinstance(value, bool) or not fits(value):
-                raise CMIMError(f"{name} must be {wanted}; found {value!r}.")
+    check(settings, rules)
     teacher = settings["teacher"]
     if teacher is not None and unwrapped(teacher) is unwrapped(settings["model"]):
         raise CMIMError("The teacher is the binary network itself: pass another, full-precision network.")

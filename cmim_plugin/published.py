@@ -14,7 +14,7 @@ from .contrast import Contrast, Last, zero_of
 from .errors import CMIMError
 from .objectives import NCE, holds_integers
 from .passes import Pass
-from .plugin import CMIM
+from .plugin import CMIM, Rules, check
 from .sampling import advance, new_draws, seeded_generator, upper_half
 
 # As in the code of CRD (arXiv 1910.10699), which the published code took over.
@@ -65,16 +65,16 @@ class PublishedCMIM(CMIM):
         embed_dim: int = 128,
         train_heads: bool = False,
     ) -> None:
-        if not isinstance(teacher, nn.Module):
-            raise CMIMError(f"teacher must be a torch.nn.Module; found {teacher!r}.")
+        rules: Rules = [
+            ("teacher", nn.Module, lambda v: True, "a torch.nn.Module"),
+            ("momentum", numbers.Real, lambda v: 0 <= v < 1, "in [0, 1)"),
+            ("num_negatives", numbers.Integral, lambda v: v >= 1, "an integer, 1 or more"),
+        ]
+        check(locals(), rules)
         if not isinstance(targets, Tensor) or targets.ndim != 1 or not holds_integers(targets):
             raise CMIMError("targets must be a tensor of the (M,) integer classes of the training set, in its order.")
         if len(targets.unique()) < 2:
             raise CMIMError("targets has one class only: negatives are drawn from other classes.")
-        if not isinstance(momentum, numbers.Real) or not 0 <= momentum < 1:
-            raise CMIMError(f"momentum must be in [0, 1); found {momentum!r}.")
-        if not isinstance(num_negatives, numbers.Integral) or num_negatives < 1:
-            raise CMIMError(f"num_negatives must be an integer, 1 or more; found {num_negatives!r}.")
         super().__init__(
             model,
             example_input,

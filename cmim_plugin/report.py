@@ -9,8 +9,8 @@ import math
 import numbers
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -21,17 +21,14 @@ from ._compat import force_eager
 from .capture import Capture
 from .contrast import Contrast
 from .discovery.codes import is_two_valued
-from .discovery.inputs import BatchSource, as_inputs, is_strided, mapped, tensors_in
+from .discovery.inputs import BatchSource, as_inputs, mapped
 from .discovery.state import preserve_generators
 from .errors import CMIMError, CMIMWarning
-from .passes import BINARY, Pass
-from .sampling import Schedule, advance, new_draws, stratified_indices
+from .passes import BINARY, Pass, mask_of
+from .sampling import Schedule
 from .teacher import Teacher
 from .text import table
 
-# To compare with another report, each batch leaves the codes at so many positions of each tap, and so many values of
-# each input; all batches leave about so many codes of a tap, one byte each.
-_KEPT, _MOST_CODES = 64, 2**20
 # Scores this close are a tie: clipping makes many latents the very same.
 _NOISE = 1e-6
 # Heading -> what of a tap is below it, and how it is written.
@@ -39,7 +36,7 @@ _NOISE = 1e-6
 _COLUMNS = {
     "tap": ("name", "{}"), "channels": ("channels", "{}"), "bound": ("bound", "{:.2f}"),
     "at most": ("ceiling", "{:.2f}"), "kept": ("kept", "{:.0%}"), "retrieval": ("retrieval", "{:.1%}"),
-    "+1": ("plus", "{:.1%}"), "dead": ("dead", "{}"), "saturated": ("saturated", "{}"), "flips": ("flips", "{:.2%}"),
+    "+1": ("plus", "{:.1%}"), "dead": ("dead", "{}"), "saturated": ("saturated", "{}"),
 }
 # fmt: on
 
@@ -58,7 +55,6 @@ class TapReport:
             [0, 1]; a tie of ``k`` of them counts ``1 / k``.
         plus: share of the higher code, of all positions and channels, in [0, 1].
         dead, saturated: channels whose code was always the lower, always the higher one.
-        flips: share of the codes that differ from an earlier report, in [0, 1]; None without one.
 
     ``bound``, ``ceiling`` and ``retrieval`` are None where no batch had two instances to tell apart.
     """
@@ -71,7 +67,6 @@ class TapReport:
     plus: float
     dead: int
     saturated: int
-    flips: float | None = None
 
     @property
     def kept(self) -> float | None:
@@ -99,10 +94,6 @@ class Report:
     rank: int = 0
     ranks: int = 1
     heads_trained: bool = True
-    # Tap name -> number of the batch -> the codes at some positions, (n, channels) bool.
-    _codes: dict[str, dict[int, Tensor]] = field(default_factory=dict, compare=False)
-    # Some values of the inputs of each batch.
-    _inputs: list[Tensor] = field(default_factory=list, compare=False)
 
     @property
     def worst(self) -> str:
@@ -113,27 +104,6 @@ class Report:
         kept = {tap.name: tap.kept for tap in self.taps if tap.kept is not None}
         figures = kept or {tap.name: tap.retrieval for tap in self.taps if tap.retrieval is not None}
         return min(figures, key=lambda name: figures[name], default="")
-
-    def flips(self, earlier: Report) -> dict[str, float]:
-        """The share of the codes that differ from an earlier report, for the taps of both: ``{tap name: share}``.
-
-        Both reports look at the same positions, as many batches as both saw, at most about a million codes a tap.
-
-        Raises:
-            CMIMError: the two saw other inputs, or in another order, or have no tap in common.
-        """
-        _check_earlier(earlier, self._inputs)
-        found = {}
-        for name, own in self._codes.items():
-            other = earlier._codes.get(name, {})
-            pairs = [(codes, other[batch]) for batch, codes in own.items() if batch in other]
-            if any(now.shape != before.shape for now, before in pairs):
-                raise CMIMError(f"Tap {name} has other channels or positions than in the earlier report.")
-            if pairs:
-                found[name] = sum(int((a != b).sum()) for a, b in pairs) / sum(codes.numel() for codes, _ in pairs)
-        if not found:
-            raise CMIMError(f"No tap in common: {list(self._codes)} here, {list(earlier._codes)} in the earlier one.")
-        return found
 
     def scalars(self) -> dict[str, float]:
         """``{"tap name/figure": value}``, for TensorBoard: every figure that is known."""
@@ -152,50 +122,48 @@ class Report:
             writer.writerows(asdict(tap) for tap in self.taps)
 
     def plot(self, path: str | os.PathLike[str], before: Report | None = None) -> Any:
-        """Draw the figures of all taps side by side into a file, ``before`` those of another report beside them.
+        """Draw the figures of all taps side by side into a file, whose ending says which format. Needs matplotlib.
 
-        Needs matplotlib. The ending of ``path`` says which format.
+        ``before``: another report of the same taps, drawn beside this one.
 
         Returns:
             The ``matplotlib.figure.Figure``, as ``SummaryWriter.add_figure`` takes it.
         """
+        if before is not None and [tap.name for tap in before.taps] != [tap.name for tap in self.taps]:
+            raise CMIMError("The report before has other taps.")
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise CMIMError(
                 "Drawing a report needs matplotlib: pip install matplotlib. (The table, to_csv() and scalars() do not.)"
             ) from error
-        panels: list[tuple[str, Callable[[TapReport], float | None]]] = [
-            ("mutual information, at least (nats)", lambda tap: tap.bound),
-            ("own latent retrieved (%)", lambda tap: None if tap.retrieval is None else 100 * tap.retrieval),
-            ("codes +1 (%)", lambda tap: 100 * tap.plus),
-            ("channels of one code (%)", lambda tap: 100 * (tap.dead + tap.saturated) / tap.channels),
-        ]
-        if any(tap.flips is not None for tap in self.taps):
-            panels.append(("codes flipped (%)", lambda tap: None if tap.flips is None else 100 * tap.flips))
-        bars = [("before", before, "lightgray")] if before is not None else []
-        bars.append(("now", self, "tab:blue"))
-        height = 0.8 / len(bars)
-        names = [tap.name for tap in self.taps]
-        figure = Figure(figsize=(2 + 3 * len(panels), 1.5 + 0.3 * len(names)), layout="constrained")
+        panels: dict[str, Callable[[TapReport], float | None]] = {
+            "mutual information, at least (nats)": lambda tap: tap.bound,
+            "own latent retrieved (%)": lambda tap: None if tap.retrieval is None else 100 * tap.retrieval,
+            "codes +1 (%)": lambda tap: 100 * tap.plus,
+            "channels of one code (%)": lambda tap: 100 * (tap.dead + tap.saturated) / tap.channels,
+        }
+        figure = Figure(figsize=(2 + 3 * len(panels), 1.5 + 0.3 * len(self.taps)), layout="constrained")
         row = figure.subplots(1, len(panels), sharey=True)
-        for axes, (title, figure_of) in zip(row, panels, strict=True):
+        bars = (
+            [("now", self, "tab:blue")]
+            if before is None
+            else [("before", before, "lightgray"), ("now", self, "tab:blue")]
+        )
+        height, places = 0.8 / len(bars), range(len(self.taps))
+        for axes, (title, figure_of) in zip(row, panels.items(), strict=True):
             for i, (label, report, color) in enumerate(bars):
-                drawn = [tap for tap in report.taps if tap.name in names]
-                places = [names.index(tap.name) + (i + 0.5) * height - 0.4 for tap in drawn]
-                axes.barh(places, _with_nan(map(figure_of, drawn)), height, color=color, label=label)
+                at = [place + (i + 0.5) * height - 0.4 for place in places]
+                axes.barh(at, _with_nan(map(figure_of, report.taps)), height, color=color, label=label)
             axes.set_title(title, fontsize=10)
             if title.endswith("(%)"):
                 axes.set_xlim(0, 100)
-        ceilings = _with_nan(tap.ceiling for tap in self.taps)
-        row[0].plot(ceilings, range(len(names)), "k|", markersize=10, label="at most")
-        figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower left", ncols=len(bars) + 1, fontsize=8)
+        row[0].plot(_with_nan(tap.ceiling for tap in self.taps), places, "k|", markersize=10, label="at most")
+        row[0].legend(fontsize=8)
         row[2].axvline(50, color="black", linewidth=0.8, linestyle=":")
-        row[0].set_yticks(range(len(names)), names)
+        row[0].set_yticks(places, [tap.name for tap in self.taps])
         row[0].invert_yaxis()
-        if self.worst and self.heads_trained:
-            row[0].get_yticklabels()[names.index(self.worst)].set(color="tab:red", fontweight="bold")
-        figure.suptitle(f"{self._title()}{'; red: loses the most' if self.heads_trained else ''}", fontsize=10)
+        figure.suptitle(self._title(), fontsize=10)
         figure.savefig(path, dpi=120)
         return figure
 
@@ -226,26 +194,20 @@ def measure(
     loader: Iterable[Any],
     inputs: Callable[[Any], Any] | None,
     max_batches: int | None,
-    since: Report | None,
 ) -> Report:
     """:meth:`cmim_plugin.CMIM.report`, of the model inside any wrapper. ``num_positions``: None for whole images."""
     if max_batches is not None and (not isinstance(max_batches, numbers.Integral) or max_batches < 1):
         raise CMIMError(f"max_batches must be an integer, 1 or more, or None for all; found {max_batches!r}.")
     if isinstance(loader, Tensor):
         raise CMIMError("The loader must give batches: for a single batch x, pass [x]; found a tensor.")
-    if since is not None:
-        _check_earlier(since, ())
     device = next((p.device for p in model.parameters()), contrast.heads.weights.device)
     tallies = [_Tally(contrast, k) for k in range(len(contrast.taps))]
     generator = torch.Generator("cpu").manual_seed(0)
-    # Drawn first, so that num_positions does not change which codes are kept.
-    draws = new_draws((_KEPT,), generator).to(device)
     schedule = Schedule(len(tallies), None, num_positions, generator, shared=False).to(device)
-    samples = 0
-    seen: list[Tensor] = []
+    samples = batches = 0
 
     def observer(running: Pass, k: int, activation: Tensor) -> None:
-        tallies[k].count_codes(activation, running.usable_mask, draws, len(seen))
+        tallies[k].count_codes(activation, running.usable_mask)
 
     capture = Capture(model, contrast.taps, schedule, batch_source, observer, teacher)
     troubles: list[str] = []
@@ -255,9 +217,7 @@ def measure(
         try:
             for batch in itertools.islice(loader, max_batches):
                 args, kwargs = _inputs_of(batch, inputs, device)
-                seen.append(_some_values((args, kwargs), draws))
-                if since is not None:  # now, not after the last batch
-                    _check_earlier(since, seen[-1:], len(seen) - 1)
+                batches += 1
                 try:
                     model(*args, **kwargs)
                 except TypeError as error:  # an argument is missing
@@ -268,11 +228,10 @@ def measure(
                 for tally in tallies:
                     tally.contrast_rows(captured)
                 samples += max(pair.batch_size for pair in captured.pairs.values())
-                advance(draws)
                 schedule.advance()
         finally:
             capture.detach()
-    if not seen:
+    if not batches:
         raise CMIMError("The loader gave no batch: nothing to report on. (A generator that was used up does that.)")
     found = [tally for tally in tallies if tally.positions and not tally.astray]
     if not found:
@@ -286,21 +245,15 @@ def measure(
             CMIMWarning,
             stacklevel=3,
         )
-    report = Report(
+    return Report(
         taps=tuple(tally.result() for tally in found),
         samples=samples,
-        batches=len(seen),
+        batches=batches,
         instances="image" if num_positions is None else "position",
         rank=distributed.rank(),
         ranks=distributed.ranks(),
         heads_trained=not contrast.heads.lr or bool(contrast.heads.steps),
-        _codes={tally.tap.name: tally.codes for tally in found},
-        _inputs=seen,
     )
-    if since is None:
-        return report
-    flips = report.flips(since)
-    return replace(report, taps=tuple(replace(tap, flips=flips.get(tap.name)) for tap in report.taps))
 
 
 class _Tally:
@@ -316,11 +269,10 @@ class _Tally:
         self.tap = contrast.taps[k]
         #: Of each channel, how many positions have the higher code.
         self.higher = torch.zeros(self.tap.channels, dtype=torch.int64, device="cpu")
-        self.codes: dict[int, Tensor] = {}
         self.bound_of = getattr(contrast.objective, "bound", None)
 
-    def count_codes(self, activation: Tensor, mask: Tensor | None, draws: Tensor, batch: int) -> None:
-        """Count the codes of a_B, all of them but those of padding, and keep some."""
+    def count_codes(self, activation: Tensor, mask: Tensor | None) -> None:
+        """Count the codes of a_B, all of them but those of padding."""
         if not activation.numel():
             return
         layout = self.tap.layouts[BINARY]
@@ -332,8 +284,6 @@ class _Tally:
             codes = codes[mask.repeat(1, len(codes) // max(mask.numel(), 1)).flatten().to(codes.device) != 0]
         self.positions += len(codes)
         self.higher += codes.sum(0).cpu()
-        if sum(kept.numel() for kept in self.codes.values()) < _MOST_CODES:
-            self.codes[batch] = codes[stratified_indices(draws, len(codes))].cpu()
 
     def contrast_rows(self, captured: Pass) -> None:
         """Bound and retrieval of one batch."""
@@ -342,8 +292,9 @@ class _Tally:
             self.astray = self.astray or any(rows is not None for rows in pair.rows)
             return
         binary, latent = pair.sides
-        if pair.unpadded is not None:
-            binary, latent = binary[pair.unpadded], latent[pair.unpadded]
+        if captured.usable_mask is not None and pair.index is not None:
+            counted = mask_of(pair, captured.usable_mask.to(binary.device))
+            binary, latent = binary[counted], latent[counted]
         n = len(binary)
         if n < 2:
             return
@@ -391,26 +342,6 @@ def _is_higher(activation: Tensor) -> Tensor:
     apart = high - low > 1e-2 * torch.maximum(low.abs(), high.abs())
     one_sign = apart & ((low > 0) | (high <= 0))
     return activation > torch.where(one_sign, low / 2 + high / 2, 0)
-
-
-def _some_values(inputs: Any, draws: Tensor) -> Tensor:
-    """Some values of each dense tensor among the inputs, by which another report knows the batch again."""
-    found = [torch.empty(0, dtype=torch.float64, device="cpu")]
-    for _, tensor in tensors_in(inputs):
-        if is_strided(tensor):
-            found.append(tensor.flatten()[stratified_indices(draws, tensor.numel())].cpu())
-    return torch.cat(found).nan_to_num()
-
-
-def _check_earlier(earlier: Any, inputs: Sequence[Tensor], first: int = 0) -> None:
-    """Refuse what is no report, or one that saw other inputs than these in the batches from ``first`` on."""
-    if not isinstance(earlier, Report):
-        raise CMIMError(f"An earlier report is needed, as cmim.report() gave it; found a {type(earlier).__name__}.")
-    if not all(torch.equal(*batches) for batches in zip(inputs, earlier._inputs[first:], strict=False)):
-        raise CMIMError(
-            "The two reports saw other inputs, or the same ones in another order, so their codes cannot be compared: "
-            "give both a loader without shuffling and random augmentation, with the same batch size."
-        )
 
 
 def _inputs_of(

@@ -15,10 +15,7 @@ _MULTIPLIER, _INCREMENT = 6364136223846793005, 1442695040888963407
 
 
 def seeded_generator(stream: int = 0) -> torch.Generator:
-    """A generator of the CPU whose seed follows the user's ``torch.manual_seed()``; reading it does not move theirs.
-
-    Two streams draw different numbers.
-    """
+    """A generator of the CPU whose seed follows the user's ``torch.manual_seed()``, each stream with other numbers."""
     return torch.Generator("cpu").manual_seed((torch.initial_seed() + stream) % 2**63)
 
 
@@ -30,8 +27,8 @@ def new_draws(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
 def advance(draws: Tensor) -> None:
     """Replace random numbers by the next ones, in place: each entry is a random sequence of its own.
 
-    A generator that is one tensor is saved like any other state, draws the same on every device and every rank, needs
-    nothing from the host, and can be compiled and captured in a CUDA graph.
+    As a tensor it is saved like other state, draws the same on every device and every rank, needs nothing from the
+    host, and can be compiled and captured in a CUDA graph.
     """
     draws.mul_(_MULTIPLIER).add_(_INCREMENT)
 
@@ -42,10 +39,8 @@ class Schedule(nn.Module):
     """
 
     draws: Tensor  # (count, positions) int64; a pass of m taps uses the first m rows
-    #: How many losses were asked for so far, of an eager model.
-    step = 0
-    #: Each pass captures all taps, whatever taps_per_step says: each choice of some would be compiled anew.
-    all_taps = False
+    step = 0  # losses asked for so far, of an eager model
+    all_taps = False  # whatever taps_per_step says: each choice of some would be compiled anew
 
     def __init__(
         self,
@@ -110,7 +105,7 @@ def stratified_indices(draws: Tensor, total: int) -> Tensor:
 
 
 def upper_half(draws: Tensor) -> Tensor:
-    """The upper 32 bits: the lower ones of such a generator have short periods."""
+    """The upper 32 bits: the lower ones have short periods."""
     return draws >> 32
 
 
@@ -127,13 +122,12 @@ def indices_among(random: Tensor, total: int, numbers: Tensor) -> Tensor:
 
 
 class BackwardRule:
-    """What is watched in the backward passes of one forward pass."""
+    """What the backward passes of one forward pass are to do, and did."""
 
-    #: The graph node of a leaf, or None for no rule. The gradients of the contrast and of the network's loss must come
-    #: to the leaf in one backward pass; where they come in two, the second raises CMIMError.
+    #: The graph node of a leaf. If given, the gradients of the contrast and of the network's loss must come to the leaf
+    #: in one backward pass; where they come in two, the second raises CMIMError.
     one_pass_to: Any = None
-    #: A backward pass came without the contrast, which most likely freed the graph.
-    network_only = False
+    network_only = False  # a backward pass came without the contrast, which most likely freed the graph
 
     def watch_leaf_of(self, x: Tensor) -> None:
         """From now on, to the first leaf that ``x`` was computed from."""
@@ -146,29 +140,25 @@ class BackwardRule:
 def sampled(x: Tensor, elements: Tensor, zero: Tensor, rule: BackwardRule) -> Tensor:
     """``x.take(elements)``, with a gradient that costs what the sample does and not what ``x`` does.
 
-    The gradient of a sample is zero nearly everywhere. Plain autograd would fill a tensor of x's size with it and add
-    that to the network's own gradient. Here a single zero, expanded, goes to ``x`` instead: the engine waits for it,
-    and a hook on the gradient of ``x`` adds the sampled entries, in place, once the sum is there.
+    Plain autograd would fill a tensor of x's size with a gradient that is zero nearly everywhere. Here a single zero,
+    expanded, goes to ``x``: the engine waits for it, and a hook on the gradient of ``x`` adds the sampled entries in
+    place, once the sum is there. A whole tensor is used where something could tell the difference: another hook on the
+    gradient was registered before and would not see these entries, deterministic algorithms, a subclass of Tensor.
 
-    A whole tensor is used where something could tell the difference: another hook on the gradient of ``x`` was
-    registered before ours and would not see the sampled entries, deterministic algorithms are asked for, or a subclass
-    of Tensor. ``elements``: int64, distinct places in the flattened ``x``; ``zero``: 0-d, of x's dtype and device.
+    ``elements``: int64, distinct places in the flattened ``x``; ``zero``: 0-d, of x's dtype and device.
     """
     hook = None
-    if elements.numel() and _in_place_is_safe(x):
-        hook = AddSampledGradient(x, elements, zero, rule)
+    if (
+        elements.numel()
+        and x.requires_grad
+        and torch.is_grad_enabled()
+        and type(x) is Tensor
+        and not torch.are_deterministic_algorithms_enabled()
+        and all(isinstance(other, AddSampledGradient) for other in _compat.gradient_hooks(x))
+    ):
+        hook = AddSampledGradient(elements, zero, rule)
         x.register_hook(hook)
-    found: Tensor = _Sample.apply(x, elements, hook)
-    return found
-
-
-def _in_place_is_safe(x: Tensor) -> bool:
-    if not (x.requires_grad and torch.is_grad_enabled()) or type(x) is not Tensor:
-        return False
-    hooks = _compat.gradient_hooks(x)
-    if hooks is None or torch.are_deterministic_algorithms_enabled():
-        return False
-    return all(isinstance(hook, AddSampledGradient) for hook in hooks)
+    return _Sample.apply(x, elements, hook)
 
 
 class _Sample(torch.autograd.Function):
@@ -186,22 +176,22 @@ class _Sample(torch.autograd.Function):
         if hook is None or torch.is_grad_enabled():  # with create_graph=True, a graph of the gradient is wanted
             return grad.new_zeros(ctx.shape).put(ctx.elements, grad, accumulate=True), None, None
         hook.of_sample = grad
-        return hook.zero.expand(hook.shape), None, None
+        return hook.zero.expand(ctx.shape), None, None
 
 
 class AddSampledGradient:
     """The hook on an activation's gradient: adds that of the sampled entries, in place.
 
-    The engine has just added our expanded zero to the network's gradient. It does so in place only where nobody else
-    holds that tensor, and into a new tensor otherwise, so nothing of anybody else's is written into.
+    The engine has just added our expanded zero to the network's gradient, into a new tensor where anybody else holds
+    that one: nothing of anybody else's is written into.
     """
 
-    def __init__(self, x: Tensor, elements: Tensor, zero: Tensor, rule: BackwardRule) -> None:
+    of_sample: Tensor | None = None  # the gradient of the sample, in the backward pass that runs
+
+    def __init__(self, elements: Tensor, zero: Tensor, rule: BackwardRule) -> None:
         self.elements = elements
         self.zero = zero
-        self.shape = x.shape
         self.rule = rule
-        self.of_sample: Tensor | None = None
         self._alone: set[str] = set()  # whose gradient came in a backward pass without the other
 
     def __call__(self, grad: Tensor) -> Tensor | None:
@@ -219,5 +209,5 @@ class AddSampledGradient:
             self.rule.network_only = True
             return None
         if alone:
-            grad = grad.contiguous() if grad.numel() > 1 else grad.clone()
+            grad = grad.new_zeros(grad.shape)
         return grad.put_(self.elements, of_sample.to(grad.dtype), accumulate=True)

@@ -7,15 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ._compat import force_eager
 from .discovery.find import Tap
 from .discovery.history import operands
-from .discovery.inputs import as_inputs, part_of
-from .discovery.trace import Sighting, Trace, record
+from .discovery.inputs import as_inputs
+from .discovery.trace import Sighting, Site, Trace, record
 from .errors import CMIMError, warn_once
-from .passes import BINARY, LATENT, Pass
+from .passes import BINARY, LATENT, Pass, Pickup
 from .wrappers import unwrapped
 
 
@@ -50,81 +50,63 @@ class Teacher:
         except Exception as error:
             raise CMIMError(f"The teacher's forward raised {type(error).__name__} on example_input: {error}") from error
         first_names = {module: name for name, module in model.named_modules()}
-        found = {tap: _in_place_of(tap, first_names[known[names[tap.name]]], trace) for tap in taps}
-        silent = [names[tap.name] for tap, activation in found.items() if activation is None]
-        if silent:
-            raise CMIMError(f"These modules of the teacher did not run in its forward: {silent}.")
-        activations = {tap: activation for tap, activation in found.items() if activation is not None}
-        binary = [tap.name for tap, activation in activations.items() if activation.held.two_valued]
+        found = [_in_place_of(tap, first_names[known[names[tap.name]]], trace) for tap in taps]
+        binary = [tap.name for tap, activation in zip(taps, found, strict=True) if activation.held.two_valued]
         if binary:
             warn_once(self, f"The teacher's activations for these taps are binary themselves: {binary}.")
-        #: Where each activation is picked up.
-        self.sites = [activation.site for activation in activations.values()]
+        self._pickups = [Pickup(k, LATENT, activation.site) for k, activation in enumerate(found)]
         #: The taps, with the teacher's activation in the latent's place.
-        self.taps = tuple(_taught(tap, activation.held.shape) for tap, activation in activations.items())
-
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """The teacher's activation of each tap."""
-        calls = [0] * len(self.sites)
-        seen: dict[int, Tensor] = {}
-
-        def pick(k: int, tree: Any) -> None:
-            # The first call stands in for a wanted one that does not come.
-            if calls[k] in (0, self.sites[k].call):
-                seen[k] = part_of(tree, self.sites[k].path).clone()  # what follows may write into it
-            calls[k] += 1
-
-        handles = []
-        for k, site in enumerate(self.sites):
-            module = self.model.get_submodule(site.module)
-            if site.kind == "input":
-                before = lambda _, args, kwargs, k=k: pick(k, (args, kwargs))  # noqa: E731
-                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            else:
-                handles.append(module.register_forward_hook(lambda _, args, output, k=k: pick(k, output)))
-        try:
-            with torch.no_grad():
-                self.model(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        silent = [site.module for k, site in enumerate(self.sites) if k not in seen]
-        if silent:
-            raise CMIMError(f"These modules of the teacher did not run in its forward: {silent}.")
-        return [seen[k] for k in range(len(self.sites))]
+        self.taps = tuple(_taught(tap, activation.held.shape) for tap, activation in zip(taps, found, strict=True))
 
     def described(self, k: int) -> str:
         """What stands in for the latent of a tap, in words."""
-        site, tap = self.sites[k], self.taps[k]
+        site, tap = self._pickups[k].site, self.taps[k]
         return f"the teacher's {site.kind}" + ("" if site.module == tap.module else f" of {site.module}")
 
     def deliver(self, to: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run the teacher on a batch and hand its activations over as the latent side."""
         if self.model.training:
             raise CMIMError("The teacher is in training mode: leave it out of model.train(), or call teacher.eval().")
-        activations = self._run(args, kwargs)
+        calls = [0] * len(self.taps)
+
+        def pick(k: int, site: Site, *seen: Any) -> None:
+            if calls[k] == site.call:
+                to.pick_up(self._pickups[k : k + 1], site.kind, seen if site.kind == "input" else seen[-1])
+            calls[k] += 1
+
+        handles = []
         for k in to.scheduled:
-            to.attempt(k, to.take, k, LATENT, activations[k])
+            site = self._pickups[k].site
+            module = self.model.get_submodule(site.module)
+            register: Any = module.register_forward_pre_hook if site.kind == "input" else module.register_forward_hook
+            handles.append(register(lambda _, *seen, k=k, site=site: pick(k, site, *seen), with_kwargs=True))
+        try:
+            with torch.no_grad():
+                self.model(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
-def _in_place_of(tap: Tap, module: str, trace: Trace) -> Sighting | None:
-    """What the teacher has in the place of a_B, where a hook can pick it up; None where the module does not run."""
+def _in_place_of(tap: Tap, module: str, trace: Trace) -> Sighting:
+    """What the teacher has in the place of a_B, where a hook can pick it up."""
     products = [s for _, s in operands(trace, module) if s.from_input]
     if products:
         number = 0 if len(products) == 1 else tap.product
         received = products[number].held.sightings if number < len(products) else []
         # The last one before the product: an earlier one may be written over, which an example of zeros does not show.
-        before = [s for s in received if s.site.kind in ("input", "output") and s.seq <= products[number].seq]
-        found = before[-1] if before else None
-        if found is None:
-            raise CMIMError(
-                f"The teacher's module {module!r} has nothing in the place of tap {tap.name}, which no module is given "
-                "or returns. Name another module with teacher_modules={tap name: teacher module name}, or leave the "
-                "tap out with taps=."
-            )
-        return found
-    outputs = [s for s in trace.sightings if (s.site.module, s.site.kind) == (module, "output")]
-    return next((s for s in outputs if s.site.call == tap.call), outputs[0] if outputs else None)
+        found = [s for s in received if s.site.kind in ("input", "output") and s.seq <= products[number].seq][-1:]
+        why = (
+            f"has nothing in the place of tap {tap.name}, which no module is given or returns. Name another module "
+            "with teacher_modules={tap name: teacher module name}, or leave the tap out with taps="
+        )
+    else:
+        outputs = [s for s in trace.sightings if (s.site.module, s.site.kind) == (module, "output")]
+        found = [s for s in outputs if s.site.call == tap.call] or outputs
+        why = "did not run in its forward"
+    if not found:
+        raise CMIMError(f"The teacher's module {module!r} {why}.")
+    return found[0]
 
 
 def _taught(tap: Tap, shape: torch.Size) -> Tap:

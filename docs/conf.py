@@ -43,7 +43,7 @@ API = {
     "Tap()": ("autoclass", ""),
     "find_binary_activations": ("autofunction", ""),
     "BinaryActivation()": ("autoclass", "tapped"),
-    "Report()": ("autoclass", "worst, flips, scalars, to_csv, plot"),
+    "Report()": ("autoclass", "worst, scalars, to_csv, plot"),
     "TapReport()": ("autoclass", "kept"),
     "InfoNCE": ("autoclass", "__call__, bound"),
     "NCE": ("autoclass", "__call__, bound"),

@@ -56,7 +56,7 @@ def train(data: Data, **settings: float) -> tuple[Curves, list[Report]]:
             for name, figures in cmim.metrics.items():
                 curves[name].append((epoch * steps + step, float(figures["bound"])))
         if epoch + 1 in (EARLY, EPOCHS):
-            reports.append(cmim.report(model, held_out, since=reports[-1] if reports else None))
+            reports.append(cmim.report(model, held_out))
     return curves, reports
 
 

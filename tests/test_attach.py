@@ -180,6 +180,8 @@ def test_other_examples_are_refused():
     with pytest.raises(CMIMError, match=r"tuple of positional inputs or a dict .* found"):
         CMIM(network(), "a batch")
     with pytest.raises(CMIMError, match=r"model's forward raised TypeError.*Pass an example_input"):
+        CMIM(network(), (X, X))
+    with pytest.raises(CMIMError, match="example_input holds no tensor"):
         CMIM(network(), ())
     with pytest.raises(CMIMError, match=r"dry run failed.*RuntimeError") as raised:
         CMIM(network(), torch.randn(2, 5, 4, 4))
@@ -268,8 +270,8 @@ def test_printing_says_how_many_taps_a_step_has():
     "setting, said",
     [
         ({"instances": "patch"}, "found 'patch'"),
-        ({"weight": -1}, "weight must be a number, zero or more; found -1"),
-        ({"weight": "0.3"}, "weight must be a number, zero or more; found '0.3'"),
+        ({"weight": -1}, "weight must be a number, zero or more, or a 0-d tensor; found -1"),
+        ({"weight": "0.3"}, "weight must be a number, zero or more, or a 0-d tensor; found '0.3'"),
         ({"heads_lr": -1}, "heads_lr must be a number, zero or more; found -1"),
         ({"num_positions": 0}, "num_positions must be an integer, 1 or more; found 0"),
         ({"taps_per_step": 0}, "taps_per_step must be an integer, 1 or more, or None for all; found 0"),

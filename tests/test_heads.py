@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cmim_plugin import CMIM
 from cmim_plugin.heads import Heads
-from networks import Binary, X, Y, assert_same, batch, network, told
+from networks import Binary, X, Y, assert_same, batch, network
 
 # Three taps: two widths, a tap that reads one of them on both sides, other numbers of rows.
 CHANNELS = [(3, 4), (4, 4), (3, 4)]
@@ -394,40 +394,11 @@ def tiny() -> tuple[torch.nn.Module, Tensor]:
     return torch.nn.Sequential(torch.nn.Linear(3, 4), Binary(), torch.nn.Linear(4, 2)), torch.randn(4, 3)
 
 
-def losses(count: int, backwards: int, weight: Tensor | None = None, **settings) -> list[str]:
-    """What is told in so many losses, of which the first few are part of a backward pass."""
-    model, x = tiny()
-    cmim = CMIM(model, x, embed_dim=2, **settings)
-    cmim.weight = cmim.weight if weight is None else weight
-    with told() as warned:
-        for step in range(count):
-            model(x)
-            loss = cmim(model)
-            if step < backwards:
-                loss.backward()
-    return warned
-
-
 def test_layer_weights_are_not_rounded_by_a_cast_to_half_precision():
     cmim = CMIM(network(), X, layer_decay=0.7)
     exact = cmim.contrast._layer_weights.clone()
     cmim.bfloat16()
     assert len(exact) == 2 and torch.equal(cmim.contrast._layer_weights.float(), exact)
-
-
-@pytest.mark.parametrize("weight", [None, torch.tensor(0.1)])
-def test_losses_that_are_never_part_of_a_backward_pass_are_told_once(weight):
-    warned = losses(110, 0, weight)
-    assert len(warned) == 1 and "100 losses were asked for, and no gradient came back" in warned[0]
-
-
-@pytest.mark.parametrize(
-    "backwards, settings",
-    [(1, {}), (0, {"weight": 0}), (0, {"weight": torch.tensor(0.0)}), (0, {"heads_lr": 0})],
-    ids=["trained", "weight 0", "tensor weight 0", "heads_lr 0"],
-)
-def test_heads_that_learn_or_are_not_meant_to_are_not_told(backwards, settings):
-    assert losses(101, backwards, **settings) == []
 
 
 def test_an_optimizer_of_the_users_keeps_the_heads():
@@ -441,17 +412,6 @@ def test_an_optimizer_of_the_users_keeps_the_heads():
     model(x)
     cmim(model).backward()
     assert cmim.heads.weights is weights and weights.grad.any()
-
-
-def test_heads_whose_weight_was_zero_until_now_are_not_told():
-    model, x = tiny()
-    cmim = CMIM(model, x, weight=0)
-    with told() as warned:
-        for step in range(105):
-            model(x)
-            cmim.weight = 0.1 * (step >= 98)
-            cmim(model).backward()
-    assert warned == []
 
 
 def test_the_scale_of_the_loss_and_changes_of_it_do_not_matter_to_the_heads():

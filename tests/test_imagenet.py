@@ -320,9 +320,9 @@ def test_a_report_is_written_after_each_epoch(images, tmp_path):
     assert [line["name"] for line in table] == taps and len(taps) == 6
     curves = {name: points for name, points in scalars(tmp_path).items() if name.startswith("report/")}
     for line in table:
-        for figure, epochs in (("bound", [0, 1]), ("retrieval", [0, 1]), ("dead", [0, 1]), ("flips", [1])):
+        for figure in ("bound", "retrieval", "dead"):
             points = curves[f"report/{line['name']}/{figure}"]
-            assert [epoch for epoch, _ in points] == epochs
+            assert [epoch for epoch, _ in points] == [0, 1]
             assert points[-1][1] == pytest.approx(float(line[figure]), rel=1e-6)
 
 

@@ -82,7 +82,7 @@ def test_a_teacher_is_matched_by_an_explicit_mapping():
                 "teacher": WithSpare(),
                 "teacher_modules": {"layer1.0.binary": "spare", "layer2.0.binary": "body.layer2.0.binary"},
             },
-            r"did not run in its forward: \['spare'\]",
+            "The teacher's module 'spare' did not run in its forward",
         ),
         ({"teacher_modules": {"layer1.0.binary": "fc"}}, r"layer1.0.binary has shape \(6, 8\).*2 spatial dimensions"),
         ({"teacher": None, "teacher_modules": {"layer1.0.binary": "fc"}}, "without a teacher"),
@@ -123,6 +123,15 @@ def test_a_teacher_in_training_mode_is_refused_by_the_loss_and_not_by_the_models
         cmim(model)
     other.eval()
     assert a_loss(model, cmim).item() > 0
+
+
+def test_a_module_of_the_teacher_that_a_pass_skips_is_told_by_the_loss():
+    model, other = network(), teacher()
+    cmim = CMIM(model, X, teacher=other)
+    other.layer2[0].forward = lambda x: x[..., ::2, ::2].repeat(1, 2, 1, 1)
+    model(X)
+    with pytest.warns(CMIMWarning, match=r"Tap layer2\.0\.binary: the forward pass did not reach it"):
+        assert cmim(model).isfinite()
 
 
 def test_a_teacher_that_raises_beside_a_compiled_model_is_told_by_the_loss_and_not_by_the_models_forward():

@@ -17,26 +17,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from .._compat import force_eager
 from ..errors import CMIMError
-from .inputs import (
-    BatchSource,
-    Inputs,
-    as_inputs,
-    batch_sources,
-    is_offsets,
-    points_into_batch,
-    resampled,
-    says_only_shapes,
-    tensors_in,
-    varied,
-)
-from .state import preserve_containers, preserve_state
+from .inputs import BatchSource, Inputs, as_inputs, batch_sources, levels, resampled, tensors_in, varied
+from .state import preserve_state
 from .trace import Trace, record
 
-# Passes at most where layers are skipped at random.
+# Passes where layers are skipped at random.
 _PASSES = 10
 _running = threading.local()
-# Samples at most of a pass that is traced, to attach in less time than two training steps take.
-_SAMPLES = 4
 
 
 def is_dry_run() -> bool:
@@ -44,15 +31,13 @@ def is_dry_run() -> bool:
     return getattr(_running, "here", False)
 
 
-def dry_run(
-    model: nn.Module, example: Any, batch_size: int | None, all_samples: bool = False
-) -> tuple[list[Trace], BatchSource | None]:
-    """Traces of the model in training mode, on the first samples of the example or on all of them.
+def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:
+    """Traces of the model in training mode, and where the number of samples is read.
 
-    The first pass runs the example as it is. It is the first trace, unless the example has many samples or says nothing
-    but its shape. All other traces are made on inputs that are varied; where the model does not take these, on the
-    example. In the second trace the last two samples are equal. Where the passes differ in the modules that they call,
-    more passes follow until nothing new appears.
+    The first pass runs the example as it is. It is the first trace, unless the example says nothing but its shape. All
+    other traces are made on inputs that are varied; where the model does not take these, on the example. From the
+    second pass on, the last two samples are equal. Where the passes may differ in the modules that they call, there are
+    ten, two otherwise.
     """
     inputs = as_inputs(example)
     _check(model, inputs)
@@ -69,69 +54,25 @@ def dry_run(
     outer, _running.here = is_dry_run(), True
     try:
         with contextlib.suppress(CMIMError), saved_tensors_hooks(lambda tensor: None, not_kept):
-            found = _dry_run(model, inputs, batch_size, all_samples)
+            found = _dry_run(model, inputs, batch_size)
             if not asked:
                 return found
         # There is an error to tell, or the forward itself takes a gradient.
-        return _dry_run(model, inputs, batch_size, all_samples)
+        return _dry_run(model, inputs, batch_size)
     finally:
         _running.here = outer
 
 
-def _dry_run(
-    model: nn.Module, inputs: Inputs, batch_size: int | None, all_samples: bool
-) -> tuple[list[Trace], BatchSource | None]:
-    with preserve_state(model, [t for _, t in tensors_in(inputs)]), torch.enable_grad(), force_eager():
-        # The result is to depend on the model alone.
-        torch.default_generator.manual_seed(0)
-        random.seed(0)
-        if (numpy := sys.modules.get("numpy")) is not None:
-            numpy.random.seed(0)
-        model.train()
-        _awaken(model)
-        sources = batch_sources(model, inputs, batch_size)
-        sizes = list(sources) if batch_size is None else [batch_size]
-        first: Trace | None = None
-        try:
-            if len(sizes) > 1:
-                first = record(model, inputs, 1)
-            elif sizes and 1 < sizes[0] <= _SAMPLES and not says_only_shapes(inputs):
-                first = record(model, inputs, sizes[0])
-            else:
-                with preserve_containers(inputs):
-                    model(*inputs[0], **inputs[1])
-        except Exception as error:
-            # Batch normalization of single values needs two samples.
-            if set(sources) != {1}:
-                several = " A tuple is several inputs: pass a single one as a tensor." if len(inputs[0]) > 1 else ""
-                raise CMIMError(
-                    f"The dry run failed: the model's forward raised {type(error).__name__}: {error}. Pass an "
-                    f"example_input that the model accepts in training mode, on its device (zeros will do).{several}"
-                ) from error
-        if not any(True for _ in tensors_in(inputs)):
-            raise CMIMError(
-                "example_input holds no tensor. Tensors are looked for in tuples, lists and dicts, not in objects: "
-                "attach to the inner network, or let the model take tensors."
-            )
-        batch = _clear_size(sizes, first)
-        made = [first] if first is not None and len(sizes) == 1 else []
-        failure: Exception | None = None
-        for attempt in _attempts(inputs, batch, sources.get(batch), all_samples):
-            try:
-                return _traces(model, attempt, made), sources.get(batch)
-            except Exception as error:
-                failure = error
-        raise CMIMError(
-            f"The dry run failed: the model's forward raised {type(failure).__name__}: {failure} in its second pass on "
-            "the example_input. Pass an example_input that the model accepts again and again in training mode."
-        ) from failure
-
-
 def _check(model: nn.Module, inputs: Inputs) -> None:
-    parameters = list(model.parameters())
+    parameters, tensors = list(model.parameters()), [t for _, t in tensors_in(inputs)]
     if torch.is_inference_mode_enabled():
         raise CMIMError("Attach outside of torch.inference_mode(), within which nothing has a gradient.")
-    if any(tensor.is_meta for tensor in [*parameters, *(t for _, t in tensors_in(inputs))]):
+    if not tensors:
+        raise CMIMError(
+            "example_input holds no tensor. Tensors are looked for in tuples, lists and dicts, not in objects: "
+            "attach to the inner network, or let the model take tensors."
+        )
+    if any(tensor.is_meta for tensor in parameters + tensors):
         raise CMIMError(
             "The model or its example is on the meta device, without values: attach after to_empty() and loading."
         )
@@ -145,6 +86,42 @@ def _check(model: nn.Module, inputs: Inputs) -> None:
             "The model is frozen: none of its parameters requires a gradient. Attach to a model in training, after "
             "model.requires_grad_(True) for the parts that are trained."
         )
+
+
+def _dry_run(model: nn.Module, inputs: Inputs, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:
+    with preserve_state(model, inputs), torch.enable_grad(), force_eager():
+        # The result is to depend on the model alone.
+        torch.default_generator.manual_seed(0)
+        random.seed(0)
+        if (numpy := sys.modules.get("numpy")) is not None:
+            numpy.random.seed(0)
+        model.train()
+        _awaken(model)
+        sources = batch_sources(model, inputs, batch_size)
+        sizes = list(sources) if batch_size is None else [batch_size]
+        first: Trace | None = None
+        try:
+            first = record(model, inputs, sizes[0] if sizes else 0)
+        except Exception as error:
+            if set(sources) != {1}:  # batch normalization of single values needs two samples
+                several = " A tuple is several inputs: pass a single one as a tensor." if len(inputs[0]) > 1 else ""
+                raise CMIMError(
+                    f"The dry run failed: the model's forward raised {type(error).__name__}: {error}. Pass an "
+                    f"example_input that the model accepts in training mode, on its device (zeros will do).{several}"
+                ) from error
+        batch = _clear_size(sizes, first)
+        stand_in = any(levels(t) == 1 for _, t in tensors_in(inputs))
+        made = [first] if first is not None and not stand_in and first.batch == batch > 1 else []
+        failure: Exception | None = None
+        for inputs_of in _attempts(inputs, batch, sources.get(batch)):
+            try:
+                return _traces(model, inputs_of, made), sources.get(batch)
+            except Exception as error:
+                failure = error
+        raise CMIMError(
+            f"The dry run failed: the model's forward raised {type(failure).__name__}: {failure} in its second pass on "
+            "the example_input. Pass an example_input that the model accepts again and again in training mode."
+        ) from failure
 
 
 @torch.no_grad()
@@ -176,47 +153,34 @@ def _clear_size(sizes: list[int], first: Trace | None) -> int:
 
 
 # Takes the number of a pass. Returns its inputs, how many samples these have, and whether the last two are equal.
-_Attempt = Callable[[int], tuple[Inputs, int, bool]]
+_InputsOf = Callable[[int], tuple[Inputs, int, bool]]
 
 
-def _attempts(inputs: Inputs, batch: int, source: BatchSource | None, all_samples: bool) -> list[_Attempt]:
+def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_InputsOf]:
     """What to run, the best first."""
-    attempts: list[_Attempt] = [lambda n: (varied(inputs, n, source), batch, False), lambda n: (inputs, batch, False)]
-    if source is None or is_offsets(inputs, source):
-        return attempts
-    if source.of_first_dimensions not in (None, source):  # another one may be as long as the batch by accident
-        attempts = _attempts(inputs, batch, source.of_first_dimensions, all_samples)
+    as_given: list[_InputsOf] = [lambda n: (varied(inputs, n, source), batch, False), lambda n: (inputs, batch, False)]
+    if source is None:
+        return as_given
 
-    def with_twins(size: int, different: int, n: int) -> tuple[Inputs, int, bool]:
-        """The first pass has ``size`` samples, the later ones so many different ones, and the last of them again."""
-        # Batch normalization needs two samples.
-        filled = inputs if batch == size else resampled(inputs, source, [0, 0] if batch == 1 else range(size))
+    def with_twins(different: int, n: int) -> tuple[Inputs, int, bool]:
+        """From the second pass on, so many different samples, and the last of them again."""
+        some = varied(inputs if batch > 1 else resampled(inputs, source, [0, 0]), n, source)
         twins = [*range(different), different - 1]
-        other = varied(filled, n, source)
-        return (resampled(other, source, twins), len(twins), True) if n else (other, size, False)
+        return (resampled(some, source, twins), len(twins), True) if n else (some, every, False)
 
-    every = max(batch, 2)
-    few = every if points_into_batch(inputs, source, _SAMPLES) else min(every, _SAMPLES)
+    every = max(batch, 2)  # batch normalization needs two samples
     # With one sample more, what is as long as the batch by accident then is not. A model may take no other number.
-    first = few, few if few <= _SAMPLES else few - 1
-    if all_samples:  # fewer in the later passes, to see what grows with the batch
-        first = every, max(every // 2, 2)
-    sizes = [first, (every, max(every - 1, 2))]
-    return [*(partial(with_twins, *counts) for counts in dict.fromkeys(sizes)), *attempts]
+    return [partial(with_twins, every), partial(with_twins, max(every - 1, 2)), *as_given]
 
 
-def _traces(model: nn.Module, attempt: _Attempt, made: list[Trace]) -> list[Trace]:
-    traces = list(made) or [record(model, *attempt(0))]
-    while len(traces) < 2 or (_may_show_more(model, traces) and len(traces) < _PASSES):
-        traces.append(record(model, *attempt(len(traces))))
+def _traces(model: nn.Module, inputs_of: _InputsOf, made: list[Trace]) -> list[Trace]:
+    traces = list(made) or [record(model, *inputs_of(0))]
+    while len(traces) < 2 or (len(traces) < _PASSES and _are_random(traces)):
+        traces.append(record(model, *inputs_of(len(traces))))
     return traces
 
 
-def _may_show_more(model: nn.Module, traces: list[Trace]) -> bool:
-    """Whether another pass may call modules that these did not: structure is random, and some is new or missing."""
-    called = [set(t.calls) for t in traces]
-    weighted = {name for name, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))}
-    missing = bool(weighted.difference(*called))
-    if all(t.calls == traces[0].calls for t in traces):
-        return missing and any(t.draws_scalars for t in traces)
-    return missing or not called[-1] | called[-2] <= set().union(*called[:-2])
+def _are_random(traces: list[Trace]) -> bool:
+    """Whether the passes may differ in the modules that they call, as where layers are skipped at random."""
+    alike = traces[1:] if len(traces) > 2 else traces  # the first has another number of samples
+    return any(t.draws_scalars or t.calls != alike[0].calls for t in alike)

@@ -19,13 +19,12 @@ from .channels import has_weight, is_of_activations, spatial_dims
 from .dry_run import dry_run
 from .functions import CONVOLUTIONS, LAYERS, LOOKUPS, PRODUCTS
 from .history import Binarization, History, followed, is_one_call, is_sign_of, operands
-from .inputs import BatchSource, as_inputs
+from .inputs import BatchSource
 from .layout import Layout
 from .trace import FEW_LEVELS, Sighting, Site, Snapshot, Trace
 
 # An operand of at most a few values among so many elements is listed as quantized to more than one bit.
 _FEW_AMONG = 256
-_INPUT = "it is the network's input that is binarized, not an activation"
 _FROZEN = "everything before it is frozen: no gradient reaches it"
 _NO_GRADIENT = "it is made without a gradient: under no_grad, detached, or in a reentrant checkpoint"
 # How far equal samples are apart at most, in distances between different ones: a rounding error flips some signs.
@@ -87,22 +86,11 @@ def discover(
     """:func:`find_binary_activations`, and where the number of samples is read off the inputs: None where the user
     stated it and no input has that size."""
     traces, source = dry_run(model, example_input, batch_size)
-    found = _found_over(model, traces)
-    more = source is not None and (source.of(*as_inputs(example_input)) or 0) > max(t.batch for t in traces)
-    # Few samples run first: of those an expert may get one, and drawn codes may look like anything.
-    if more and any(f.reason not in (None, _INPUT, _FROZEN, _NO_GRADIENT) for f in found):
-        found = _found_over(model, traces, dry_run(model, example_input, batch_size, all_samples=True)[0])
-    return tuple(found), source
-
-
-def _found_over(model: nn.Module, *runs: list[Trace]) -> list[BinaryActivation]:
-    """What the traces of some dry runs show together."""
     found: list[_Placed] = []
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    for traces in runs:
-        for trace in traces[:1] + [t for t in traces[1:] if t.calls != traces[0].calls]:
-            _merge(order, found, _found_in(trace, [other for other in traces if other is not trace]))
-    return [replace(f, skipped=not all(t.calls[f.module] for run in runs for t in run)) for f in _named(found)]
+    for trace in traces[:1] + [t for t in traces[1:] if t.calls != traces[0].calls]:
+        _merge(order, found, _found_in(trace, [other for other in traces if other is not trace]))
+    return tuple(replace(f, skipped=not all(t.calls[f.module] for t in traces)) for f in _named(found)), source
 
 
 def find_binary_activations(
@@ -199,7 +187,7 @@ def _reason_against(history: History, b: Binarization) -> str | None:
     layers = PRODUCTS | LAYERS | LOOKUPS | CONVOLUTIONS.keys()
     behind_layer = any(s.producer and s.producer.weighted and s.producer.name in layers for s in made_of)
     if not behind_layer and any(site.module == "" and site.kind == "input" for site in sites):
-        return _INPUT
+        return "it is the network's input that is binarized, not an activation"
     if not codes.first_in_graph and b.operand.requires_grad:
         return "one autograd.Function passes it straight to another: put a module between the two, as nn.Identity()"
     if not codes.first_in_graph and any(not r.in_graph and r.held.first_in_graph for r in b.consumer.results):

@@ -27,7 +27,6 @@ def tensors_in(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
 
 
 def part_of(tree: Any, path: Path) -> Any:
-    """What the keys lead to."""
     for key in path:
         tree = tree[key]
     return tree
@@ -40,8 +39,8 @@ def _entries(tree: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def is_strided(tensor: Tensor) -> bool:
-    """Whether a tensor has elements in memory one by one: neither sparse nor nested."""
-    return tensor.layout == torch.strided and not tensor.is_nested
+    """Whether a tensor has elements in memory one by one: neither sparse, nor nested, nor on the meta device."""
+    return tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta
 
 
 def as_inputs(example: Any) -> Inputs:
@@ -64,12 +63,6 @@ class BatchSource:
 
     #: Keys that lead to a tensor or a list within (args, kwargs), and the tensor's dimension, None for a list.
     places: tuple[tuple[Path, int | None], ...]
-
-    @property
-    def of_first_dimensions(self) -> BatchSource | None:
-        """The places that are no other dimension, None where there are none."""
-        first = tuple((path, dim) for path, dim in self.places if not dim)
-        return BatchSource(first) if first else None
 
     def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
         """The number of samples in these inputs, None where it cannot be read."""
@@ -95,18 +88,20 @@ def positional_names(model: nn.Module) -> list[str]:
 def batch_sources(model: nn.Module, inputs: Inputs, stated: int | None = None) -> dict[int, BatchSource]:
     """The numbers of samples that the inputs may have, most likely first, each with where it is read.
 
-    They are lengths of first dimensions; for the number that the user stated also of others, tried after these.
+    They are lengths of lists and first dimensions; the number that the user stated may be one of another dimension.
     """
     places: dict[int, list[tuple[Path, int | None]]] = defaultdict(list)
-    for path, value in _lists_in(inputs):
-        places[len(value)].append((path, None))
-    tensors = list(tensors_in(inputs))
-    for path, tensor in tensors:
-        if tensor.ndim:
-            places[tensor.size(0)].append((path, 0))
-    if stated is not None:
-        others = [(path, t) for path, t in tensors if not t.is_nested and stated in t.shape and t.size(0) != stated]
-        places[stated] += [(path, t.shape.index(stated)) for path, t in others]
+    for side, tree in enumerate(inputs):
+        for key, value in _entries(tree):
+            # As detectors take them: a list of images, or of a dict of targets for each.
+            if isinstance(value, (list, tuple)) and value and isinstance(value[0], (Tensor, Mapping)):
+                places[len(value)].append(((side, key), None))
+    tensors = [(path, t) for path, t in tensors_in(inputs) if t.ndim]
+    for path, t in tensors:
+        places[t.size(0)].append((path, 0))
+    if stated is not None and stated not in places:
+        dense = [(path, t.shape) for path, t in tensors if not t.is_nested]
+        places[stated] = [(path, shape.index(stated)) for path, shape in dense if stated in shape]
     names = positional_names(model)
     sources = {}
     for size, found in places.items():
@@ -124,16 +119,6 @@ def _other_way(path: Path, names: list[str]) -> Path:
     return (0, names.index(key), *rest) if key in names else ()
 
 
-def is_offsets(inputs: Inputs, source: BatchSource) -> bool:
-    """Whether all tensors with one entry a sample rise: offsets, at which samples start in another tensor.
-
-    Those of other samples are out of order, which on a GPU ends the process.
-    """
-    tensors = [t for path, t in tensors_in(inputs) if (path, 0) in source.places]
-    rising = [t.ndim == 1 and not t.is_floating_point() and bool((t.diff() >= 0).all()) for t in tensors]
-    return bool(rising) and all(rising)
-
-
 def resampled(inputs: Inputs, source: BatchSource, samples: Sequence[int]) -> Inputs:
     """The inputs with these samples of the batch: all that has one entry a sample is indexed."""
     places = dict(source.places)
@@ -148,20 +133,16 @@ def resampled(inputs: Inputs, source: BatchSource, samples: Sequence[int]) -> In
     return mapped(inputs, pick)
 
 
-def says_only_shapes(inputs: Inputs) -> bool:
-    """Whether a dense input holds a single value, as zeros that stand in for images do."""
-    return any(_is_dense(t) and (_is_stand_in(t) or _is_uniform(t)) for _, t in tensors_in(inputs))
-
-
-def points_into_batch(inputs: Inputs, source: BatchSource, samples: int) -> bool:
-    """Whether an input that has not one entry a sample may hold numbers of samples beyond the first ``samples``.
-
-    As the edges of a graph do, or regions with the number of their image: they would point out of a smaller batch.
-    """
-    size, places = source.of(*inputs) or 0, dict(source.places)
-    others = [t for path, t in tensors_in(inputs) if path not in places and is_strided(t)]
-    numbers = [t.double() for t in others if not t.is_complex()]
-    return any(bool(((t >= samples) & (t < size) & (t == t.round())).any()) for t in numbers)
+def levels(tensor: Tensor) -> int:
+    """How many values an input has that may be varied, a dense one of a floating-point type: 1, 2, or 3 if they are
+    more. 0 for all other inputs. A mask has two, and an additive one holds minus infinity, so this counts as two."""
+    if not tensor.is_floating_point() or not is_strided(tensor) or tensor.numel() < 2:
+        return 0
+    low, high = tensor.detach().aminmax()
+    if low == high:
+        return 1
+    more = tensor.isfinite().all() and ((tensor > low) & (tensor < high)).any()
+    return 3 if more else 2
 
 
 def varied(inputs: Inputs, seed: int, source: BatchSource | None = None) -> Inputs:
@@ -171,23 +152,21 @@ def varied(inputs: Inputs, seed: int, source: BatchSource | None = None) -> Inpu
     Masks, token ids, lengths, sparse, nested and complex tensors stay. So does what has not one entry a sample, where
     something has: regions hold the numbers of their images.
     """
-    tensors = [t for _, t in tensors_in(inputs)]
     places = dict(source.places) if source is not None else {}
-    dense = [t for path, t in tensors_in(inputs) if (path in places or path[:-1] in places) and _is_dense(t)]
-    dense = dense or [t for t in tensors if _is_dense(t)]
-    dense = [t for t in dense if t.ndim > 1] or dense
+    tensors = list(tensors_in(inputs))
+    dense = [(path, t) for path, t in tensors if levels(t)]
+    dense = [(path, t) for path, t in dense if path in places or path[:-1] in places] or dense
+    dense = [(path, t) for path, t in dense if t.ndim > 1] or dense
+    dense = [(path, t) for path, t in dense if levels(t) > 2] or dense
     # Beside token ids, zeros or ones of their shape are a mask; beside a map of labels, zeros with channels are images.
-    rank = max((t.ndim for t in tensors if not t.is_floating_point()), default=0)
-    chosen = [t for t in dense if _has_many_values(t)]
-    chosen = chosen or [t for t in dense if _is_stand_in(t) and (rank < 2 or t.ndim > rank)]
-    chosen = chosen or (dense if rank < 2 else [])
-    ids = {id(t) for t in chosen}
+    rank = max((t.ndim for _, t in tensors if not t.is_floating_point()), default=0)
+    chosen = {path for path, t in dense if levels(t) > 2 or rank < 2 or (levels(t) == 1 and t.ndim > rank)}
     generator = torch.Generator().manual_seed(seed)
 
     def vary(path: Path, value: Any) -> Any:
-        if id(value) not in ids:
+        if path not in chosen:
             return value
-        if _is_stand_in(value) or _is_uniform(value):
+        if levels(value) == 1:
             return torch.randn(value.shape, generator=generator, device="cpu").to(value)
         order = torch.randperm(value.numel(), generator=generator, device="cpu").to(value.device)
         return value.detach().flatten()[order].view(value.shape)
@@ -204,31 +183,3 @@ def mapped(tree: Tree, function: Callable[[Path, Any], Any], path: Path = ()) ->
         new = type(tree)(*new.values()) if hasattr(tree, "_fields") else type(tree)(list(new.values()))
     result: Tree = function(path, new) if path else new
     return result
-
-
-def _lists_in(inputs: Inputs) -> Iterator[tuple[Path, Any]]:
-    """Lists with an entry for each sample, as detectors take: of images, or of a dict of targets for each."""
-    for side, tree in enumerate(inputs):
-        for key, value in _entries(tree):
-            entries = value if isinstance(value, (list, tuple)) else []
-            if entries and any(all(isinstance(v, kind) for v in entries) for kind in (Tensor, Mapping)):
-                yield (side, key), value
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and is_strided(tensor) and tensor.numel() > 1
-
-
-def _is_stand_in(tensor: Tensor) -> bool:
-    """Zeros, or nowhere finite: an example that says nothing but its shape."""
-    return not bool(tensor.any()) or not bool(tensor.isfinite().any())
-
-
-def _is_uniform(tensor: Tensor) -> bool:
-    return bool((tensor == tensor.flatten()[0]).all())
-
-
-def _has_many_values(tensor: Tensor) -> bool:
-    """More than two, which a mask does not have; an additive mask holds minus infinity."""
-    low, high = tensor.detach().aminmax()
-    return bool(tensor.isfinite().all()) and not bool(((tensor == low) | (tensor == high)).all())

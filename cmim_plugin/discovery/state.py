@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import random
 import sys
 import types
@@ -18,11 +19,12 @@ from torch import Tensor, nn
 from .. import _compat
 from .inputs import is_strided
 
-# How far containers and objects are followed into each other, and up to which length.
-_DEPTH, _LENGTH = 4, 4096
-_NOT_FOLLOWED = (nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType, torch.Generator)
+# How far containers and objects are followed into each other.
+_DEPTH = 4
+# A module in a list of a module is as far away; one that a trainer's callback holds is farther, and not ours to copy.
+_MODULES_DEPTH = 2
 _OF_THREADS = ("threading", "queue", "concurrent", "multiprocessing", "asyncio", "logging")
-_PLAIN = (str, int, float, bool, bytes, type(None))
+_HOLD_NOTHING = {str, int, float, bool, bytes, type(None), *weakref.ProxyTypes}
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -31,35 +33,28 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def preserve_state(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[None]:
+def preserve_state(model: nn.Module, inputs: Any) -> Iterator[None]:
     """Put back, afterwards, everything that forward passes change in a model, in its inputs and around it.
 
     That is: parameters, buffers and other tensors, their gradients and attributes; modes, hooks and other attributes
-    of the modules; lists, dicts, sets, deques, numpy arrays and plain objects in these attributes, four levels deep;
-    the global random generators and those that the model holds (torch, numpy, Python).
+    of the modules; lists (also of modules), dicts, sets, deques, numpy arrays and plain objects in these attributes, up
+    to four levels deep; the global random generators and those that the model holds (torch, numpy, Python).
 
-    Not put back: global variables, class attributes, variables of closures, ``__slots__``, iterators, files,
-    containers of more than 4,096 elements inside others, and state of C++ extensions.
+    Not put back: global variables, class attributes, variables of closures, ``__slots__``, iterators, files and state
+    of C++ extensions.
     """
     parameters = list(model.parameters())
+    # BinaryNet keeps the real weight in an attribute of the parameter. TorchScript keeps its state in no attribute.
+    holders = map(vars, [*model.modules(), *parameters])
     with contextlib.ExitStack() as undo:
-        # BinaryNet keeps the real weight in an attribute of the parameter.
-        held = _held(undo, map(vars, [*model.modules(), *parameters]))
+        tensors = note_changes(undo, [*holders, *parameters, *model.buffers(), *(p.grad for p in parameters), inputs])
         for module in model.modules():
-            if isinstance(module, torch.jit.ScriptModule):  # whose state is in no attribute
-                undo.callback(setattr, module, "training", module.training)
-                held += [*module.buffers(recurse=False), *module.parameters(recurse=False)]
-        inputs = list(filter(is_strided, inputs))
-        grads = [p.grad for p in parameters if p.grad is not None]
-        for tensor in (*held, *grads, *inputs):
-            if type(tensor.data) is Tensor:  # others may not be comparable
-                undo.callback(_put_back_values, tensor, tensor.data, tensor.detach().clone())
-        for p in parameters + inputs:  # the last is undone first: a gradient needs the shape of its parameter
-            if p.is_leaf:
-                undo.callback(setattr, p, "grad", p.grad)
-                undo.callback(_put_back_flag, p, p.requires_grad)
-            undo.callback(_point_at, p, p.data)
-        with preserve_generators(held):
+            undo.callback(setattr, module, "training", module.training)
+        for t in tensors:
+            plain = type(t.data) is Tensor  # others may not be comparable
+            flags = (t.requires_grad, t.grad) if t.is_leaf else None
+            undo.callback(_restore, t, t.data, t.detach().clone() if plain else None, flags)
+        with preserve_generators(tensors):
             yield
 
 
@@ -75,70 +70,55 @@ def preserve_generators(tensors: Iterable[Tensor]) -> Iterator[None]:
         yield
 
 
-def _point_at(tensor: Tensor, data: Tensor) -> None:
+def _restore(tensor: Tensor, data: Tensor, values: Tensor | None, flags: tuple[bool, Tensor | None] | None) -> None:
+    """``flags``: of a leaf, whether it required a gradient, and its gradient."""
+    if flags and not tensor.is_leaf and _compat.base_of(tensor) is None:
+        tensor.detach_()  # the forward wrote something trained into its input
     if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape:
         tensor.data = data
-
-
-def _put_back_flag(tensor: Tensor, requires_grad: bool) -> None:
-    if not tensor.is_leaf and _compat.base_of(tensor) is None:  # the forward wrote a trained tensor into its input
-        tensor.detach_()
-    if tensor.is_leaf:
-        tensor.requires_grad_(requires_grad)
-
-
-def _put_back_values(tensor: Tensor, data: Tensor, values: Tensor) -> None:
-    _point_at(tensor, data)
-    if not same(tensor.detach(), values):
+    if values is not None and not same(tensor.detach(), values):
         tensor.data.copy_(values)
+    if flags and tensor.is_leaf:
+        tensor.requires_grad_(flags[0])
+        tensor.grad = flags[1]
 
 
-@contextlib.contextmanager
-def preserve_containers(inputs: Any) -> Iterator[None]:
-    """Put back what a forward takes out of the lists and dictionaries of its inputs, or puts into them."""
-    with contextlib.ExitStack() as undo:
-        _held(undo, [inputs])
-        yield
-
-
-def _held(undo: contextlib.ExitStack, values: Iterable[Any]) -> list[Tensor]:
-    """The tensors that containers and objects hold; of all else that they hold, how to undo a change is noted."""
+def note_changes(undo: contextlib.ExitStack, values: Iterable[Any]) -> list[Tensor]:
+    """Note how to undo each change of what containers and objects hold. The tensors among it are returned instead."""
     tensors: list[Tensor] = []
     seen: set[int] = set()
-    line: list[tuple[Any, int]] = [(value, 0) for value in values]
+    line = [(value, 0) for value in values]
     for value, depth in line:
         if id(value) in seen:
             continue
         seen.add(id(value))
         if isinstance(value, Tensor):
-            if not nn.parameter.is_lazy(value) and not value.is_meta and is_strided(value):
+            if is_strided(value) and not nn.parameter.is_lazy(value):
                 tensors.append(value)
-            continue
-        if depth > _DEPTH:
-            continue
-        containers = [value] if isinstance(value, (dict, list, set, deque, bytearray)) else []
-        inner: list[Any] = list(value) if isinstance(value, tuple) else []
-        if isinstance(value, types.MethodType):
-            inner.append(value.__self__)
-        elif isinstance(value, functools.partial):
-            inner += [value.func, *value.args, *value.keywords.values()]
-        elif hasattr(value, "__dict__") and not isinstance(value, _NOT_FOLLOWED) and _is_state(value):
-            containers.append(vars(value))
-        for container in containers:
-            before = _content(container)
-            undo.callback(_refill, container, before)
-            inner += before
-        _keep_state(undo, value)
-        if depth < 2 or len(inner) <= _LENGTH:
-            followed = (i for i in inner if type(i) not in weakref.ProxyTypes and not isinstance(i, _PLAIN))
-            line += [(item, depth + 1) for item in followed]
+        elif isinstance(value, nn.Module):
+            # One in a list or tuple is none of the model's modules.
+            line += [(vars(module), 0) for module in value.modules()] if depth <= _MODULES_DEPTH else []
+        elif depth <= _DEPTH:
+            containers: list[Any] = [value] if isinstance(value, (dict, list, set, deque, bytearray)) else []
+            containers += [vars(value)] if _has_state(value) else []
+            fixed = isinstance(value, (tuple, types.MethodType, functools.partial))
+            inner = gc.get_referents(value) if fixed else []
+            for container in containers:
+                before = _content(container)
+                undo.callback(_refill, container, before)
+                inner += before
+            _keep_state(undo, value)
+            line += [(item, depth + 1) for item in inner if type(item) not in _HOLD_NOTHING]
     return tensors
 
 
-def _is_state(value: Any) -> bool:
-    """Not one of torch's own functions, which keep what they have looked up, and nothing that threads wait for."""
+def _has_state(value: Any) -> bool:
+    """Whether it has attributes that a forward may change. Torch's own functions keep what they have looked up in
+    theirs, threads wait for what queues and locks hold."""
     package = type(value).__module__.partition(".")[0]
-    return package not in _OF_THREADS and not (callable(value) and package == "torch")
+    passed_over = package in _OF_THREADS or (callable(value) and package == "torch")
+    no_object = isinstance(value, (type, types.ModuleType, types.FunctionType, types.MethodType))
+    return hasattr(value, "__dict__") and not passed_over and not no_object
 
 
 def _keep_state(undo: contextlib.ExitStack, value: Any) -> None:
@@ -149,8 +129,7 @@ def _keep_state(undo: contextlib.ExitStack, value: Any) -> None:
     elif isinstance(value, torch.Generator) or (numpy and isinstance(value, numpy.random.RandomState)):
         undo.callback(value.set_state, value.get_state())
     elif numpy and isinstance(value, numpy.random.Generator):
-        bits = value.bit_generator
-        undo.callback(setattr, bits, "state", bits.state)
+        undo.callback(setattr, value.bit_generator, "state", value.bit_generator.state)
     elif numpy and isinstance(value, numpy.ndarray) and value.flags.writeable:
         undo.callback(value.__setitem__, ..., value.copy())
 

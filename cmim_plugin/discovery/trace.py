@@ -25,10 +25,10 @@ from .. import _compat
 from .codes import is_constant, sign_pattern
 from .functions import RANDOM, SHAPE_ONLY, plain_name, writes
 from .inputs import Inputs, Path, is_strided, tensors_in
-from .state import preserve_containers, same
+from .state import note_changes, same
 
-# Values kept of each tensor, and values compared between two samples that got the same input.
-_VALUES, _TWIN_VALUES = 2048, 512
+# Values kept of each tensor.
+_VALUES = 2048
 # A tensor of at most so many values is quantized.
 FEW_LEVELS = 16
 
@@ -67,17 +67,14 @@ class Snapshot:
 
     @property
     def numel(self) -> int:
-        """Elements of the tensor."""
         return self.shape.numel()
 
     @property
     def two_valued(self) -> bool:
-        """Whether it has a sign pattern."""
         return self.pattern is not None
 
     @property
     def continuous(self) -> bool:
-        """Whether it holds several numbers of a floating-point type."""
         return self.values.is_floating_point() and not self.constant
 
     @property
@@ -147,19 +144,18 @@ class Trace:
     sightings: list[Sighting] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)  # of each module
-    #: (module, call of it) -> how often each function was called there with gradients
+    #: (module, call of it) -> how often each (function, whether with gradients) was called there
     functions: dict[tuple[str, int], Counter[Any]] = field(default_factory=lambda: defaultdict(Counter))
     draws_scalars: bool = False  # single random numbers were drawn, as a model that skips layers at random does
     time_major: str = ""  # a recurrent layer or attention that takes for time what is as long as the batch
 
     @cached_property
     def at(self) -> dict[Site, Sighting]:
-        """What was seen at each site."""
         return {s.site: s for s in self.sightings}
 
     def counted(self, site: Site) -> Site:
         """The site, with how often its module and its function are called here."""
-        times = self.functions[site.module, site.call][site.function]
+        times = self.functions[site.module, site.call][site.function, True]
         return replace(site, calls=self.calls[site.module], times=times)
 
 
@@ -172,11 +168,10 @@ def record(model: nn.Module, inputs: Inputs, batch: int, twins: bool = False) ->
     before = _positions()
     with contextlib.ExitStack() as stack:
         for module in model.modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue  # takes no hooks
-            stack.callback(module.register_forward_pre_hook(recorder.enter, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(recorder.leave, always_call=True).remove)
-        stack.enter_context(preserve_containers(inputs))
+            if not isinstance(module, torch.jit.ScriptModule):  # that one takes no hooks
+                stack.callback(module.register_forward_pre_hook(recorder.enter, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(recorder.leave, always_call=True).remove)
+        note_changes(stack, [inputs])  # a forward may take things out of a dictionary
         stack.enter_context(recorder)
         model(*inputs[0], **inputs[1])
     recorder.trace.draws_scalars |= before != _positions()
@@ -204,23 +199,21 @@ class _Recorder(TorchFunctionMode):
         self._from_input: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
         self._last: MutableMapping[Tensor, Snapshot] = WeakTensorKeyDictionary()
         self._kept_positions = cache(kept_positions)
-        self._all_calls: dict[tuple[str, int], Counter[Any]] = defaultdict(Counter)
 
     def __deepcopy__(self, memo: Any) -> _Recorder:
         return self  # a forward may copy modules, with their hooks
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        name = self._names.get(module)
-        if name is None:
+        if module not in self._names:
             return
+        name = self._names[module]
         self._scopes.append((name, self.trace.calls[name]))
         self.trace.calls[name] += 1
+        seen = self._see((args, kwargs), "input", from_input=True if len(self._scopes) == 1 else None)
         if not getattr(module, "batch_first", True):
-            with _compat.unseen():
-                first = [t.shape for _, t in tensors_in((args, kwargs)) if not t.is_nested and t.ndim == 3][:1]
-            if any(time == self.trace.batch != samples for time, samples, _ in first):
+            shape = next((s.held.shape for s in seen if len(s.held.shape) == 3), None)
+            if shape is not None and shape[0] == self.trace.batch != shape[1]:
                 self.trace.time_major = f"{type(module).__name__} {name}"
-        self._see((args, kwargs), "input", from_input=True if len(self._scopes) == 1 else None)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if module in self._names:
@@ -231,41 +224,38 @@ class _Recorder(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if not self._scopes or func is Tensor.__deepcopy__:  # its memo holds all that was copied so far
             return func(*args, **kwargs)
-        nth = self.trace.functions[self._scopes[-1]][func], self._all_calls[self._scopes[-1]][func]
+        name, calls = plain_name(func), self.trace.functions[self._scopes[-1]]
+        call = func, calls[func, True], calls[func, True] + calls[func, False]
         for scope in self._scopes:
-            self.trace.functions[scope][func] += torch.is_grad_enabled()
-            self._all_calls[scope][func] += 1
-        name = plain_name(func)
+            self.trace.functions[scope][func, torch.is_grad_enabled()] += 1
         tensors = [tensor for _, tensor in tensors_in((args, kwargs))]
-        parameters = sum(id(t) in self._parameters for t in tensors)
-        weighted = parameters > 0 or any(t.requires_grad for t in tensors)
-        seq, arguments = len(self.trace.sightings), self._see((args, kwargs), "argument", func, nth)
-        equation = kwargs.get("dims", args[0] if args and isinstance(args[0], str) else "")
-        event = Event(seq, name, self._scopes[-1][0], parameters, weighted, arguments, equation)
         activations = [t for t in tensors if id(t) not in self._parameters]
+        event = Event(
+            seq=len(self.trace.sightings),
+            name=name,
+            module=self._scopes[-1][0],
+            parameters=len(tensors) - len(activations),
+            weighted=len(tensors) > len(activations) or any(t.requires_grad for t in tensors),
+            arguments=self._see((args, kwargs), "argument", *call),
+            equation=kwargs.get("dims", args[0] if args and isinstance(args[0], str) else ""),
+        )
         from_input = name not in SHAPE_ONLY and any(self._from_input[t] for t in activations)
-        if self._twins and "drop" in name and "training" in kwargs:
-            kwargs["training"] = False
-        if self._twins and "dropout_p" in kwargs:
-            kwargs["dropout_p"] = 0.0
-        written: list[Tensor] = []
-        if from_input and writes(func, kwargs):
-            into = kwargs.get("out", activations[0])
-            written = [t for t in (into, _compat.base_of(into)) if t is not None] if isinstance(into, Tensor) else []
+        if self._twins:
+            rest = {"dropout_p": 0.0} | ({"training": False} if "drop" in name else {})
+            kwargs |= {key: rest[key] for key in rest.keys() & kwargs}
+        into = kwargs.get("out", activations[0]) if from_input and writes(func, kwargs) else None
+        # A write into a view changes all of the tensor.
+        written = [t for t in (into, _compat.base_of(into)) if t is not None] if isinstance(into, Tensor) else []
         before = [self._last.get(tensor) for tensor in written]
         result = func(*args, **kwargs)
         if name in RANDOM:
             self._drawn(result)
-        for tensor in written:
-            if tensor in self._from_input:
-                self._from_input[tensor] = True
-        event.results = self._see(result, "result", func, nth, from_input)
-        # `x[mask] = 1` returns nothing, and a write into a view changes all of the tensor.
-        with torch.no_grad():  # never to be picked up here
-            seen = self._see(written, "written", func, nth)
-        changed = [s for s in seen if not any(s.held is held for held in before)]
+        self._from_input.update(dict.fromkeys(written, True))
+        event.results = self._see(result, "result", *call, from_input=from_input)
+        # `x[mask] = 1` returns nothing.
+        changed = [s for s in self._see(written, "written", *call) if s.held not in before]
         event.writes = bool(changed)
-        event.results += [s for s in changed if not any(s.held is r.held for r in event.results)]
+        event.results += [s for s in changed if s.held not in [r.held for r in event.results]]
         for sighting in event.results:
             sighting.event = event
         self.trace.events.append(event)
@@ -281,15 +271,9 @@ class _Recorder(TorchFunctionMode):
             with _compat.unseen():
                 numbers.data[-rows:] = numbers.data[-2 * rows : -rows].clone()
 
-    def _see(
-        self,
-        tree: Any,
-        kind: str,
-        function: Any = None,
-        nth: tuple[int, int] = (0, 0),
-        from_input: bool | None = None,
-    ) -> list[Sighting]:
-        """Note the tensors of a tree. ``from_input``: of new ones, None where it has to be told by themselves."""
+    def _see(self, tree: Any, kind: str, *call: Any, from_input: bool | None = None) -> list[Sighting]:
+        """Note the tensors of a tree. ``call``: the function, and which calls of it. ``from_input``: of new tensors,
+        None where it has to be told by themselves."""
         seen = []
         with _compat.unseen():
             for path, tensor in tensors_in(tree):
@@ -301,20 +285,21 @@ class _Recorder(TorchFunctionMode):
                 if (base := _compat.base_of(tensor)) is not None:
                     depends |= self._from_input.get(base, False)
                 self._from_input[tensor] = depends
-                if not is_strided(tensor) or tensor.is_complex() or tensor.is_meta or tensor.numel() == 0:
+                if not is_strided(tensor) or tensor.is_complex() or tensor.numel() == 0:
                     continue
                 try:
                     snapshot = self._snapshot(tensor)
                 except (RuntimeError, NotImplementedError):
                     continue  # of a dtype or subclass that cannot be read: float8, quantized, within torch.func.vmap
                 sighting = Sighting(
-                    len(self.trace.sightings),
-                    Site(*self._scopes[-1], kind, path, function, *nth),
-                    snapshot,
-                    tensor.requires_grad,
-                    tensor.requires_grad and torch.is_grad_enabled(),
-                    depends,
-                    tensor.stride(),
+                    seq=len(self.trace.sightings),
+                    site=Site(*self._scopes[-1], kind, path, *call),
+                    held=snapshot,
+                    requires_grad=tensor.requires_grad,
+                    # What was written is never to be picked up there.
+                    in_graph=tensor.requires_grad and torch.is_grad_enabled() and kind != "written",
+                    from_input=depends,
+                    strides=tensor.stride(),
                 )
                 snapshot.sightings.append(sighting)
                 self.trace.sightings.append(sighting)
@@ -330,15 +315,12 @@ class _Recorder(TorchFunctionMode):
         if last is not None and last.shape == data.shape and same(last.values, values):
             return last
         snapshot = self._last[tensor] = Snapshot(data.shape, values)
-        some = set(values[:64].tolist())
-        if len(some) == 1 and is_constant(data):
-            snapshot.constant = True
-        elif not self._from_input[tensor]:
-            pass  # a weight: nothing asks for its codes, and these take half of the time
-        elif (pattern := sign_pattern(data, index)) is not None:
-            snapshot.pattern, snapshot.one_hot = pattern, _is_one_hot(data)
-        elif len(some) <= FEW_LEVELS and values.unique().numel() <= FEW_LEVELS:
-            snapshot.levels = data.unique().numel()
+        snapshot.constant = bool((values[:64] == values[0]).all()) and is_constant(data)
+        if self._from_input[tensor] and not snapshot.constant:  # nothing asks for the codes of a weight
+            snapshot.pattern = sign_pattern(data, index)
+            snapshot.one_hot = snapshot.two_valued and _is_one_hot(data)
+            if not snapshot.two_valued and values.unique().numel() <= FEW_LEVELS:
+                snapshot.levels = data.unique().numel()
         if self._twins and data.is_floating_point():
             snapshot.twin_distance = self._twin_distance(data)
         return snapshot
@@ -348,9 +330,8 @@ class _Recorder(TorchFunctionMode):
         if rest:
             return None
         within = self._kept_positions(size, tensor.device)
-        within = within[:: max(1, len(within) // _TWIN_VALUES)]
-        last = self.trace.batch - 1
-        one, twin, other = (tensor.take(within + size * i).double() for i in (last, last - 1, 0))
+        samples = self.trace.batch - 1, self.trace.batch - 2, 0
+        one, twin, other = (tensor.take(within + size * sample).double() for sample in samples)
         otherwise = (one - other).abs().mean()
         return float((one - twin).abs().mean() / otherwise) if otherwise > 1e-6 * one.abs().mean() else None
 

@@ -302,7 +302,6 @@ def main(argv: list[str] | None = None) -> None:
             place = {"epoch": epoch, "step": step, "sums": sums, "log": log, "settings": settings}
             write({name: part.state_dict() for name, part in parts.items()} | place, last)
 
-    report = None
     for epoch in range(start, epochs):
         batches.epoch, batches.first = epoch, first
         METHODS[args.method].on_epoch(model, epoch, epochs)
@@ -342,7 +341,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.rank == 0:
             write_log(log, args.output / "log.csv", writer)
             if cmim and args.report_batches:
-                report = cmim.report(model, test_loader, max_batches=args.report_batches, since=report)
+                report = cmim.report(model, test_loader, max_batches=args.report_batches)
                 write_report(report, epoch, args.output / "report.csv", writer)
             print(*(f"{name} {value:.5g}" for name, value in line.items() if "/" not in name), sep=", ", flush=True)
         save(epoch + 1, 0)

@@ -389,15 +389,15 @@ def raises(*_: Any) -> None:
 
 
 @pytest.mark.parametrize("inside, where", [(True, "root"), (True, "tapped"), (False, "stem")])
-@pytest.mark.parametrize("how", ["pre", "pre first", "post first", "forward"])
+@pytest.mark.parametrize("how", ["pre", "pre first", "post", "post first", "forward"])
 def test_what_raises_in_a_pass_is_raised_and_nothing_is_captured(how, inside, where):
     model, cmim = attached(inside)
     place = {"root": model, "tapped": model[2], "stem": model[0]}[where]
     forward, handle = place.forward, None
     if how == "forward":
         place.forward = raises
-    elif how == "post first":
-        handle = place.register_forward_hook(raises, prepend=True)
+    elif "post" in how:
+        handle = place.register_forward_hook(raises, prepend="first" in how)
     else:
         handle = place.register_forward_pre_hook(raises, prepend="first" in how)
     with pytest.raises(Boom):
