@@ -311,6 +311,7 @@ def main(argv: list[str] | None = None) -> None:
             y, indices = labels.unbind(1)
             update = epoch * steps + step
             random_seed(int(np.random.SeedSequence((args.seed, args.rank, update)).generate_state(1)[0]))  # for dropout
+            scheduled = cmim.scheduled if cmim else ()
             with autocast():
                 loss = F.cross_entropy(trained(x.contiguous(memory_format=layout)), y)
                 seen = {"loss": loss.detach().clone()}
@@ -319,14 +320,16 @@ def main(argv: list[str] | None = None) -> None:
                 elif cmim:
                     loss += cmim(trained, labels=y if args.cmim_labels else None)
                 if cmim:
-                    seen |= {f"bound/{tap}": m["bound"] for tap, m in cmim.metrics.items() if "bound" in m}
+                    bounds = {tap: m["bound"] for tap, m in cmim.metrics.items() if tap in scheduled and "bound" in m}
+                    seen |= {f"bound/{tap}": bound for tap, bound in bounds.items()}
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
             ema.update(model, update)
             scheduler.step_update(update)
-            sums |= {name: sums.get(name, 0) + value for name, value in seen.items()}
+            # Each with the number of steps that had it.
+            sums |= {name: sums.get(name, 0) + torch.stack([v, torch.ones_like(v)]) for name, v in seen.items()}
             if step % args.checkpoint_every == 0 and step < steps:
                 save(epoch, step)
 
@@ -334,7 +337,7 @@ def main(argv: list[str] | None = None) -> None:
             distribute_bn(model, args.world_size)
             distribute_bn(ema, args.world_size)
         line = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
-        line |= {name: float(total) / steps for name, total in sums.items()}  # of the first process's batches
+        line |= {name: float(total / count) for name, (total, count) in sums.items()}  # of the first process's batches
         line |= evaluate({"": model, "ema_": ema.module}, test_loader, classes, autocast)
         first, sums = 0, {}
         log.append(line)
