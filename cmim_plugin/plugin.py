@@ -174,7 +174,6 @@ class CMIM(nn.Module):
                 wrong shape; the hooks were removed or are paused.
         """
         captured = self._begin_step(model)
-        mask = _mask_for_loss(self, captured, mask)
         # Not in one line: torch.compile of torch 2.6 would keep the bound method of the first call.
         value = self.contrast(captured, labels, mask)
         return self._finish_step(value, captured)
@@ -194,8 +193,12 @@ class CMIM(nn.Module):
 
     def _finish_step(self, value: Tensor, captured: Pass) -> Tensor:
         """The weighted loss, scaled from the taps of this step to all. Ends the step."""
-        if not torch.compiler.is_compiling() and not self.schedule.step and self._capture.model_was_loaded:
-            self.contrast.tell_of_new_heads()
+        if not self.schedule.step and self._capture.model_was_loaded and not self.contrast.loads:
+            warn_once(
+                self,
+                "The model loaded a state_dict, this CMIM did not: its heads start anew. To resume exactly, save "
+                "cmim.state_dict() beside the model's, and load it. Starting from a baseline's checkpoint is fine.",
+            )
         self.schedule.advance()
         if not isinstance(self.weight, Tensor) and self.weight == 0:
             return self.heads.weights[:0].sum()  # 0 * inf would be NaN, and parameters would get a gradient of zero
@@ -204,9 +207,10 @@ class CMIM(nn.Module):
     def _sync(self) -> None:
         """Start from the state of rank 0, as soon as there are several ranks."""
         if not self._synced and distributed.ranks() > 1:
-            loads = self.contrast.loads
-            distributed.start_alike(self, self.heads.weights.device)
-            self._synced, self.contrast.loads, self.contrast.loads_since_sync = True, loads, 0
+            device = self.heads.weights.device
+            loads_of_all = distributed.counts_of_all([self.contrast.loads], device)
+            distributed.start_alike(self, device)
+            self._synced, self.contrast.loads = True, loads_of_all[0][0]
 
     @property
     def weight(self) -> float | Tensor:
@@ -334,20 +338,6 @@ class CMIM(nn.Module):
 
 
 # -- helpers ---------------------------------------------------------------------------------------------------------
-
-
-def _mask_for_loss(cmim: CMIM, captured: Pass, mask: Tensor | None) -> Tensor | None:
-    """The mask that the user gave, else that which the model itself was given."""
-    if len(cmim.contrast.queues):
-        if mask is not None:
-            raise CMIMError("A mask and a queue do not go together: padding would be queued. Attach with queue_size=0.")
-        return None
-    if mask is not None or cmim.instances == "image" or captured.mask is None:
-        return mask
-    if captured.usable_mask is None:
-        found = "floats" if captured.mask.is_floating_point() else f"{captured.mask.ndim} dimensions"
-        warn_once(cmim, f"An attention_mask of {found} is not read: pass mask=, zero or False for padding.")
-    return captured.usable_mask
 
 
 def _listing(cmim: CMIM, attached: bool) -> str:
