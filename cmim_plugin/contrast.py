@@ -109,6 +109,8 @@ class Contrast(nn.Module):
         pairs = {k: captured.pairs[k] for k in captured.scheduled if captured.pairs[k].complete}
         together = distributed.ranks() > 1
         weights = distributed.averaged(self.heads.weights) if together else self.heads.weights
+        # Without rows there is a graph: other ranks may have some, and wait for this one in the backward pass.
+        rows = dict.fromkeys(captured.scheduled, Embedded(weights[:0], weights[:0]))
         if pairs:
             # What mixes the samples may have another number of them.
             first = ([pair for pair in pairs.values() if not pair.tap.mixed] or [*pairs.values()])[0]
@@ -118,45 +120,41 @@ class Contrast(nn.Module):
                 labels = labels.to(weights.device)
             mask = self._usable_mask(captured, mask, first) if reads_mask else None
             z = self.heads(list(pairs), [pair.sides for pair in pairs.values()], weights)
-            rows = {}
             for (k, pair), z_b, z_f in zip(pairs.items(), z[: len(pairs)], z[len(pairs) :], strict=True):
                 of_mask = None if mask is None else mask_of(pair, mask)
                 rows[k] = Embedded(z_b, z_f, None if labels is None else labels_of(pair, labels), of_mask)
-        else:
-            # No rows, but a graph: other ranks may have some, and wait for this one in the backward pass.
-            rows = {captured.scheduled[0]: Embedded(weights[:0], weights[:0])}
-        return self._of_all_ranks(rows, captured.scheduled) if together else rows
+        return self._of_all_ranks(rows) if together else rows
 
-    def _of_all_ranks(self, rows: dict[int, Embedded], taps: Sequence[int]) -> dict[int, Embedded]:
+    def _of_all_ranks(self, rows: dict[int, Embedded]) -> dict[int, Embedded]:
         """The same with the rows of all ranks, in the order that one process would have them in. Raises CMIMError on
         every rank where some of them loaded a state since all started from one, and others did not."""
         some = list(rows.values())
-        given = [some[0].labels is not None, some[0].mask is not None, self.loads]
-        own = [len(rows[k].z_b) if k in rows else 0 for k in taps]
+        given = [any(r.labels is not None for r in some), any(r.mask is not None for r in some), self.loads]
         # As many numbers on each rank, whatever taps it contrasts.
-        told = distributed.counts_of_all([*given, *own, *[0] * (len(self.taps) - len(own))], some[0].z_b.device)
+        own = [*(len(r.z_b) for r in some), *[0] * (len(self.taps) - len(some))]
+        told = distributed.counts_of_all([*given, *own], some[0].z_b.device)
         has_labels, has_mask, loaded, *_ = zip(*told, strict=True)  # by rank
         if len(set(loaded)) > 1:
             raise CMIMError(
                 "The ranks do not have the same state: load cmim's state_dict on every rank. Loads on rank 0, 1, ...: "
                 f"{list(loaded)}."
             )
-        counts = tuple(of_rank[len(given) :][: len(taps)] for of_rank in told)
+        counts = tuple(of_rank[len(given) :][: len(some)] for of_rank in told)
 
         def gathered(parts: Iterable[Tensor]) -> tuple[Tensor, ...]:
             found = distributed.gather(torch.cat(list(parts)), counts)
             return found.split([sum(of_tap) for of_tap in zip(*counts, strict=True)])
 
-        def or_else(own: Tensor | None, rows: Embedded, value: int) -> Tensor:
-            return rows.z_b.new_full(rows.z_b.shape[:1], value).long() if own is None else own.long()
+        def or_else(own: Tensor | None, r: Embedded, value: int) -> Tensor:
+            return torch.full((len(r.z_b),), value, device=r.z_b.device) if own is None else own.long()
 
         z = gathered(torch.stack([r.z_b, r.z_f], 1) for r in some)
         # A rank may have neither where others have: a model gets no attention_mask for a batch without padding.
-        labels = gathered(or_else(r.labels, r, -1) for r in some) if any(has_labels) else [None] * len(taps)
-        mask = gathered(or_else(r.mask, r, 1) for r in some) if any(has_mask) else [None] * len(taps)
+        labels = gathered(or_else(r.labels, r, -1) for r in some) if any(has_labels) else [None] * len(some)
+        mask = gathered(or_else(r.mask, r, 1) for r in some) if any(has_mask) else [None] * len(some)
         return {
             k: Embedded(z_k[:, 0], z_k[:, 1], of_label, None if of_mask is None else of_mask.bool())
-            for k, z_k, of_label, of_mask in zip(taps, z, labels, mask, strict=True)
+            for k, z_k, of_label, of_mask in zip(rows, z, labels, mask, strict=True)
         }
 
     def _usable_mask(self, captured: Pass, mask: Tensor | None, first: Pair) -> Tensor | None:
@@ -215,24 +213,19 @@ class Contrast(nn.Module):
         """See :attr:`cmim_plugin.CMIM.metrics`."""
         bound = getattr(self.objective, "bound", None)
         found: dict[str, dict[str, Tensor]] = {}
-        for k, tap in enumerate(self.taps):
-            if k in self.last:
-                last = self.last[k]
-                found[tap.name] = {"loss": last.loss}
-                if bound is not None and (last.mask is None or bool(last.mask.any())):
-                    found[tap.name]["bound"] = bound(last.loss, last.negatives())
+        for k, last in sorted(self.last.items()):
+            found[self.taps[k].name] = {"loss": last.loss}
+            if bound is not None and (last.mask is None or bool(last.mask.any())):
+                found[self.taps[k].name]["bound"] = bound(last.loss, last.negatives())
         return found
 
     def scalars(self, weight: float | Tensor, all_taps: bool) -> dict[str, float]:
         """See :meth:`cmim_plugin.CMIM.scalars`."""
-        metrics = self.metrics()
-        taps = [(k, tap.name) for k, tap in enumerate(self.taps) if tap.name in metrics]
-        found = {}
-        if taps:
-            losses = sum(self.layer_weights[k] * float(metrics[name]["loss"]) for k, name in taps)
-            asked = self._asked | {k for k, _ in taps}
-            found["cmim/loss"] = float(weight) * losses / sum(self.layer_weights[k] for k in asked)
-        bounds = {name: float(m["bound"]) for name, m in metrics.items() if "bound" in m}
+        if not self.last:
+            return {}
+        loss = sum(self.layer_weights[k] * float(last.loss) for k, last in self.last.items())
+        found = {"cmim/loss": float(weight) * loss / sum(self.layer_weights[k] for k in self._asked | self.last.keys())}
+        bounds = {name: float(m["bound"]) for name, m in self.metrics().items() if "bound" in m}
         if bounds:
             found |= {"cmim/bound": sum(bounds.values()) / len(bounds), "cmim/worst_bound": min(bounds.values())}
         return found | ({f"cmim/bound/{name}": bound for name, bound in bounds.items()} if all_taps else {})
