@@ -248,7 +248,13 @@ class CMIM(nn.Module):
 
         "bound" is the lower bound on the mutual information that the objective gives. Computed when it is read.
         """
-        return self.contrast.metrics()
+        bound = getattr(self.contrast.objective, "bound", None)
+        found: dict[str, dict[str, Tensor]] = {}
+        for k, last in sorted(self.contrast.last.items()):
+            found[self.taps[k].name] = {"loss": last.loss}
+            if bound is not None and (last.mask is None or bool(last.mask.any())):
+                found[self.taps[k].name]["bound"] = bound(last.loss, last.negatives())
+        return found
 
     def scalars(self, all_taps: bool = False) -> dict[str, float]:
         """Numbers for a logger or a progress bar, each tap as of its last step. Reading them waits for the device.
@@ -257,7 +263,15 @@ class CMIM(nn.Module):
             In nats, ``"cmim/loss"``, weighted; ``"cmim/bound"``, the mean over the taps; ``"cmim/worst_bound"``; with
             ``all_taps`` also ``"cmim/bound/<tap name>"``. No bounds where the objective gives none; empty at first.
         """
-        return self.contrast.scalars(self.weight, all_taps)
+        shares, last = self.contrast.layer_weights, self.contrast.last
+        if not last:
+            return {}
+        loss = sum(shares[k] * float(last[k].loss) for k in last)
+        found = {"cmim/loss": float(self.weight) * loss / sum(shares[k] for k in self.contrast.asked | last.keys())}
+        bounds = {name: float(m["bound"]) for name, m in self.metrics.items() if "bound" in m}
+        if bounds:
+            found |= {"cmim/bound": sum(bounds.values()) / len(bounds), "cmim/worst_bound": min(bounds.values())}
+        return found | ({f"cmim/bound/{name}": bound for name, bound in bounds.items()} if all_taps else {})
 
     def report(
         self,
