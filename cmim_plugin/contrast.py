@@ -18,12 +18,10 @@ from .passes import Pair, Pass, mask_of, samples_of
 
 # In the first steps we check that labels and mask leave a negative. The check waits for the device.
 _FIRST_STEPS = 3
-# What labels (of positions, of whole images) and a mask are to be.
-_LABELS = (
-    "{} integers, one a sample of the batch, or a map of them for each",
-    '{} integers, one an image (instances="image")',
-)
-_MASK = '({}, tokens) booleans or integers, zero for padding (with instances="position")'
+# What labels of positions, labels of whole images, and a mask are to be.
+_LABELS = "{} integers, one a sample of the batch, or a map of them for each"
+_LABELS_OF_IMAGES = '{} integers, one an image (instances="image")'
+_MASK = "({}, tokens) booleans or integers, zero for padding"
 
 
 class Last(NamedTuple):
@@ -71,16 +69,16 @@ class Contrast(nn.Module):
         self.objective = objective
         self.temperature = temperature
         self.heads = Heads([(tap.channels, tap.latent_channels) for tap in taps], embed_dim, heads_lr, generator)
-        self._queues = [Queue(queue_size, embed_dim) for _ in taps if queue_size]
-        self.queues = nn.ModuleList(self._queues)
+        self.queues: Sequence[Queue] = nn.ModuleList(  # type: ignore[assignment]
+            Queue(queue_size, embed_dim) for _ in taps if queue_size
+        )
         raw = [layer_decay ** (len(taps) - 1 - k) for k in range(len(taps))]
         #: One weight per tap. They sum to 1: ``weight`` means the same for a shallow and for a deep network.
         self.layer_weights = tuple(w / sum(raw) for w in raw)
         self._layer_weights = self.heads.weights.new_tensor(self.layer_weights)
-        #: How often a state was loaded, and how often since all ranks started from one state.
-        self.loads = self.loads_since_sync = 0
+        self.loads = 0  # how often a state was loaded; before all ranks started from one state, by rank 0
         self.last: dict[int, Last] = {}
-        self._asked: set[int] = set()  # taps that a loss was asked of, also of those that gave none
+        self.asked: set[int] = set()  # taps that a loss was asked of, also of those that gave none
         self._losses_checked = 0  # for negatives, up to _FIRST_STEPS
 
     def forward(self, captured: Pass, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -89,14 +87,14 @@ class Contrast(nn.Module):
         rows = self.embed(captured, labels, mask)
         # One call of the objective for all taps of as many rows and as full a queue.
         counted = [k for k in rows if len(rows[k].z_b) > 0]
-        filled = [queue.filled for queue in self._queues] or [0] * len(self.taps)
+        filled = [queue.filled for queue in self.queues] or [0] * len(self.taps)
         sums = []
-        for _, taps in grouped(counted, [(len(rows[k].z_b), filled[k]) for k in counted]):
-            losses = self._losses(taps, [rows[k] for k in taps])
+        for (_, queued), taps in grouped(counted, [(len(rows[k].z_b), filled[k]) for k in counted]):
+            losses = self._losses(taps, [rows[k] for k in taps], queued)
             layer_weights = torch.cat([self._layer_weights[k : k + 1] for k in taps])
             sums.append(losses.dot(layer_weights.to(losses.dtype)))
         if not torch.compiler.is_compiling():  # each number would be compiled anew
-            self._asked.update(captured.scheduled)
+            self.asked.update(captured.scheduled)
             self._losses_checked = min(self._losses_checked + 1, _FIRST_STEPS)
         return sum(sums[1:], sums[0]) if sums else zero_of(rows)
 
@@ -105,159 +103,117 @@ class Contrast(nn.Module):
         mixed = [tap.name for tap in self.taps if tap.mixed]  # of all, so that each rank raises
         if mixed and labels is not None:
             raise CMIMError(f"Labels are of samples, which these taps mix: {mixed}. Leave them out with taps=.")
+        reads_mask = captured.random is not None and not len(self.queues)
+        if mask is not None and not reads_mask:
+            raise CMIMError('A mask needs instances="position", and queue_size=0: a queue would keep the padding.')
         pairs = {k: captured.pairs[k] for k in captured.scheduled if captured.pairs[k].complete}
         together = distributed.ranks() > 1
         weights = distributed.averaged(self.heads.weights) if together else self.heads.weights
-        # No rows, but a graph: other ranks may have some, and wait for this one in the backward pass.
-        rows = {captured.scheduled[0]: Embedded(weights[:0], weights[:0])}
-        own = mask is not None and mask is captured.usable_mask
+        # Without rows there is a graph: other ranks may have some, and wait for this one in the backward pass.
+        rows = dict.fromkeys(captured.scheduled, Embedded(weights[:0], weights[:0]))
         if pairs:
             # What mixes the samples may have another number of them.
             first = ([pair for pair in pairs.values() if not pair.tap.mixed] or [*pairs.values()])[0]
-            pooled = first.index is None
             if labels is not None:
-                _check_given("labels", labels, first, _LABELS[pooled], lambda t: not pooled or t.ndim == 1)
+                wanted, ndim = (_LABELS_OF_IMAGES, 1) if first.index is None else (_LABELS, None)
+                _check_given("labels", labels, first, wanted, ndim)
                 labels = labels.to(weights.device)
-            if mask is not None:
-                if pooled or not own:  # a size that is compared again is a constant to torch.compile
-                    _check_given("mask", mask, first, _MASK, lambda t: not pooled and t.ndim == 2)
-                mask = mask.to(weights.device)
-                if not torch.compiler.is_compiling():
-                    self._warn_of_padding(pairs.values(), mask, own)
+            mask = self._usable_mask(captured, mask, first) if reads_mask else None
             z = self.heads(list(pairs), [pair.sides for pair in pairs.values()], weights)
-            rows = {
-                k: Embedded(
-                    z_b,
-                    z_f,
-                    None if labels is None else labels_of(pair, labels),
-                    None if mask is None else mask_of(pair, mask),
-                )
-                for (k, pair), z_b, z_f in zip(pairs.items(), z[: len(pairs)], z[len(pairs) :], strict=True)
-            }
-        return self._of_all_ranks(rows, captured.scheduled) if together else rows
+            for (k, pair), z_b, z_f in zip(pairs.items(), z[: len(pairs)], z[len(pairs) :], strict=True):
+                of_mask = None if mask is None else mask_of(pair, mask)
+                rows[k] = Embedded(z_b, z_f, None if labels is None else labels_of(pair, labels), of_mask)
+        return self._of_all_ranks(rows) if together else rows
 
-    def _of_all_ranks(self, rows: dict[int, Embedded], taps: Sequence[int]) -> dict[int, Embedded]:
+    def _of_all_ranks(self, rows: dict[int, Embedded]) -> dict[int, Embedded]:
         """The same with the rows of all ranks, in the order that one process would have them in. Raises CMIMError on
         every rank where some of them loaded a state since all started from one, and others did not."""
         some = list(rows.values())
-        given = [some[0].labels is not None, some[0].mask is not None, self.loads_since_sync]
-        own = [len(rows[k].z_b) if k in rows else 0 for k in taps]
+        given = [any(r.labels is not None for r in some), any(r.mask is not None for r in some), self.loads]
         # As many numbers on each rank, whatever taps it contrasts.
-        told = distributed.counts_of_all([*given, *own, *[0] * (len(self.taps) - len(own))], some[0].z_b.device)
+        own = [*(len(r.z_b) for r in some), *[0] * (len(self.taps) - len(some))]
+        told = distributed.counts_of_all([*given, *own], some[0].z_b.device)
         has_labels, has_mask, loaded, *_ = zip(*told, strict=True)  # by rank
         if len(set(loaded)) > 1:
             raise CMIMError(
                 "The ranks do not have the same state: load cmim's state_dict on every rank. Loads on rank 0, 1, ...: "
                 f"{list(loaded)}."
             )
-        counts = tuple(of_rank[len(given) :][: len(taps)] for of_rank in told)
+        counts = tuple(of_rank[len(given) :][: len(some)] for of_rank in told)
 
         def gathered(parts: Iterable[Tensor]) -> tuple[Tensor, ...]:
             found = distributed.gather(torch.cat(list(parts)), counts)
             return found.split([sum(of_tap) for of_tap in zip(*counts, strict=True)])
 
-        def or_else(own: Tensor | None, rows: Embedded, value: int) -> Tensor:
-            return rows.z_b.new_full(rows.z_b.shape[:1], value).long() if own is None else own.long()
+        def or_else(own: Tensor | None, r: Embedded, value: int) -> Tensor:
+            return torch.full((len(r.z_b),), value, device=r.z_b.device) if own is None else own.long()
 
         z = gathered(torch.stack([r.z_b, r.z_f], 1) for r in some)
         # A rank may have neither where others have: a model gets no attention_mask for a batch without padding.
-        labels = gathered(or_else(r.labels, r, -1) for r in some) if any(has_labels) else [None] * len(taps)
-        mask = gathered(or_else(r.mask, r, 1) for r in some) if any(has_mask) else [None] * len(taps)
+        labels = gathered(or_else(r.labels, r, -1) for r in some) if any(has_labels) else [None] * len(some)
+        mask = gathered(or_else(r.mask, r, 1) for r in some) if any(has_mask) else [None] * len(some)
         return {
             k: Embedded(z_k[:, 0], z_k[:, 1], of_label, None if of_mask is None else of_mask.bool())
-            for k, z_k, of_label, of_mask in zip(taps, z, labels, mask, strict=True)
+            for k, z_k, of_label, of_mask in zip(rows, z, labels, mask, strict=True)
         }
 
-    def _warn_of_padding(self, pairs: Iterable[Pair], mask: Tensor, own: bool) -> None:
-        for pair in pairs:
-            if pair.tap.mixed:
-                warn_once(
-                    self,
-                    "The mask is not applied to taps that mix the samples (print(cmim) names them): their padding "
-                    "counts. Bring the batch to the front before the sign, or leave them out with taps=.",
-                )
-            elif pair.tokens != mask.shape[1] and (pair.tokens or (not own and pair.total > pair.batch_size)):
-                warn_once(  # once, so without the numbers, which change from batch to batch
-                    self,
-                    f"Tap {pair.tap.name} has more or fewer tokens a sample than the mask, which is not applied to "
-                    "it: its padding counts. Pass a mask with as many tokens, or leave the tap out with taps=.",
-                )
+    def _usable_mask(self, captured: Pass, mask: Tensor | None, first: Pair) -> Tensor | None:
+        """The mask that the user gave, else the one that the model itself was given. Warns of taps that it does not
+        fit."""
+        own = mask is None
+        if mask is None:
+            mask = captured.usable_mask
+            if mask is None and captured.mask is not None:
+                found = "floats" if captured.mask.is_floating_point() else f"{captured.mask.ndim} dimensions"
+                warn_once(self, f"An attention_mask of {found} is not read: pass mask=, zero or False for padding.")
+        else:  # a size that is compared again is a constant to torch.compile
+            _check_given("mask", mask, first, _MASK, 2)
+        if mask is not None and not torch.compiler.is_compiling():
+            for pair in captured.pairs.values():
+                other_tokens = pair.tokens != mask.shape[1] and (pair.tokens or (not own and pair.total > len(mask)))
+                if pair.complete and (pair.tap.mixed or other_tokens):
+                    # Without the numbers, which change from batch to batch: once.
+                    warn_once(
+                        self,
+                        f"The mask is not applied to tap {pair.tap.name}, which mixes the samples or has more or fewer "
+                        "tokens a sample than the mask: its padding counts. Pass a mask with as many tokens, bring the "
+                        "batch to the front before the sign, or leave the tap out with taps=.",
+                    )
+        return None if mask is None else mask.to(self.heads.weights.device)
 
-    def _losses(self, taps: list[int], rows: list[Embedded]) -> Tensor:
-        """The losses of taps with as many rows each: ``(taps,)``."""
-        z_b, z_f = torch.stack([*(r.z_b for r in rows), *(r.z_f for r in rows)]).unflatten(0, (2, -1))
+    def _losses(self, taps: list[int], rows: list[Embedded], queued: int) -> Tensor:
+        """The losses of taps with as many rows and as many queued entries each: ``(taps,)``."""
+        z = torch.stack([*(r.z_b for r in rows), *(r.z_f for r in rows)]).unflatten(0, (2, -1))
         labels, mask = _stacked(r.labels for r in rows), _stacked(r.mask for r in rows)
         settings: dict[str, Tensor] = {} if mask is None else {"mask": mask}
         if len(self.queues):
-            contents = zip(*(self._queues[k].contents() for k in taps), strict=True)
             # Copies: the loss keeps them for its backward pass, and push() overwrites in place before that.
-            settings.update(zip(("queue_b", "queue_f", "queue_labels"), map(torch.stack, contents), strict=True))
-        losses = self.objective(z_b, z_f, temperature=self.temperature, labels=labels, **settings)
+            queues = torch.stack([self.queues[k].embeddings[:, :queued] for k in taps], 1)
+            queue_labels = torch.stack([self.queues[k].labels[:queued] for k in taps])
+            settings.update({"queue_b": queues[0], "queue_f": queues[1], "queue_labels": queue_labels})
+        losses = self.objective(z[0], z[1], temperature=self.temperature, labels=labels, **settings)
         if not isinstance(losses, Tensor) or losses.shape != (len(taps),):
             raise CMIMError(
-                f"objective got embeddings of {len(taps)} taps, shape {tuple(z_b.shape)}, and must return their "
+                f"objective got embeddings of {len(taps)} taps, shape {tuple(z.shape[1:])}, and must return their "
                 f"losses, shape ({len(taps)},); found {getattr(losses, 'shape', losses)!r}."
             )
-        for i, k in enumerate(taps if len(self.queues) else ()):
-            self._queues[k].push(z_b[i].detach(), z_f[i].detach(), None if labels is None else labels[i])
-        queue_labels = settings.get("queue_labels")
-        n, queued = z_b.shape[1], 0 if queue_labels is None else queue_labels.shape[-1]
+        n = z.shape[2]
         for i, (k, r) in enumerate(zip(taps, rows, strict=True)):
-            of_queue = None if queue_labels is None else queue_labels[i]
+            of_queue = queue_labels[i] if len(self.queues) else None
             self.last[k] = Last(losses[i].detach(), n, queued, r.labels, r.mask, of_queue)
-        no_negatives = n + queued == 1
-        if (
-            (labels is not None or mask is not None)
-            and self._losses_checked < _FIRST_STEPS
-            and not torch.compiler.is_compiling()
-        ):
-            no_negatives |= not bool(count_negatives(n, labels, queue_labels, queued, mask).any(-1).all())
-        if no_negatives:
+            if len(self.queues):
+                self.queues[k].push(z[:, i].detach(), r.labels)
+        look = self._losses_checked < _FIRST_STEPS and not torch.compiler.is_compiling()
+        if n + queued == 1 or (look and not all(self.last[k].negatives().any() for k in taps)):
             what = "one instance, one class only, or padding"
             warn_once(self, f"A batch had no negatives for some tap ({what}): it adds nothing to the loss there.")
         return losses
-
-    def metrics(self) -> dict[str, dict[str, Tensor]]:
-        """See :attr:`cmim_plugin.CMIM.metrics`."""
-        bound = getattr(self.objective, "bound", None)
-        found: dict[str, dict[str, Tensor]] = {}
-        for k, tap in enumerate(self.taps):
-            if k in self.last:
-                last = self.last[k]
-                found[tap.name] = {"loss": last.loss}
-                if bound is not None and (last.mask is None or bool(last.mask.any())):
-                    found[tap.name]["bound"] = bound(last.loss, last.negatives())
-        return found
-
-    def scalars(self, weight: float | Tensor, all_taps: bool) -> dict[str, float]:
-        """See :meth:`cmim_plugin.CMIM.scalars`."""
-        metrics = self.metrics()
-        taps = [(k, tap.name) for k, tap in enumerate(self.taps) if tap.name in metrics]
-        found = {}
-        if taps:
-            losses = sum(self.layer_weights[k] * float(metrics[name]["loss"]) for k, name in taps)
-            asked = self._asked | {k for k, _ in taps}
-            found["cmim/loss"] = float(weight) * losses / sum(self.layer_weights[k] for k in asked)
-        bounds = {name: float(m["bound"]) for name, m in metrics.items() if "bound" in m}
-        if bounds:
-            found |= {"cmim/bound": sum(bounds.values()) / len(bounds), "cmim/worst_bound": min(bounds.values())}
-        return found | ({f"cmim/bound/{name}": bound for name, bound in bounds.items()} if all_taps else {})
-
-    def tell_of_new_heads(self) -> None:
-        """Warn where the model resumes from a state and the heads do not."""
-        if not self.loads:
-            warn_once(
-                self,
-                "The model loaded a state_dict, this CMIM did not: its heads start anew. To resume exactly, save "
-                "cmim.state_dict() beside the model's, and load it. Starting from a baseline's checkpoint is fine.",
-            )
 
     def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state, prefix, *args)  # type: ignore[arg-type]
         if prefix + "heads.weights" in state:  # with strict=False a state may be another module's
             self.last.clear()
             self.loads += 1
-            self.loads_since_sync += 1
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Contrast:
         super()._apply(fn, recurse)
@@ -278,10 +234,10 @@ def zero_of(rows: dict[int, Embedded]) -> Tensor:
     return next(iter(rows.values())).z_b[:0].sum()
 
 
-def _check_given(name: str, value: Any, pair: Pair, wanted: str, fits: Callable[[Tensor], bool]) -> None:
+def _check_given(name: str, value: Any, pair: Pair, wanted: str, ndim: int | None) -> None:
     """Labels or a mask: a tensor of integers or booleans with an entry for each sample of the pair's batch."""
-    is_one = isinstance(value, Tensor) and holds_integers(value) and value.ndim > 0
-    if not is_one or not (pair.tap.mixed or len(value) == pair.batch_size) or not fits(value):
+    fits = isinstance(value, Tensor) and holds_integers(value) and value.ndim > 0 and value.ndim == (ndim or value.ndim)
+    if not fits or not (pair.tap.mixed or len(value) == pair.batch_size):
         found = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         # Written here only: a size that is formatted is a constant to torch.compile.
         time = "Have the inputs time first? Then attach with batch_size=."

@@ -112,7 +112,7 @@ class CMIM(nn.Module):
         #: All that was found, tapped or not and why.
         self.found = tuple(replace(f, reason=_reason_as_wanted(f, instances, teacher)) for f in discovered)
         chosen = _chosen(self.found, taps, model)
-        tapped = tuple(chosen if taps is not None else chosen[self._default_taps])
+        tapped = chosen if taps is not None else chosen[self._default_taps]
         # A teacher replaces the latent of each tap. Capture.begin() delivers it, before the binary side is seen.
         self._teacher = None if teacher is None else Teacher(teacher, example_input, tapped, teacher_modules)
 
@@ -174,7 +174,6 @@ class CMIM(nn.Module):
                 wrong shape; the hooks were removed or are paused.
         """
         captured = self._begin_step(model)
-        mask = _mask_for_loss(self, captured, mask)
         # Not in one line: torch.compile of torch 2.6 would keep the bound method of the first call.
         value = self.contrast(captured, labels, mask)
         return self._finish_step(value, captured)
@@ -194,8 +193,12 @@ class CMIM(nn.Module):
 
     def _finish_step(self, value: Tensor, captured: Pass) -> Tensor:
         """The weighted loss, scaled from the taps of this step to all. Ends the step."""
-        if not torch.compiler.is_compiling() and not self.schedule.step and self._capture.model_was_loaded:
-            self.contrast.tell_of_new_heads()
+        if not self.schedule.step and self._capture.model_was_loaded and not self.contrast.loads:
+            warn_once(
+                self,
+                "The model loaded a state_dict, this CMIM did not: its heads start anew. To resume exactly, save "
+                "cmim.state_dict() beside the model's, and load it. Starting from a baseline's checkpoint is fine.",
+            )
         self.schedule.advance()
         if not isinstance(self.weight, Tensor) and self.weight == 0:
             return self.heads.weights[:0].sum()  # 0 * inf would be NaN, and parameters would get a gradient of zero
@@ -204,9 +207,10 @@ class CMIM(nn.Module):
     def _sync(self) -> None:
         """Start from the state of rank 0, as soon as there are several ranks."""
         if not self._synced and distributed.ranks() > 1:
-            loads = self.contrast.loads
-            distributed.start_alike(self, self.heads.weights.device)
-            self._synced, self.contrast.loads, self.contrast.loads_since_sync = True, loads, 0
+            device = self.heads.weights.device
+            loads_of_all = distributed.counts_of_all([self.contrast.loads], device)
+            distributed.start_alike(self, device)
+            self._synced, self.contrast.loads = True, loads_of_all[0][0]
 
     @property
     def weight(self) -> float | Tensor:
@@ -244,7 +248,13 @@ class CMIM(nn.Module):
 
         "bound" is the lower bound on the mutual information that the objective gives. Computed when it is read.
         """
-        return self.contrast.metrics()
+        bound = getattr(self.contrast.objective, "bound", None)
+        found: dict[str, dict[str, Tensor]] = {}
+        for k, last in sorted(self.contrast.last.items()):
+            found[self.taps[k].name] = {"loss": last.loss}
+            if bound is not None and (last.mask is None or bool(last.mask.any())):
+                found[self.taps[k].name]["bound"] = bound(last.loss, last.negatives())
+        return found
 
     def scalars(self, all_taps: bool = False) -> dict[str, float]:
         """Numbers for a logger or a progress bar, each tap as of its last step. Reading them waits for the device.
@@ -253,7 +263,15 @@ class CMIM(nn.Module):
             In nats, ``"cmim/loss"``, weighted; ``"cmim/bound"``, the mean over the taps; ``"cmim/worst_bound"``; with
             ``all_taps`` also ``"cmim/bound/<tap name>"``. No bounds where the objective gives none; empty at first.
         """
-        return self.contrast.scalars(self.weight, all_taps)
+        shares, last = self.contrast.layer_weights, self.contrast.last
+        if not last:
+            return {}
+        loss = sum(shares[k] * float(last[k].loss) for k in last)
+        found = {"cmim/loss": float(self.weight) * loss / sum(shares[k] for k in self.contrast.asked | last.keys())}
+        bounds = {name: float(m["bound"]) for name, m in self.metrics.items() if "bound" in m}
+        if bounds:
+            found |= {"cmim/bound": sum(bounds.values()) / len(bounds), "cmim/worst_bound": min(bounds.values())}
+        return found | ({f"cmim/bound/{name}": bound for name, bound in bounds.items()} if all_taps else {})
 
     def report(
         self,
@@ -278,9 +296,8 @@ class CMIM(nn.Module):
         Raises:
             CMIMError: another model, a batch without an input, no batch, or no tap reached.
         """
-        own, source = path_to(self._capture.model_ref(), model)[-1], self._capture.batch_source
-        positions = self.schedule.positions
-        return measure(own, self.contrast, source, self._teacher, positions, loader, inputs, max_batches)
+        own = path_to(self._capture.model_ref(), model)[-1]
+        return measure(own, self.contrast, self._capture, loader, inputs, max_batches)
 
     # -- attach and remove ---------------------------------------------------------------------------------------
 
@@ -330,83 +347,62 @@ class CMIM(nn.Module):
         return copy.deepcopy(self)
 
     def __repr__(self) -> str:
-        return _listing(self, attached=self._capture.attached)
+        count, chosen = len(self.taps), len(self.schedule.taps)
+        some = f", {chosen} of them a step" if chosen < count else ""
+        title = (
+            f"CMIM: {count} of {len(self.found)} binary activations tapped{some}, one instance = one {self.instances}, "
+            f"weight {float(self.weight):g}{'' if self._capture.attached else ', not attached'}"
+        )
+        rows = []
+        for k, (tap, share) in enumerate(zip(self.taps, self.contrast.layer_weights, strict=True)):
+            of_teacher = self._teacher.described(k) if self._teacher else "the teacher's"
+            other = "its latent" if tap.latent else of_teacher
+            what = f"a_B against {other}" + (", samples mixed" if tap.mixed else "")
+            rows.append((tap.name, f"{tap.channels}", f"{share:.3f}", what))
+        tapped = {tap.name for tap in self.taps}
+        rows += [(f.name, "-", "-", f.reason or "not chosen by taps=") for f in self.found if f.name not in tapped]
+        return f"{title}\n{table([('tap', 'channels', 'share', 'what'), *folded(rows)])}"
 
 
 # -- helpers ---------------------------------------------------------------------------------------------------------
 
 
-def _mask_for_loss(cmim: CMIM, captured: Pass, mask: Tensor | None) -> Tensor | None:
-    """The mask that the user gave, else that which the model itself was given."""
-    if len(cmim.contrast.queues):
-        if mask is not None:
-            raise CMIMError("A mask and a queue do not go together: padding would be queued. Attach with queue_size=0.")
-        return None
-    if mask is not None or cmim.instances == "image" or captured.mask is None:
-        return mask
-    if captured.usable_mask is None:
-        found = "floats" if captured.mask.is_floating_point() else f"{captured.mask.ndim} dimensions"
-        warn_once(cmim, f"An attention_mask of {found} is not read: pass mask=, zero or False for padding.")
-    return captured.usable_mask
-
-
-def _listing(cmim: CMIM, attached: bool) -> str:
-    """A title, and a table of all binary activations: what they are contrasted with, and why others are not."""
-    count, chosen = len(cmim.taps), len(cmim.schedule.taps)
-    some = f", {chosen} of them a step" if chosen < count else ""
-    title = (
-        f"CMIM: {count} of {len(cmim.found)} binary activations tapped{some}, one instance = one {cmim.instances}, "
-        f"weight {float(cmim.weight):g}{'' if attached else ', not attached'}"
-    )
-    rows, teacher = [], cmim._teacher
-    for k, (tap, share) in enumerate(zip(cmim.taps, cmim.contrast.layer_weights, strict=True)):
-        other = teacher.described(k) if teacher else "its latent" if tap.latent else "the teacher's"
-        what = f"a_B against {other}" + (", samples mixed" if tap.mixed else "")
-        rows.append((tap.name, f"{tap.channels}", f"{share:.3f}", what))
-    tapped = {tap.name for tap in cmim.taps}
-    rows += [(f.name, "-", "-", f.reason or "not chosen by taps=") for f in cmim.found if f.name not in tapped]
-    return f"{title}\n{table([('tap', 'channels', 'share', 'what'), *folded(rows)])}"
-
-
 def _reason_as_wanted(found: BinaryActivation, instances: str, teacher: nn.Module | None) -> str | None:
     """Why a binary activation cannot be contrasted as the user wants it, None where it can."""
-    misaligned = 'its latent has another number of positions: only instances="image" can contrast them'
     if instances == "image":
         return found.reason or found.mixed
-    return found.reason or (misaligned if teacher is None and not found.aligned else None)
+    if teacher is None and not found.aligned:
+        return found.reason or 'its latent has another number of positions: only instances="image" can contrast them'
+    return found.reason
 
 
 def _chosen(
     found: tuple[BinaryActivation, ...],
     taps: Collection[str] | Callable[[str, nn.Module], bool] | None,
     model: nn.Module,
-) -> list[BinaryActivation]:
+) -> tuple[BinaryActivation, ...]:
     """The binary activations that the user wants tapped, all of them tappable."""
     tappable = [f for f in found if f.tapped]
-    listing = (
-        "\n".join(f"  {f.name}: {f.reason or 'can be tapped'}" for f in found)
-        or "  (none: binary weights alone do not count)"
-    )
+    listing = "\n".join(f"  {f.name}: {f.reason or 'can be tapped'}" for f in found)
     if not tappable:
         raise CMIMError(
             f"No binary activation that can be tapped was found in this {type(model).__name__}. A binary activation is "
             "a tensor of two values, computed from the input with a gradient, that a convolution or a matrix product "
-            f"receives. Two-valued operands that came nearest:\n{listing}\nWhat is found, and what not: docs/taps.md."
+            "receives. Two-valued operands that came nearest:\n"
+            f"{listing or '  (none: binary weights alone do not count)'}\nWhat is found, and what not: docs/taps.md."
         )
-    if taps is None:
-        return tappable
+    names = {f.name for f in tappable}
     if callable(taps):
-        chosen = [f for f in tappable if taps(f.name, model.get_submodule(f.module))]
-        if not chosen:
-            raise CMIMError(f"taps= chose none of the binary activations found:\n{listing}")
-        return chosen
-    if isinstance(taps, str) or not isinstance(taps, Collection) or not all(isinstance(name, str) for name in taps):
+        taps = [f.name for f in tappable if taps(f.name, model.get_submodule(f.module))]
+    elif taps is None:
+        taps = names
+    elif isinstance(taps, str) or not isinstance(taps, Collection) or not all(isinstance(name, str) for name in taps):
         raise CMIMError(f"taps must be a list of names, or a function of (name, module); found {taps!r}.")
-    wrong = [name for name in taps if name not in {f.name for f in tappable}]
+    wrong = [name for name in taps if name not in names]
     if wrong or not taps:
-        what = f"names {wrong}, which cannot be tapped" if wrong else "is empty"
+        what = f"names {wrong}, which cannot be tapped" if wrong else "chose none of the binary activations"
         raise CMIMError(f"taps= {what}. Found:\n{listing}")
-    return [f for f in tappable if f.name in taps]
+    return tuple(f for f in tappable if f.name in taps)
 
 
 def _default_embed_dim(model: nn.Module, taps: tuple[Tap, ...]) -> int:

@@ -132,27 +132,23 @@ class MemoryBank(nn.Module):
     normalizers: Tensor  # (taps, 2), the constants Z in place of the partition functions: from the first batch
     draws: Tensor  # (N,) int64, a random sequence for each negative; a batch of any size reads on from it
     targets: Tensor
-    order: Tensor  # the samples, class by class
-    first: Tensor  # where each class begins in that order,
-    size: Tensor  # and how many samples it has
+    order: Tensor  # the samples, class by class,
+    classes: Tensor  # and the class of each in that order
 
     def __init__(self, contrast: Contrast, targets: Tensor, num_negatives: int, momentum: float) -> None:
         super().__init__()
-        self.num_negatives = num_negatives
         self.momentum = momentum
         generator = seeded_generator(1)  # not that of the heads
-        taps, dim = len(contrast.taps), contrast.heads.embed_dim
-        with torch.device("cpu"):
-            targets = targets.cpu().unique(return_inverse=True)[1]
-            size = targets.bincount()
-            self.register_buffer("targets", targets, persistent=False)
-            self.register_buffer("order", targets.argsort(stable=True), persistent=False)
-            self.register_buffer("first", size.cumsum(0) - size, persistent=False)
-            self.register_buffer("size", size, persistent=False)
-            drawn = torch.rand(taps, 2, len(targets), dim, generator=generator, dtype=torch.float32)
-            self.register_buffer("entries", (2 * drawn - 1) * (3 / dim) ** 0.5)
-            self.register_buffer("normalizers", torch.zeros(taps, 2, dtype=torch.float32))
-            self.register_buffer("draws", new_draws((num_negatives,), generator))
+        shape = len(contrast.taps), 2, len(targets), contrast.heads.embed_dim
+        targets = targets.long().cpu()
+        classes, order = targets.sort(stable=True)
+        self.register_buffer("targets", targets, persistent=False)
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("classes", classes, persistent=False)
+        drawn = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+        self.register_buffer("entries", (2 * drawn - 1) * (3 / shape[-1]) ** 0.5)
+        self.register_buffer("normalizers", torch.zeros(shape[:2], dtype=torch.float32, device="cpu"))
+        self.register_buffer("draws", new_draws((num_negatives,), generator))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MemoryBank:
         super()._apply(fn, recurse)
@@ -173,7 +169,7 @@ class MemoryBank(nn.Module):
                 with torch.autocast(z_b.device.type, enabled=False):
                     loss = self._loss(k, z_b, z_f, of_rows, contrast.temperature)
                 # One candidate is the anchor's own, the others come out of the bank.
-                contrast.last[k] = Last(loss.detach(), 1, self.num_negatives)
+                contrast.last[k] = Last(loss.detach(), 1, len(self.draws))
                 total = total + contrast.layer_weights[k] * loss
         return total
 
@@ -196,7 +192,7 @@ class MemoryBank(nn.Module):
         """The loss of one tap; its entries move towards the embeddings."""
         bank, count = self.entries[k], len(self.targets)
         candidates = torch.cat([indices[:, None], self.negatives(indices)], 1)
-        noise = self.num_negatives / count
+        noise = len(self.draws) / count
         loss = z_b.new_zeros(())
         for side, anchors in ((1, z_b), (0, z_f)):
             exponentials = (torch.einsum("nd,nkd->nk", anchors, bank[side][candidates]) / temperature).exp()
@@ -214,11 +210,11 @@ class MemoryBank(nn.Module):
 
     def negatives(self, indices: Tensor) -> Tensor:
         """Samples of other classes, drawn with replacement: ``(n, num_negatives)``."""
-        own = self.targets[indices]
-        first, size = self.first[own][:, None], self.size[own][:, None]
         drawn = []
         for _ in range(len(indices)):
             advance(self.draws)
             drawn.append(upper_half(self.draws))
-        place = torch.stack(drawn).remainder(len(self.targets) - size)
-        return self.order[torch.where(place < first, place, place + size)]
+        own = self.targets[indices][:, None]
+        first, end = (torch.searchsorted(self.classes, own, right=right) for right in (False, True))
+        place = torch.stack(drawn).remainder(len(self.order) - (end - first))
+        return self.order[torch.where(place < first, place, place + end - first)]

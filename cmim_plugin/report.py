@@ -21,12 +21,11 @@ from ._compat import force_eager
 from .capture import Capture
 from .contrast import Contrast
 from .discovery.codes import is_two_valued
-from .discovery.inputs import BatchSource, as_inputs, mapped
+from .discovery.inputs import as_inputs, mapped
 from .discovery.state import preserve_generators
 from .errors import CMIMError, CMIMWarning
 from .passes import BINARY, Pass, mask_of
 from .sampling import Schedule
-from .teacher import Teacher
 from .text import table
 
 # Scores this close are a tie: clipping makes many latents the very same.
@@ -145,11 +144,8 @@ class Report:
         }
         figure = Figure(figsize=(2 + 3 * len(panels), 1.5 + 0.3 * len(self.taps)), layout="constrained")
         row = figure.subplots(1, len(panels), sharey=True)
-        bars = (
-            [("now", self, "tab:blue")]
-            if before is None
-            else [("before", before, "lightgray"), ("now", self, "tab:blue")]
-        )
+        bars = [("before", before, "lightgray")] if before is not None else []
+        bars.append(("now", self, "tab:blue"))
         height, places = 0.8 / len(bars), range(len(self.taps))
         for axes, (title, figure_of) in zip(row, panels.items(), strict=True):
             for i, (label, report, color) in enumerate(bars):
@@ -188,28 +184,26 @@ class Report:
 def measure(
     model: nn.Module,
     contrast: Contrast,
-    batch_source: BatchSource | None,
-    teacher: Teacher | None,
-    num_positions: int | None,
+    training: Capture,
     loader: Iterable[Any],
     inputs: Callable[[Any], Any] | None,
     max_batches: int | None,
 ) -> Report:
-    """:meth:`cmim_plugin.CMIM.report`, of the model inside any wrapper. ``num_positions``: None for whole images."""
+    """:meth:`cmim_plugin.CMIM.report`, of the model inside any wrapper, whose passes ``training`` captures."""
     if max_batches is not None and (not isinstance(max_batches, numbers.Integral) or max_batches < 1):
         raise CMIMError(f"max_batches must be an integer, 1 or more, or None for all; found {max_batches!r}.")
     if isinstance(loader, Tensor):
         raise CMIMError("The loader must give batches: for a single batch x, pass [x]; found a tensor.")
     device = next((p.device for p in model.parameters()), contrast.heads.weights.device)
     tallies = [_Tally(contrast, k) for k in range(len(contrast.taps))]
-    generator = torch.Generator("cpu").manual_seed(0)
-    schedule = Schedule(len(tallies), None, num_positions, generator, shared=False).to(device)
+    generator, positions = torch.Generator("cpu").manual_seed(0), training.schedule.positions
+    schedule = Schedule(len(tallies), None, positions, generator, shared=False).to(device)
     samples = batches = 0
 
     def observer(running: Pass, k: int, activation: Tensor) -> None:
         tallies[k].count_codes(activation, running.usable_mask)
 
-    capture = Capture(model, contrast.taps, schedule, batch_source, observer, teacher)
+    capture = Capture(model, contrast.taps, schedule, training.batch_source, observer, training.teacher)
     troubles: list[str] = []
     # A loader that shuffles or augments draws from the generators, too: they are kept around all of it.
     with preserve_generators(model.parameters()), torch.no_grad(), _evaluating(model), force_eager():
@@ -234,22 +228,18 @@ def measure(
     if not batches:
         raise CMIMError("The loader gave no batch: nothing to report on. (A generator that was used up does that.)")
     found = [tally for tally in tallies if tally.positions and not tally.astray]
+    why = troubles[0] if troubles else "In eval mode the model takes another way than in training."
     if not found:
-        why = f" {troubles[0]}" if troubles else ""
-        raise CMIMError(f"In eval mode no tap had both its binary activation and its latent.{why}")
+        raise CMIMError(f"In eval mode no tap had both its binary activation and its latent. {why}")
     if len(found) < len(tallies):
         astray = [tally.tap.name for tally in tallies if tally not in found]
-        why = troubles[0] if troubles else "In eval mode the model takes another way than in training."
-        warnings.warn(
-            f"The report leaves out these taps, whose pairs were not found in eval mode: {astray}. {why}",
-            CMIMWarning,
-            stacklevel=3,
-        )
+        message = f"The report leaves out these taps, whose pairs were not found in eval mode: {astray}. {why}"
+        warnings.warn(message, CMIMWarning, stacklevel=3)
     return Report(
         taps=tuple(tally.result() for tally in found),
         samples=samples,
         batches=batches,
-        instances="image" if num_positions is None else "position",
+        instances="image" if positions is None else "position",
         rank=distributed.rank(),
         ranks=distributed.ranks(),
         heads_trained=not contrast.heads.lr or bool(contrast.heads.steps),
@@ -287,7 +277,7 @@ class _Tally:
 
     def contrast_rows(self, captured: Pass) -> None:
         """Bound and retrieval of one batch."""
-        contrast, pair = self.contrast, captured.pairs[self.k]
+        pair = captured.pairs[self.k]
         if not pair.complete:
             self.astray = self.astray or any(rows is not None for rows in pair.rows)
             return
@@ -298,23 +288,26 @@ class _Tally:
         n = len(binary)
         if n < 2:
             return
-        z_b, z_f = contrast.heads([self.k], [(binary, latent)])
+        z_b, z_f = self.contrast.heads([self.k], [(binary, latent)])
         self.instances += n
         self.ceiling += n * math.log(n)
         self.retrieved += _retrieved(z_b, z_f)
         if self.bound_of is not None:
-            losses = contrast.objective(z_b[None], z_f[None], temperature=contrast.temperature, labels=None)
-            self.bound += n * float(self.bound_of(losses[0], torch.tensor(n - 1, device="cpu")))
+            (loss,) = self.contrast.objective(z_b[None], z_f[None], temperature=self.contrast.temperature, labels=None)
+            self.bound += n * float(self.bound_of(loss, torch.tensor(n - 1, device="cpu")))
 
     def result(self) -> TapReport:
         """The figures."""
-        n = self.instances
+
+        def mean(total: float) -> float | None:
+            return total / self.instances if self.instances else None
+
         return TapReport(
             self.tap.name,
             self.tap.channels,
-            bound=self.bound / n if n and self.bound_of is not None else None,
-            ceiling=self.ceiling / n if n else None,
-            retrieval=self.retrieved / n if n else None,
+            bound=mean(self.bound) if self.bound_of is not None else None,
+            ceiling=mean(self.ceiling),
+            retrieval=mean(self.retrieved),
             plus=int(self.higher.sum()) / (self.positions * self.tap.channels),
             dead=int((self.higher == 0).sum()),
             saturated=int((self.higher == self.positions).sum()),

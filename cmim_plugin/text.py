@@ -12,16 +12,10 @@ _NUMBERS = re.compile(r"(?<!\d)(?:0|[1-9]\d*)(?!\d)")
 
 def table(rows: Sequence[Sequence[str]], right: bool = False) -> str:
     """Rows of cells as aligned text, the first row as the heading. ``right``: all columns but the first."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [
-            cell.rjust(width) if right and column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "  ".join(cells).rstrip()
-
-    return "\n".join(map(line, rows))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    justified = str.rjust if right else str.ljust
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(justified, row[1:], widths[1:])]) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def folded(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:

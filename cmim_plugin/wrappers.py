@@ -6,9 +6,9 @@ from torch import nn
 
 from .errors import CMIMError
 
-# Where wrappers keep the module that they run: DistributedDataParallel, DataParallel and FSDP1; torch.compile; opacus;
-# FSDP1; Lightning Fabric; torch's checkpoint_wrapper.
-_INNER = ("module", "_orig_mod", "_module", "_fsdp_wrapped_module", "_forward_module", "_checkpoint_wrapped_module")
+# Where wrappers keep the module that they run: Lightning Fabric, whose `module` is the model without wrappers; DDP,
+# DataParallel and FSDP1; torch.compile; opacus; FSDP1; torch's checkpoint_wrapper.
+_INNER = ("_forward_module", "module", "_orig_mod", "_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -222,7 +222,7 @@ def test_taps_are_chosen_by_a_callable_that_gets_name_and_module():
     "taps, said",
     [
         (["layer9.binary"], r"taps= names \['layer9.binary'\](.|\n)*layer1.0.binary: can be tapped"),
-        ([], r"taps= is empty(.|\n)*layer1.0.binary: can be tapped"),
+        ([], r"taps= chose none(.|\n)*layer1.0.binary: can be tapped"),
         ("layer1.0.binary", r"a list of names, or a function of .*; found 'layer1.0.binary'"),
         (iter(["layer1.0.binary"]), r"a list of names, or a function of .*; found <list_iterator"),
         (lambda name, module: False, r"chose none(.|\n)*layer1.0.binary: can be tapped"),

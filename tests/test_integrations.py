@@ -407,15 +407,32 @@ def test_ddp_around_a_module_that_holds_both_trains_as_without(one_process, opti
     assert trained(task, nn.parallel.DistributedDataParallel(task, **options)) == pytest.approx(expected)
 
 
-def test_two_backward_passes_under_ddp_are_refused_in_the_second(one_process):
+class FabricModule(nn.Module):
+    """As in Lightning Fabric: ``module`` is the user's model, not the wrapper that the forward runs through."""
+
+    def __init__(self, wrapped):
+        super().__init__()
+        self._forward_module = wrapped
+
+    @property
+    def module(self):
+        return self._forward_module.module
+
+    def forward(self, *args):
+        return self._forward_module(*args)
+
+
+@pytest.mark.parametrize("within", [lambda ddp: ddp, FabricModule], ids=["DDP", "Fabric"])
+def test_two_backward_passes_under_ddp_are_refused_in_the_second(one_process, within):
     task = Task()
-    model = nn.parallel.DistributedDataParallel(task.net)
+    ddp = nn.parallel.DistributedDataParallel(task.net)
+    model = within(ddp)
     loss = F.cross_entropy(model(X), Y)
     contrast = task.cmim(model)
     loss.backward(retain_graph=True)
     with pytest.raises(CMIMError, match=r"Add the losses: \(loss \+ cmim\(model\)\).backward\(\)"):
         contrast.backward()
-    with model.no_sync():
+    with ddp.no_sync():
         loss = F.cross_entropy(model(X), Y)
         contrast = task.cmim(model)
         loss.backward(retain_graph=True)

@@ -319,8 +319,8 @@ def test_of_a_module_whose_weight_has_one_dimension_the_output_is_taken():
     nn.init.zeros_(other[1].weight)  # its output is zero, its input is not
     cmim = CMIM(model, X, teacher=other, instances="image", queue_size=8)
     a_loss(model, cmim)
-    assert cmim.contrast.queues[0].embeddings_b.any()
-    assert not cmim.contrast.queues[0].embeddings_f.any()
+    assert cmim.contrast.queues[0].embeddings[0].any()
+    assert not cmim.contrast.queues[0].embeddings[1].any()
 
 
 def test_a_teacher_that_does_not_take_the_example_is_refused():
