@@ -78,7 +78,7 @@ class Contrast(nn.Module):
         self._layer_weights = self.heads.weights.new_tensor(self.layer_weights)
         self.loads = 0  # how often a state was loaded; before all ranks started from one state, by rank 0
         self.last: dict[int, Last] = {}
-        self.asked: set[int] = set()  # taps that a loss was asked of, also of those that gave none
+        self._asked: set[int] = set()  # taps that a loss was asked of, also of those that gave none
         self._losses_checked = 0  # for negatives, up to _FIRST_STEPS
 
     def forward(self, captured: Pass, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -94,7 +94,7 @@ class Contrast(nn.Module):
             layer_weights = torch.cat([self._layer_weights[k : k + 1] for k in taps])
             sums.append(losses.dot(layer_weights.to(losses.dtype)))
         if not torch.compiler.is_compiling():  # each number would be compiled anew
-            self.asked.update(captured.scheduled)
+            self._asked.update(captured.scheduled)
             self._losses_checked = min(self._losses_checked + 1, _FIRST_STEPS)
         return sum(sums[1:], sums[0]) if sums else zero_of(rows)
 
@@ -208,6 +208,28 @@ class Contrast(nn.Module):
             what = "one instance, one class only, or padding"
             warn_once(self, f"A batch had no negatives for some tap ({what}): it adds nothing to the loss there.")
         return losses
+
+    def metrics(self) -> dict[str, dict[str, Tensor]]:
+        """See :attr:`cmim_plugin.CMIM.metrics`."""
+        bound = getattr(self.objective, "bound", None)
+        found: dict[str, dict[str, Tensor]] = {}
+        for k, last in sorted(self.last.items()):
+            found[self.taps[k].name] = {"loss": last.loss}
+            if bound is not None and (last.mask is None or bool(last.mask.any())):
+                found[self.taps[k].name]["bound"] = bound(last.loss, last.negatives())
+        return found
+
+    def scalars(self, weight: float | Tensor, all_taps: bool) -> dict[str, float]:
+        """See :meth:`cmim_plugin.CMIM.scalars`."""
+        shares, last = self.layer_weights, self.last
+        if not last:
+            return {}
+        loss = sum(shares[k] * float(last[k].loss) for k in last)
+        found = {"cmim/loss": float(weight) * loss / sum(shares[k] for k in self._asked | last.keys())}
+        bounds = {name: float(m["bound"]) for name, m in self.metrics().items() if "bound" in m}
+        if bounds:
+            found |= {"cmim/bound": sum(bounds.values()) / len(bounds), "cmim/worst_bound": min(bounds.values())}
+        return found | ({f"cmim/bound/{name}": bound for name, bound in bounds.items()} if all_taps else {})
 
     def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state, prefix, *args)  # type: ignore[arg-type]

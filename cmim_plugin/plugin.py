@@ -30,6 +30,10 @@ from .wrappers import path_to, unwrapped
 
 # The heads may hold this share of the network's parameters, or this number of them. Else the embeddings get narrower.
 _HEADS_SHARE, _HEADS_LEAST = 0.2, 250_000
+_NEW_HEADS = (
+    "The model loaded a state_dict, this CMIM did not: its heads start anew. To resume exactly, save cmim.state_dict() "
+    "beside the model's, and load it. Starting from a baseline's checkpoint is fine."
+)
 
 
 class CMIM(nn.Module):
@@ -194,11 +198,7 @@ class CMIM(nn.Module):
     def _finish_step(self, value: Tensor, captured: Pass) -> Tensor:
         """The weighted loss, scaled from the taps of this step to all. Ends the step."""
         if not self.schedule.step and self._capture.model_was_loaded and not self.contrast.loads:
-            warn_once(
-                self,
-                "The model loaded a state_dict, this CMIM did not: its heads start anew. To resume exactly, save "
-                "cmim.state_dict() beside the model's, and load it. Starting from a baseline's checkpoint is fine.",
-            )
+            warn_once(self, _NEW_HEADS)
         self.schedule.advance()
         if not isinstance(self.weight, Tensor) and self.weight == 0:
             return self.heads.weights[:0].sum()  # 0 * inf would be NaN, and parameters would get a gradient of zero
@@ -248,13 +248,7 @@ class CMIM(nn.Module):
 
         "bound" is the lower bound on the mutual information that the objective gives. Computed when it is read.
         """
-        bound = getattr(self.contrast.objective, "bound", None)
-        found: dict[str, dict[str, Tensor]] = {}
-        for k, last in sorted(self.contrast.last.items()):
-            found[self.taps[k].name] = {"loss": last.loss}
-            if bound is not None and (last.mask is None or bool(last.mask.any())):
-                found[self.taps[k].name]["bound"] = bound(last.loss, last.negatives())
-        return found
+        return self.contrast.metrics()
 
     def scalars(self, all_taps: bool = False) -> dict[str, float]:
         """Numbers for a logger or a progress bar, each tap as of its last step. Reading them waits for the device.
@@ -263,15 +257,7 @@ class CMIM(nn.Module):
             In nats, ``"cmim/loss"``, weighted; ``"cmim/bound"``, the mean over the taps; ``"cmim/worst_bound"``; with
             ``all_taps`` also ``"cmim/bound/<tap name>"``. No bounds where the objective gives none; empty at first.
         """
-        shares, last = self.contrast.layer_weights, self.contrast.last
-        if not last:
-            return {}
-        loss = sum(shares[k] * float(last[k].loss) for k in last)
-        found = {"cmim/loss": float(self.weight) * loss / sum(shares[k] for k in self.contrast.asked | last.keys())}
-        bounds = {name: float(m["bound"]) for name, m in self.metrics.items() if "bound" in m}
-        if bounds:
-            found |= {"cmim/bound": sum(bounds.values()) / len(bounds), "cmim/worst_bound": min(bounds.values())}
-        return found | ({f"cmim/bound/{name}": bound for name, bound in bounds.items()} if all_taps else {})
+        return self.contrast.scalars(self.weight, all_taps)
 
     def report(
         self,
@@ -347,24 +333,29 @@ class CMIM(nn.Module):
         return copy.deepcopy(self)
 
     def __repr__(self) -> str:
-        count, chosen = len(self.taps), len(self.schedule.taps)
-        some = f", {chosen} of them a step" if chosen < count else ""
-        title = (
-            f"CMIM: {count} of {len(self.found)} binary activations tapped{some}, one instance = one {self.instances}, "
-            f"weight {float(self.weight):g}{'' if self._capture.attached else ', not attached'}"
-        )
-        rows = []
-        for k, (tap, share) in enumerate(zip(self.taps, self.contrast.layer_weights, strict=True)):
-            of_teacher = self._teacher.described(k) if self._teacher else "the teacher's"
-            other = "its latent" if tap.latent else of_teacher
-            what = f"a_B against {other}" + (", samples mixed" if tap.mixed else "")
-            rows.append((tap.name, f"{tap.channels}", f"{share:.3f}", what))
-        tapped = {tap.name for tap in self.taps}
-        rows += [(f.name, "-", "-", f.reason or "not chosen by taps=") for f in self.found if f.name not in tapped]
-        return f"{title}\n{table([('tap', 'channels', 'share', 'what'), *folded(rows)])}"
+        return _listing(self, self._capture.attached)
 
 
 # -- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _listing(cmim: CMIM, attached: bool) -> str:
+    """A title, and a table of all binary activations: what they are contrasted with, and why others are not."""
+    count, chosen = len(cmim.taps), len(cmim.schedule.taps)
+    some = f", {chosen} of them a step" if chosen < count else ""
+    title = (
+        f"CMIM: {count} of {len(cmim.found)} binary activations tapped{some}, one instance = one {cmim.instances}, "
+        f"weight {float(cmim.weight):g}{'' if attached else ', not attached'}"
+    )
+    rows = []
+    for k, (tap, share) in enumerate(zip(cmim.taps, cmim.contrast.layer_weights, strict=True)):
+        of_teacher = cmim._teacher.described(k) if cmim._teacher else "the teacher's"
+        other = "its latent" if tap.latent else of_teacher
+        what = f"a_B against {other}" + (", samples mixed" if tap.mixed else "")
+        rows.append((tap.name, f"{tap.channels}", f"{share:.3f}", what))
+    tapped = {tap.name for tap in cmim.taps}
+    rows += [(f.name, "-", "-", f.reason or "not chosen by taps=") for f in cmim.found if f.name not in tapped]
+    return f"{title}\n{table([('tap', 'channels', 'share', 'what'), *folded(rows)])}"
 
 
 def _reason_as_wanted(found: BinaryActivation, instances: str, teacher: nn.Module | None) -> str | None:
