@@ -191,7 +191,8 @@ class Contrast(nn.Module):
             queues = torch.stack([self.queues[k].embeddings[:, :queued] for k in taps], 1)
             queue_labels = torch.stack([self.queues[k].labels[:queued] for k in taps])
             settings.update({"queue_b": queues[0], "queue_f": queues[1], "queue_labels": queue_labels})
-        losses = self.objective(z[0], z[1], temperature=self.temperature, labels=labels, **settings)
+        z_b, z_f = z
+        losses = self.objective(z_b, z_f, temperature=self.temperature, labels=labels, **settings)
         if not isinstance(losses, Tensor) or losses.shape != (len(taps),):
             raise CMIMError(
                 f"objective got embeddings of {len(taps)} taps, shape {tuple(z.shape[1:])}, and must return their "
@@ -203,7 +204,8 @@ class Contrast(nn.Module):
             self.last[k] = Last(losses[i].detach(), n, queued, r.labels, r.mask, of_queue)
             if len(self.queues):
                 self.queues[k].push(z[:, i].detach(), r.labels)
-        look = self._losses_checked < _FIRST_STEPS and not torch.compiler.is_compiling()
+        some_excluded = labels is not None or mask is not None
+        look = some_excluded and self._losses_checked < _FIRST_STEPS and not torch.compiler.is_compiling()
         if n + queued == 1 or (look and not all(self.last[k].negatives().any() for k in taps)):
             what = "one instance, one class only, or padding"
             warn_once(self, f"A batch had no negatives for some tap ({what}): it adds nothing to the loss there.")
