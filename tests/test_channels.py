@@ -49,6 +49,11 @@ def shuffled(m, x):
     return m.conv2(sign(x).unflatten(1, (4, 4)).transpose(1, 2).flatten(1, 2))
 
 
+def context(m, x):
+    q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in (x, x + 1, x.flip(-1)))
+    return sign(F.scaled_dot_product_attention(q, k, v).transpose(1, 2))  # (B, T, heads, 8)
+
+
 def keys(m, x):
     query, key = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in (x, x + 1))
     return query @ sign(key.transpose(-2, -1))
@@ -56,6 +61,13 @@ def keys(m, x):
 
 # Name -> network and input, and where the channels of its binary tensor are: 1 or -1 for the dimension, and how many.
 PRODUCTS = {
+    "heads that are flattened": (tokens(lambda m, x: m.linear(context(m, x).flatten(2)), 9), -1, 8),
+    "heads in an einsum": (
+        tokens(lambda m, x: torch.einsum("bthd,hde->bte", context(m, x), m.weight.view(2, 8, 16)), 9),
+        -1,
+        8,
+    ),
+    "windows of time by unfold": (signals(lambda m, x: sign(x).unfold(-1, 4, 1) @ m.weight[:4], 20), 1, 16),
     "einsum": (maps(lambda m, x: torch.einsum("bchw,oc->bohw", sign(x), m.weight)), 1, 16),
     "einsum with dots": (tokens(lambda m, x: torch.einsum("...c,oc->...o", sign(x), m.weight)), -1, 16),
     "einsum without a result": (maps(lambda m, x: torch.einsum("bchw,oc", sign(x), m.weight)), 1, 16),

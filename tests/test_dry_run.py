@@ -1728,3 +1728,93 @@ def test_samples_that_are_last_are_no_channels():
     model = Of(forward, first=nn.Linear(8, 16), norm=nn.LayerNorm(16), last=nn.Linear(4, 3))
     (found,) = find_binary_activations(model, torch.randn(4, 8))
     assert not found.tapped
+
+
+@pytest.mark.parametrize(
+    "binarize",
+    [
+        Sign.apply,
+        lambda x: (torch.where(x >= 0, 1.0, -1.0) - x).detach() + x,
+        lambda x: (torch.where(x >= 0, 1.0, -1.0) - x.clamp(-1, 1)).detach() + x.clamp(-1, 1),
+    ],
+    ids=["function", "detach", "clipped"],
+)
+def test_the_sign_of_a_sum_of_codes_is_tapped_and_not_its_parts(binarize):
+    model = Of(
+        lambda m, x: m.last(m.sign(Sign.apply(m.a(x)) + Sign.apply(m.b(x)))),
+        a=encoder()[:2],
+        b=encoder()[:2],
+        sign=Of(lambda m, x: binarize(x)),
+        last=nn.Linear(16, 4),
+    )
+    (tap,) = find_binary_activations(model, X8)
+    assert (tap.name, tap.reason) == ("sign", None)
+    assert (tap.binary.kind, tap.latent.kind) == ("output", "input")
+
+
+def test_codes_of_integers_are_told_from_what_the_clipped_estimator_clips():
+    clipped = lambda x: (torch.where(x >= 0, 1.0, -1.0) - x.clamp(-1, 1)).detach() + x.clamp(-1, 1)  # noqa: E731
+    model = Of(
+        lambda m, x: m.last(m.sign(F.linear(Sign.apply(m.first(x)), Sign.apply(m.weight)))),
+        first=encoder()[:2],
+        weight=nn.Parameter(torch.randn(16, 16)),
+        sign=Of(lambda m, x: clipped(x)),
+        last=nn.Linear(16, 4),
+    )
+    tap = next(f for f in find_binary_activations(model, X8) if f.name == "sign")
+    assert tap.tapped and tap.binary.kind == "output"
+
+
+@pytest.mark.parametrize("channels", [8, 64])
+def test_the_threshold_of_drawn_codes_is_not_their_latent(channels):
+    class Draw(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, threshold, x):
+            return torch.bernoulli(torch.sigmoid(4 * threshold + 4 * x)) * 2 - 1
+
+        @staticmethod
+        def backward(ctx, g):
+            return g, g
+
+    draw = Of(
+        lambda m, x: Draw.apply(m.threshold.expand_as(x), x),
+        threshold=nn.Parameter(torch.linspace(-0.3, 0.3, channels)),
+    )
+    model = nn.Sequential(nn.Linear(8, channels), nn.BatchNorm1d(channels), draw, nn.Linear(channels, 4))
+    (tap,) = find_binary_activations(model, X8)
+    assert tap.tapped and (tap.latent.module, tap.latent.kind) == ("2", "input")
+
+
+def test_an_input_that_is_cropped_is_an_input():
+    for crop in (slice(None), slice(1, -1)):
+        model = Of(
+            lambda m, x, crop=crop: m.conv(Sign.apply(m.norm(x)[..., crop])),
+            norm=nn.BatchNorm2d(3),
+            conv=nn.Conv2d(3, 8, 3),
+        )
+        (found,) = find_binary_activations(model, X)
+        assert "network's input" in found.reason
+
+
+def test_two_dead_codes_of_one_latent_are_two():
+    class Above(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, threshold):
+            return (x > threshold).float() * 2 - 1
+
+        @staticmethod
+        def backward(ctx, g):
+            return g, None
+
+    def forward(m, x):
+        x = m.encoder(x).relu()
+        return m.a(Above.apply(x, m.thresholds[0])) + m.b(Above.apply(x, m.thresholds[1]))
+
+    model = Of(
+        forward,
+        encoder=encoder()[:2],
+        thresholds=nn.Parameter(torch.tensor([-1.0, -2.0])),
+        a=nn.Linear(16, 4),
+        b=nn.Linear(16, 4),
+    )
+    assert len(find_binary_activations(model, X8)) == 2

@@ -35,7 +35,7 @@ def spatial_dims(b: Binarization) -> tuple[int | None, str | None]:
     if contracted and found:
         dims = found[1] - {0} or found[1]  # samples folded into groups
         if len(dims) > 1 and last in dims:  # it was flattened for a linear layer
-            dims = _of_layer(b) or {min(dims)}
+            dims = _of_layer(b) or ({1} if 1 in dims else dims)
     else:  # no weight, or a function in between hides what it sums over
         dims = _of_layer(b) or {1 if consumer.name in functions.CONVOLUTIONS else last}
     if last in dims:
@@ -115,8 +115,8 @@ def _before(result: Sighting, argument: Sighting, dims: set[int]) -> set[int]:
         return set()
     if event.name in functions.RESHAPES and old.numel() == new.numel():
         return _overlapping(old, _steps(old), new, _steps(new), dims)
-    if event.name == "unfold" and len(old) > len(new):  # blocks of a map
-        return dims & {1}
+    if event.name == "unfold":  # blocks of a map, or windows of one dimension, which come last
+        return dims & ({1} if len(old) > len(new) else set(range(len(old))))
     if len(old) == len(new) and event.name not in functions.REORDERS:
         return dims
     # Not rows that a tensor of places picks: they are copied.

@@ -21,7 +21,7 @@ from .functions import CONVOLUTIONS, LAYERS, LOOKUPS, PRODUCTS
 from .history import Binarization, History, followed, is_one_call, is_sign_of, operands
 from .inputs import BatchSource
 from .layout import Layout
-from .trace import FEW_LEVELS, Sighting, Site, Snapshot, Trace
+from .trace import FEW_LEVELS, Event, Sighting, Site, Snapshot, Trace
 
 # An operand of at most a few values among so many elements is listed as quantized to more than one bit.
 _FEW_AMONG = 256
@@ -128,7 +128,7 @@ def _found_in(trace: Trace, others: list[Trace]) -> list[_Placed]:
                 continue  # a weight, a mask or a learned token
             activation = _described(history, b)
             pair = codes.code, b.latent and b.latent.held
-            if activation.tapped:
+            if activation.tapped and codes.two_valued:
                 if pair in pairs:
                     continue  # query, key and value binarize one latent to the same codes
                 pairs.add(pair)
@@ -184,8 +184,7 @@ def _reason_against(history: History, b: Binarization) -> str | None:
     """Why this is nothing to tap, None where it is."""
     codes, made_of = b.source.held, list(followed([b.source], Sighting.given))
     sites = [s.held.sightings[0].site for s in made_of]
-    layers = PRODUCTS | LAYERS | LOOKUPS | CONVOLUTIONS.keys()
-    behind_layer = any(s.producer and s.producer.weighted and s.producer.name in layers for s in made_of)
+    behind_layer = any(s.producer and _is_layer(s.producer) for s in made_of)
     if not behind_layer and any(site.module == "" and site.kind == "input" for site in sites):
         return "it is the network's input that is binarized, not an activation"
     if not codes.first_in_graph and b.operand.requires_grad:
@@ -206,6 +205,13 @@ def _reason_against(history: History, b: Binarization) -> str | None:
     if codes.two_valued and not is_sign_of(history.trace, b.event.results[0] if b.event else b.source, b.latent):
         return "no threshold splits its latent into its two values"
     return None
+
+
+def _is_layer(event: Event) -> bool:
+    """Whether it is a trained product, or a table that the input is looked up in."""
+    if event.name in ("getitem", "index_select"):  # not a slice
+        return event.weighted and any(a.from_input and not a.held.values.is_floating_point() for a in event.arguments)
+    return event.weighted and (event.name in CONVOLUTIONS or event.name in PRODUCTS | LAYERS | LOOKUPS)
 
 
 def _mixed(history: History, binary: Sighting, latent: Sighting, spatial: int | None) -> str | None:

@@ -18,7 +18,7 @@ PRODUCTS = _names(
 )
 #: Trained layers beside convolutions, whose input is their first argument.
 LAYERS = _names("linear lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")
-LOOKUPS = _names("embedding embedding_bag getitem index_select")
+LOOKUPS = _names("embedding embedding_bag")
 SUMS = _names("add radd iadd sub rsub isub")
 SCALINGS = _names("mul rmul imul multiply div divide true_divide truediv itruediv")
 JOINS = _names("cat concat concatenate stack hstack vstack")

@@ -88,6 +88,7 @@ class History:
         outside = followed(given, lambda s: [] if s.held.first_in_graph else s.given(same_size=True))
         found = [s.held.first_in_graph for s in outside if s.held.first_in_graph]
         # Not a threshold or a scale that was expanded to its size.
+        found.sort(key=lambda latent: latent.distinct < latent.held.numel)
         signed = [latent for latent in found if is_sign_of(self.trace, codes, latent)]
         return (signed or found)[0] if found else self._separable(source)
 
@@ -179,10 +180,10 @@ def _with_its_codes(sighting: Sighting, is_code: Callable[[Sighting], bool]) -> 
 
 def _keeps(result: Sighting, codes: Sighting) -> bool:
     """Whether a tensor has the codes of another one, or zeros in their places."""
-    if result.held.pattern is None or codes.held.pattern is None or result.held.numel != codes.held.numel:
+    after, before = result.held.pattern, codes.held.pattern
+    if after is None or before is None or result.held.numel != codes.held.numel:
         return False
-    product = result.held.pattern * codes.held.pattern
-    return bool((product >= 0).all() or (product <= 0).all())
+    return any(bool(((after == 0) | (after == side * before)).all()) for side in (1, -1))
 
 
 def _splits(latent: Sighting, pattern: Tensor) -> bool:
@@ -249,9 +250,10 @@ def is_sign_of(trace: Trace, codes: Sighting, latent: Sighting) -> bool:
     if _splits(latent, pattern):
         return True
     drawn = [e for e in trace.events if latent.seq <= e.seq <= codes.seq and e.name in functions.RANDOM]
-    results = [(e.name, r.held) for e in drawn for r in e.results if r.held.numel == numel]
+    results = [r.held for e in drawn for r in e.results if r.held.numel == numel]
     # Drawn from the latent itself: little may be seen of that in few codes.
-    if any(name == "bernoulli" and held.code == codes.held.code for name, held in results):
+    makers = [e for e in drawn if e.name == "bernoulli" and any(r.held.code == codes.held.code for r in e.results)]
+    if any(a.held.numel == numel and bool((a.held.values == values).all()) for e in makers for a in e.arguments):
         return True
     ranks = values.argsort().argsort() / len(values)
     # Of no ranks, the mean is NaN.

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from .. import _compat
 from .inputs import is_strided
 
-# How far containers and objects are followed into each other.
-_DEPTH = 4
+# How far containers and objects are followed into each other. Longer ones, as the items of a data set, are not.
+_DEPTH, _LENGTH = 4, 4096
 # A module in a list of a module is as far away; one that a trainer's callback holds is farther, and not ours to copy.
 _MODULES_DEPTH = 2
 _OF_THREADS = ("threading", "queue", "concurrent", "multiprocessing", "asyncio", "logging")
@@ -40,8 +40,8 @@ def preserve_state(model: nn.Module, inputs: Any) -> Iterator[None]:
     of the modules; lists (also of modules), dicts, sets, deques, numpy arrays and plain objects in these attributes, up
     to four levels deep; the global random generators and those that the model holds (torch, numpy, Python).
 
-    Not put back: global variables, class attributes, variables of closures, ``__slots__``, iterators, files and state
-    of C++ extensions.
+    Not put back: global variables, class attributes, variables of closures, ``__slots__``, iterators, files,
+    elements of containers of more than 4,096 that are within others, and state of C++ extensions.
     """
     parameters = list(model.parameters())
     # BinaryNet keeps the real weight in an attribute of the parameter. TorchScript keeps its state in no attribute.
@@ -108,7 +108,8 @@ def note_changes(undo: contextlib.ExitStack, values: Iterable[Any]) -> list[Tens
                 undo.callback(_refill, container, before)
                 inner += before
             _keep_state(undo, value)
-            line += [(item, depth + 1) for item in inner if type(item) not in _HOLD_NOTHING]
+            if depth < 2 or len(inner) <= _LENGTH:
+                line += [(item, depth + 1) for item in inner if type(item) not in _HOLD_NOTHING]
     return tensors
 
 
