@@ -131,7 +131,7 @@ class Event:
     parameters: int  # of the model, among its arguments
     weighted: bool  # a parameter, or what requires a gradient, is among them
     arguments: list[Sighting]  # without parameters
-    equation: Any = ""  # of torch.einsum; of torch.tensordot the dimensions
+    equation: str = ""  # of torch.einsum
     results: list[Sighting] = field(default_factory=list)
     writes: bool = False  # into its first argument
 
@@ -237,7 +237,7 @@ class _Recorder(TorchFunctionMode):
             parameters=len(tensors) - len(activations),
             weighted=len(tensors) > len(activations) or any(t.requires_grad for t in tensors),
             arguments=self._see((args, kwargs), "argument", *call),
-            equation=kwargs.get("dims", args[0] if args and isinstance(args[0], str) else ""),
+            equation=args[0] if args and isinstance(args[0], str) else "",
         )
         from_input = name not in SHAPE_ONLY and any(self._from_input[t] for t in activations)
         if self._twins:
