@@ -194,7 +194,7 @@ class Capture:
         if waiting is not None:
             return waiting
         if self.not_begun:
-            why = f"capturing it raised {self.not_begun}"
+            why = f"capturing it raised {self.not_begun.rstrip('.')}"
         elif not torch.is_grad_enabled():
             why = (
                 "under torch.no_grad() nothing is captured. In a function that both trains and validates, write: "

@@ -169,16 +169,18 @@ class Contrast(nn.Module):
         else:  # a size that is compared again is a constant to torch.compile
             _check_given("mask", mask, first, _MASK, 2)
         if mask is not None and not torch.compiler.is_compiling():
-            for pair in captured.pairs.values():
+            others = []
+            for pair in filter(lambda pair: pair.complete, captured.pairs.values()):
                 other_tokens = pair.tokens != mask.shape[1] and (pair.tokens or (not own and pair.total > len(mask)))
-                if pair.complete and (pair.tap.mixed or other_tokens):
-                    # Without the numbers, which change from batch to batch: once.
-                    warn_once(
-                        self,
-                        f"The mask is not applied to tap {pair.tap.name}, which mixes the samples or has more or fewer "
-                        "tokens a sample than the mask: its padding counts. Pass a mask with as many tokens, bring the "
-                        "batch to the front before the sign, or leave the tap out with taps=.",
-                    )
+                if pair.tap.mixed or other_tokens:
+                    others.append(pair.tap.name)
+            if others:  # without the numbers, which change from batch to batch: once
+                warn_once(
+                    self,
+                    f"The mask is not applied to these taps, which mix the samples or have more or fewer tokens a "
+                    f"sample than the mask: {others}. Their padding counts. Pass a mask with as many tokens, bring the "
+                    "batch to the front before the sign, or leave them out with taps=.",
+                )
         return None if mask is None else mask.to(self.heads.weights.device)
 
     def _losses(self, taps: list[int], rows: list[Embedded], queued: int) -> Tensor:

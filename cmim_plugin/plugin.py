@@ -254,8 +254,9 @@ class CMIM(nn.Module):
         """Numbers for a logger or a progress bar, each tap as of its last step. Reading them waits for the device.
 
         Returns:
-            In nats, ``"cmim/loss"``, weighted; ``"cmim/bound"``, the mean over the taps; ``"cmim/worst_bound"``; with
-            ``all_taps`` also ``"cmim/bound/<tap name>"``. No bounds where the objective gives none; empty at first.
+            In nats, ``"cmim/loss"``, times the present weight; ``"cmim/bound"``, the mean over the taps;
+            ``"cmim/worst_bound"``; with ``all_taps`` also ``"cmim/bound/<tap name>"``. No bounds where the objective gives
+            none; empty at first.
         """
         return self.contrast.scalars(self.weight, all_taps)
 

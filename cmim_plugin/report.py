@@ -155,7 +155,7 @@ class Report:
             if title.endswith("(%)"):
                 axes.set_xlim(0, 100)
         row[0].plot(_with_nan(tap.ceiling for tap in self.taps), places, "k|", markersize=10, label="at most")
-        row[0].legend(fontsize=8)
+        figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
         row[2].axvline(50, color="black", linewidth=0.8, linestyle=":")
         row[0].set_yticks(places, [tap.name for tap in self.taps])
         row[0].invert_yaxis()

@@ -12,7 +12,7 @@ from torch import nn
 from ._compat import force_eager
 from .discovery.find import Tap
 from .discovery.history import operands
-from .discovery.inputs import as_inputs
+from .discovery.inputs import as_inputs, varied
 from .discovery.trace import Sighting, Site, Trace, record
 from .errors import CMIMError, warn_once
 from .passes import BINARY, LATENT, Pass, Pickup
@@ -44,9 +44,13 @@ class Teacher:
                 f"The teacher has no module for these taps: {missing}. Say which it is with "
                 f"teacher_modules={{tap name: teacher module name}}. The teacher's modules: {list(known)[1:]}."
             )
+        inputs = as_inputs(example_input)
         try:
             with torch.no_grad(), force_eager():
-                trace = record(model, as_inputs(example_input), 0)
+                try:
+                    trace = record(model, varied(inputs, 0), 0)  # zeros show two values where there are more
+                except Exception:  # it may take no other values
+                    trace = record(model, inputs, 0)
         except Exception as error:
             raise CMIMError(f"The teacher's forward raised {type(error).__name__} on example_input: {error}") from error
         first_names = {module: name for name, module in model.named_modules()}
@@ -105,7 +109,7 @@ def _in_place_of(tap: Tap, module: str, trace: Trace) -> Sighting:
         found = [s for s in outputs if s.site.call == tap.call] or outputs
         why = "did not run in its forward"
     if not found:
-        raise CMIMError(f"The teacher's module {module!r} {why}.")
+        raise CMIMError(f"The teacher's module {module or '(model)'!r} {why}.")
     return found[0]
 
 

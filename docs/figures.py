@@ -99,7 +99,7 @@ def narrower(figure: Figure, path: Path) -> None:
     """The figure of a report as wide as a page, so that its text can be read there."""
     first, *_ = figure.axes
     handles, labels = first.get_legend_handles_labels()
-    first.get_legend().remove()
+    figure.legends.clear()
     names = {"before": f"after epoch {EARLY}", "now": f"after epoch {EPOCHS}", "at most": "at most"}
     figure.legend(handles, [names[label] for label in labels], loc="outside lower center", ncols=3, frameon=False)
     for axes in figure.axes:
