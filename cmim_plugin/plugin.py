@@ -174,8 +174,8 @@ class CMIM(nn.Module):
             batch has no negatives. On several ranks the loss over the batches of all of them.
 
         Raises:
-            CMIMError: nothing was captured, or something could not be, and why; another model; labels or a mask of the
-                wrong shape; the hooks were removed or are paused.
+            CMIMError: nothing was captured, or something could not be, and why; another model; labels or a mask that
+                do not fit the batch; the hooks were removed or are paused.
         """
         captured = self._begin_step(model)
         # Not in one line: torch.compile of torch 2.6 would keep the bound method of the first call.
@@ -255,8 +255,8 @@ class CMIM(nn.Module):
 
         Returns:
             In nats, ``"cmim/loss"``, times the present weight; ``"cmim/bound"``, the mean over the taps;
-            ``"cmim/worst_bound"``; with ``all_taps`` also ``"cmim/bound/<tap name>"``. No bounds where the objective gives
-            none; empty at first.
+            ``"cmim/worst_bound"``; with ``all_taps`` also ``"cmim/bound/<tap name>"``. Empty at first, and no bounds
+            where the objective gives none.
         """
         return self.contrast.scalars(self.weight, all_taps)
 
