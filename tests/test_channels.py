@@ -60,7 +60,14 @@ def keys(m, x):
 
 
 # Name -> network and input, and where the channels of its binary tensor are: 1 or -1 for the dimension, and how many.
+def two(m, x):
+    codes = sign(x)
+    mixed = m.linear(codes.transpose(2, 3)).transpose(2, 3)  # contracts a dimension of space: cannot be tapped
+    return mixed + m.conv2(codes)
+
+
 PRODUCTS = {
+    "of two products the second": (maps(two), 1, 16),
     "heads that are flattened": (tokens(lambda m, x: m.linear(context(m, x).flatten(2)), 9), -1, 8),
     "heads in an einsum": (
         tokens(lambda m, x: torch.einsum("bthd,hde->bte", context(m, x), m.weight.view(2, 8, 16)), 9),

@@ -1818,3 +1818,26 @@ def test_two_dead_codes_of_one_latent_are_two():
         b=nn.Linear(16, 4),
     )
     assert len(find_binary_activations(model, X8)) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m, codes: codes * ((torch.rand_like(codes) > 0.1).float() * 2 - 1),
+        lambda m, codes: torch.where(torch.rand_like(codes) < 0.1, -codes, codes),
+        lambda m, codes: codes * m.scale,
+        lambda m, codes: codes * torch.tanh(m.gate(codes)),
+    ],
+    ids=["bit errors by a product", "bit errors by where", "scale of both signs", "gate of both signs"],
+)
+def test_codes_that_change_sign_afterwards_are_tapped_where_they_were_made(change):
+    model = Of(
+        lambda m, x: m.last(change(m, m.sign(m.first(x)))),
+        first=encoder()[:2],
+        sign=Binary(),
+        scale=nn.Parameter(torch.linspace(-1, 1, 16)),
+        gate=nn.Linear(16, 1),
+        last=nn.Linear(16, 4),
+    )
+    (tap,) = find_binary_activations(model, X8)
+    assert (tap.name, tap.reason, tap.binary.kind) == ("sign", None, "output")

@@ -124,9 +124,12 @@ def _found_in(trace: Trace, others: list[Trace]) -> list[_Placed]:
         binarizations = history.binarizations(event, operand)
         for b in binarizations:
             codes = b.source.held
-            if codes in found or not (b.latent or operand).from_input:
+            seen = found.get(codes)
+            if (seen and seen.tapped) or not (b.latent or operand).from_input:
                 continue  # a weight, a mask or a learned token
             activation = _described(history, b)
+            if seen and not activation.tapped:
+                continue  # another product may read channels where the first one does not
             pair = codes.code, b.latent and b.latent.held
             if activation.tapped and codes.two_valued:
                 if pair in pairs:

@@ -172,7 +172,10 @@ def _with_its_codes(sighting: Sighting, is_code: Callable[[Sighting], bool]) -> 
     before = [a for a in given if is_code(a) and (outside or a.held.first_in_graph)]
     # Not a latent, a scale or a gate that has two values, too.
     if sighting.held.two_valued and event.name in functions.SUMS | functions.SCALINGS | functions.STEPS | {"where"}:
-        before = [a for a in before if _keeps(sighting, a)]
+        full = [a for a in given if a.from_input and a.distinct == sighting.held.numel]
+        # Bit errors and scales of both signs change codes of which there are no others.
+        alone = event.name in functions.SCALINGS | {"where"} and len({a.held.code for a in full}) == 1
+        before = [a for a in before if _keeps(sighting, a) or (alone and a in full)]
     gates = [a for a in given if a.held.two_valued and a.from_input and a.distinct == sighting.held.numel]
     # `sign(x) * (|x| > t)` has three values.
     return [] if event.name in functions.SCALINGS and set(gates) - set(before) else before
