@@ -170,15 +170,15 @@ def _with_its_codes(sighting: Sighting, is_code: Callable[[Sighting], bool]) -> 
         return []  # cut off the graph: what it was made of gets no gradient from here
     outside = sighting.held.first_in_graph is None
     before = [a for a in given if is_code(a) and (outside or a.held.first_in_graph)]
+    full = [a for a in given if a.from_input and a.distinct == sighting.held.numel]
     # Not a latent, a scale or a gate that has two values, too.
     if sighting.held.two_valued and event.name in functions.SUMS | functions.SCALINGS | functions.STEPS | {"where"}:
-        full = [a for a in given if a.from_input and a.distinct == sighting.held.numel]
-        # Bit errors and scales of both signs change codes of which there are no others.
+        # Codes that are the only ones may change sign: by bit errors, or by a scale of both signs.
         alone = event.name in functions.SCALINGS | {"where"} and len({a.held.code for a in full}) == 1
         before = [a for a in before if _keeps(sighting, a) or (alone and a in full)]
-    gates = [a for a in given if a.held.two_valued and a.from_input and a.distinct == sighting.held.numel]
+    gates = {a for a in full if a.held.two_valued}
     # `sign(x) * (|x| > t)` has three values.
-    return [] if event.name in functions.SCALINGS and set(gates) - set(before) else before
+    return [] if event.name in functions.SCALINGS and gates - set(before) else before
 
 
 def _keeps(result: Sighting, codes: Sighting) -> bool:
