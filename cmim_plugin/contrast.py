@@ -118,10 +118,10 @@ class Contrast(nn.Module):
                 wanted, ndim = (_LABELS_OF_IMAGES, 1) if first.index is None else (_LABELS, None)
                 _check_given("labels", labels, first, wanted, ndim)
                 labels = labels.to(weights.device)
-            mask = self._usable_mask(captured, mask, first) if reads_mask else None
+            own, mask = mask is None, self._usable_mask(captured, mask, first) if reads_mask else None
             z = self.heads(list(pairs), [pair.sides for pair in pairs.values()], weights)
             for (k, pair), z_b, z_f in zip(pairs.items(), z[: len(pairs)], z[len(pairs) :], strict=True):
-                of_mask = None if mask is None else mask_of(pair, mask)
+                of_mask = None if mask is None else pair.unpadded if own else mask_of(pair, mask)
                 rows[k] = Embedded(z_b, z_f, None if labels is None else labels_of(pair, labels), of_mask)
         return self._of_all_ranks(rows) if together else rows
 

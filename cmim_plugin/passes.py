@@ -38,6 +38,7 @@ class Pair:
     total = 0  # positions of the whole batch
     batch_size = 0  # its samples
     tokens = 0  # of a sample, 0 where its positions are no sequence
+    unpadded: Tensor | None = None  # (n,) bool, what the mask that the model was given says of each row
     left_out: tuple[str, str] | None = None  # FAILED, EXCUSED or MISSED, and why, where it adds nothing to the loss
 
     def __init__(self, tap: Tap) -> None:
@@ -257,6 +258,9 @@ class Pass:
             pair.index, elements = (of_all[slot] for of_all in self._elements[key])
             rows = sampled(x, elements, self._zeros[x.dtype], self.backward)
         pair.rows[side] = _without_masked_scores(rows, side, layout)
+        if side == BINARY and self.usable_mask is not None:
+            # Here, for a loss that is compiled by itself would be compiled anew for each number of tokens.
+            pair.unpadded = mask_of(pair, self.usable_mask.to(x.device))
 
     def _trouble(self, pair: Pair, side: int, x: Any) -> tuple[str, str] | None:
         """Why the rows of an activation cannot be taken: FAILED or EXCUSED, and a message."""

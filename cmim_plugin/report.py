@@ -24,7 +24,7 @@ from .discovery.codes import is_two_valued
 from .discovery.inputs import as_inputs, mapped
 from .discovery.state import preserve_generators
 from .errors import CMIMError, CMIMWarning
-from .passes import BINARY, Pass, mask_of
+from .passes import BINARY, Pass
 from .sampling import Schedule
 from .text import table
 
@@ -282,9 +282,8 @@ class _Tally:
             self.astray = self.astray or any(rows is not None for rows in pair.rows)
             return
         binary, latent = pair.sides
-        if captured.usable_mask is not None and pair.index is not None:
-            counted = mask_of(pair, captured.usable_mask.to(binary.device))
-            binary, latent = binary[counted], latent[counted]
+        if pair.unpadded is not None:
+            binary, latent = binary[pair.unpadded], latent[pair.unpadded]
         n = len(binary)
         if n < 2:
             return

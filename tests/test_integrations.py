@@ -520,6 +520,7 @@ def _run_in_process(example: str, folder: str, images: str) -> None:
     }
     runs[example]()
     cmim = Watched.last
+    cmim.heads.step()  # rank 0, which saves the state, has taken the step that is due; others wait for the next loss
     result = {
         "network": parameters_to_vector(cmim.network[0].parameters()).detach(),
         "heads": cmim.vector(),
