@@ -154,19 +154,20 @@ def varied(inputs: Inputs, seed: int, source: BatchSource | None = None) -> Inpu
     """
     places = dict(source.places) if source is not None else {}
     tensors = list(tensors_in(inputs))
-    dense = [(path, t) for path, t in tensors if levels(t)]
+    count = {path: levels(t) for path, t in tensors}
+    dense = [(path, t) for path, t in tensors if count[path]]
     dense = [(path, t) for path, t in dense if path in places or path[:-1] in places] or dense
     dense = [(path, t) for path, t in dense if t.ndim > 1] or dense
-    dense = [(path, t) for path, t in dense if levels(t) > 2] or dense
+    dense = [(path, t) for path, t in dense if count[path] > 2] or dense
     # Beside token ids, zeros or ones of their shape are a mask; beside a map of labels, zeros with channels are images.
     rank = max((t.ndim for _, t in tensors if not t.is_floating_point()), default=0)
-    chosen = {path for path, t in dense if levels(t) > 2 or rank < 2 or (levels(t) == 1 and t.ndim > rank)}
+    chosen = {path for path, t in dense if count[path] > 2 or rank < 2 or (count[path] == 1 and t.ndim > rank)}
     generator = torch.Generator().manual_seed(seed)
 
     def vary(path: Path, value: Any) -> Any:
         if path not in chosen:
             return value
-        if levels(value) == 1:
+        if count[path] == 1:
             return torch.randn(value.shape, generator=generator, device="cpu").to(value)
         order = torch.randperm(value.numel(), generator=generator, device="cpu").to(value.device)
         return value.detach().flatten()[order].view(value.shape)
