@@ -47,11 +47,16 @@ def is_no_training_step() -> bool:
     proxy_mode = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "PROXY", None)
     return bool(
         _current_graph_task_id() != -1
-        or _are_functorch_transforms_active()
+        or is_transformed()
         or getattr(forward_ad, "_current_level", -1) >= 0
         or _get_tracing_state() is not None
         or (proxy_mode is not None and _get_dispatch_mode(proxy_mode) is not None)
     )
+
+
+def is_transformed() -> bool:
+    """Whether a torch.func transform runs, such as vmap. Without it: False, and a tap within one raises."""
+    return bool(_are_functorch_transforms_active())
 
 
 def accumulates(node: Any) -> bool:

@@ -12,7 +12,7 @@ import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
@@ -46,6 +46,8 @@ class Capture:
     #: Called with the pass, the tap and a_B as a whole. With it, passes without gradients are captured too.
     observer: Callable[[Pass, int, Tensor], None] | None = None
     teacher: Teacher | None = None
+    #: The modules that get hooks, by their names in the dry run: later they may have others.
+    modules: dict[str, weakref.ref[nn.Module]] = field(default_factory=dict)
 
     unasked = 0  # passes that were captured since a loss was asked for
     attached = False  # the hooks are on the model
@@ -68,6 +70,9 @@ class Capture:
             for side, site in ((BINARY, tap.binary), (LATENT, tap.latent)):
                 if site is not None:
                     self._plan[site.module].append(Pickup(k, side, site))
+        if not self.modules:
+            all_modules = model.named_modules(remove_duplicate=False)
+            self.modules.update({name: weakref.ref(module) for name, module in all_modules if name in self._plan})
 
     # -- on and off ----------------------------------------------------------------------------------------------
 
@@ -76,19 +81,18 @@ class Capture:
         model = self.model_ref()
         if model is None or self.attached:
             return
-        modules = dict(model.named_modules(remove_duplicate=False))
-        gone = [name for name in self._plan if name not in modules]
-        if gone:
-            raise CMIMError(f"The model has no module {', '.join(gone)} any more: build a new CMIM.")
         self.attached = True
         _CAPTURES.add(self)
         root = _RootHook(self, model)
         # Registered first and last: all other hooks of the model run inside the pass.
         self.handles.append(model.register_forward_pre_hook(root.enter, prepend=True, with_kwargs=True))
         for name, pickups in self._plan.items():
-            hook = _ModuleHook(self, modules[name], pickups)
-            opening = modules[name].register_forward_pre_hook(hook.enter, with_kwargs=True)
-            hook.closing = modules[name].register_forward_hook(hook.leave, with_kwargs=True, always_call=True)
+            module = self.modules[name]()
+            if module is None:  # it was taken out of the model: the loss says that no pass reaches it
+                continue
+            hook = _ModuleHook(self, module, pickups)
+            opening = module.register_forward_pre_hook(hook.enter, with_kwargs=True)
+            hook.closing = module.register_forward_hook(hook.leave, with_kwargs=True, always_call=True)
             self.handles += [opening, hook.closing]
             # What hooks of others call on an output is not to be counted among the functions that the module calls.
             listens = any(p.site.function is not None for p in pickups)
@@ -292,12 +296,10 @@ class _ModuleHook(_Hook):
             return
         if compiling and not running.compiled:  # a part of the model alone is compiled
             capture.schedule.all_taps = True
-        name = self._pickups[0].site.module
-        number = running.calls.get(name, 0)
-        running.calls[name] = number + 1
+        pickups = running.pickups_of_call(self._pickups)
         if not compiling and (self.closing is None or not _is_on(self.closing)):
             return
-        call = Call(running, self, [p for p in self._pickups if p.site.call == number and p.tap in running.pairs])
+        call = Call(running, self, pickups)
         running.pick_up(call.pickups, "input", (args, kwargs))
         running.open.append(call)
         if call.listens:

@@ -115,6 +115,7 @@ class Contrast(nn.Module):
             # What mixes the samples may have another number of them.
             first = ([pair for pair in pairs.values() if not pair.tap.mixed] or [*pairs.values()])[0]
             if labels is not None:
+                _check_samples(pairs.values(), first)
                 wanted, ndim = (_LABELS_OF_IMAGES, 1) if first.index is None else (_LABELS, None)
                 _check_given("labels", labels, first, wanted, ndim)
                 labels = labels.to(weights.device)
@@ -172,14 +173,14 @@ class Contrast(nn.Module):
             others = []
             for pair in filter(lambda pair: pair.complete, captured.pairs.values()):
                 other_tokens = pair.tokens != mask.shape[1] and (pair.tokens or (not own and pair.total > len(mask)))
-                if pair.tap.mixed or other_tokens:
+                if pair.tap.mixed or other_tokens or pair.batch_size != len(mask):
                     others.append(pair.tap.name)
             if others:  # without the numbers, which change from batch to batch: once
                 warn_once(
                     self,
-                    f"The mask is not applied to these taps, which mix the samples or have more or fewer tokens a "
-                    f"sample than the mask: {others}. Their padding counts. Pass a mask with as many tokens, bring the "
-                    "batch to the front before the sign, or leave them out with taps=.",
+                    f"The mask is not applied to these taps, which mix the samples, or have more or fewer samples, or "
+                    f"tokens a sample, than the mask: {others}. Their padding counts. Pass a mask with as many tokens, "
+                    "bring the batch to the front before the sign, or leave them out with taps=.",
                 )
         return None if mask is None else mask.to(self.heads.weights.device)
 
@@ -260,14 +261,25 @@ def zero_of(rows: dict[int, Embedded]) -> Tensor:
     return next(iter(rows.values())).z_b[:0].sum()
 
 
+def _check_samples(pairs: Iterable[Pair], first: Pair) -> None:
+    if torch.compiler.is_compiling():  # a size that is compared again is a constant
+        return
+    others = [pair.tap.name for pair in pairs if not pair.tap.mixed and pair.batch_size != first.batch_size]
+    if others:
+        raise CMIMError(
+            f"Labels are of samples, and these taps have other samples than {first.tap.name}, as where some leave the "
+            f"network early: {others}. Leave them out with taps=."
+        )
+
+
 def _check_given(name: str, value: Any, pair: Pair, wanted: str, ndim: int | None) -> None:
     """Labels or a mask: a tensor of integers or booleans with an entry for each sample of the pair's batch."""
     fits = isinstance(value, Tensor) and holds_integers(value) and value.ndim > 0 and value.ndim == (ndim or value.ndim)
     if not fits or not (pair.tap.mixed or len(value) == pair.batch_size):
         found = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         # Written here only: a size that is formatted is a constant to torch.compile.
-        time = "Have the inputs time first? Then attach with batch_size=."
-        raise CMIMError(f"{name} must be {wanted.format(pair.batch_size)}; found {found}. {time}")
+        time = ". Have the inputs time first? Then attach with batch_size=." if fits else "."
+        raise CMIMError(f"{name} must be {wanted.format(pair.batch_size)}; found {found}{time}")
 
 
 def labels_of(pair: Pair, labels: Tensor) -> Tensor:

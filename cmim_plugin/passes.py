@@ -26,6 +26,11 @@ BINARY, LATENT = 0, 1
 # Why a tap adds nothing to the loss, which then raises (FAILED), raises if no other tap is left (EXCUSED), or warns
 # (MISSED: the forward pass did not reach the tap).
 FAILED, EXCUSED, MISSED = "failed", "excused", "missed"
+_MISCOUNTED = "functions or modules were not called as often as in the dry run, or in another order"
+_NO_GRADIENT = (
+    "its binary activation came without a gradient. Layers that were frozen do that (nothing is left to train there), "
+    "and reentrant activation checkpointing (pass use_reentrant=False to checkpoint)"
+)
 # Below this, a latent was masked: float16 has -65504, and many write -10000.
 _MASKED = -5000.0
 
@@ -136,6 +141,9 @@ class Pass:
         #: Calls of modules that run, the innermost last, and how often each module was called so far.
         self.open: list[Call] = []
         self.calls: dict[str, int] = {}
+        #: Modules that were called without gradients in a pass with gradients. These calls do not count.
+        self.without_gradients: set[str] = set()
+        self.with_gradients = torch.is_grad_enabled()
         self.backward = BackwardRule()
         self._elements: dict[Any, tuple[Tensor, Tensor]] = {}
         self._zeros: dict[torch.dtype, Tensor] = {}
@@ -146,11 +154,31 @@ class Pass:
         readable = self.mask is not None and self.mask.ndim == 2 and not self.mask.is_floating_point()
         return self.mask if readable else None
 
+    def pickups_of_call(self, pickups: Sequence[Pickup]) -> list[Pickup]:
+        """A module is called: those of its pickups that are for this call, and for a tap of this pass."""
+        name = pickups[0].site.module
+        if torch.is_grad_enabled() != self.with_gradients:
+            self.without_gradients.add(name)
+            return []
+        number = self.calls.get(name, 0)
+        self.calls[name] = number + 1
+        return [p for p in pickups if p.site.call == number and p.tap in self.pairs]
+
     def pick_up(self, pickups: Sequence[Pickup], kind: str, tree: Any) -> None:
         """Take the rows of those activations that are picked up at sites of this kind."""
         for p in pickups:
-            if p.site.kind == kind:
+            if p.site.kind == kind and self._in_order(p):
                 self._try_to_take(p.tap, p.side, tree, p.site.path)
+
+    def _in_order(self, pickup: Pickup) -> bool:
+        """Whether the module of the other side was called as often as in the dry run until here. Two calls of a module
+        that change places would pair the codes of one with the latent of the other."""
+        tap = self.taps[pickup.tap]
+        other = tap.latent if pickup.side == BINARY else tap.binary
+        if tap.in_one_call or other is None or self.calls.get(other.module, 0) == pickup.site.others:
+            return True
+        self.leave_out(pickup.tap, MISSED, _MISCOUNTED)
+        return False
 
     def _try_to_take(self, k: int, side: int, tree: Any, path: Path = ()) -> None:
         """Take the rows of one side of a tap. What goes wrong is kept, and the model goes on."""
@@ -188,6 +216,10 @@ class Pass:
         """Raise CMIMError where something could not be captured or nothing is left to train; warn ``plugin`` once about
         each tap that adds nothing. ``may_reach_none``: accept a pass without a tap, as one that skips layers."""
         self._check_counts()
+        for k, pair in self.pairs.items():
+            binary = pair.tap.binary
+            if binary and binary.module in self.without_gradients and pair.rows[BINARY] is None:
+                self.leave_out(k, EXCUSED, _NO_GRADIENT)
         left_out = [pair.left_out[0] for pair in self.pairs.values() if pair.left_out]
         reached = any(pair.complete for pair in self.pairs.values())
         # Of some taps, those of this step may be frozen; of all, none is left to train.
@@ -198,7 +230,8 @@ class Pass:
             if not pair.complete:
                 self.leave_out(k, MISSED, "the forward pass did not reach it")
         lines = self.troubles()
-        if not (reached or frozen or may_reach_none):
+        astray = any(pair.left_out == (MISSED, _MISCOUNTED) for pair in self.pairs.values())
+        if not (reached or frozen or astray or may_reach_none):
             raise CMIMError(
                 "The forward pass reached none of the taps. Was the model compiled and run before CMIM was attached "
                 "(attach first, or call torch._dynamo.reset()), were modules replaced or hooks cleared (attach again), "
@@ -219,7 +252,7 @@ class Pass:
             failed = pair.left_out is not None and pair.left_out[0] == FAILED
             if k in self.miscounted or (other_calls and (failed or not pair.tap.in_one_call)):
                 pair.rows = [None, None]
-                pair.left_out = MISSED, "a function or module was not called as often as in the dry run"
+                pair.left_out = MISSED, _MISCOUNTED
 
     def ask_for_one_pass(self) -> None:
         """The gradients of the contrast and of the network's loss are to come in one backward pass."""
@@ -271,10 +304,7 @@ class Pass:
             remedy = f"call cmim.to({str(x.device)!r}), or attach after moving the model"
             return FAILED, f"it is on {x.device}, the heads are on {self.device}: {remedy}"
         if side == BINARY and self.observer is None and not x.requires_grad:
-            return EXCUSED, (
-                "its binary activation came without a gradient. Layers that were frozen do that (nothing is left to "
-                "train there), and reentrant activation checkpointing (pass use_reentrant=False to checkpoint)"
-            )
+            return EXCUSED, _NO_GRADIENT
         tap, layout = pair.tap, pair.tap.layouts[side]
         wanted, found = (tap.channels if side == BINARY else tap.latent_channels), layout.channels(x.shape)
         if found != wanted and layout.scores:
@@ -296,9 +326,9 @@ class Pass:
 
 
 def mask_of(pair: Pair, mask: Tensor) -> Tensor:
-    """Whether each row counts: what the mask says of its token. All count where a tap has other tokens, or none."""
+    """Whether each row counts: what the mask says of its token. All count where a tap has other samples or tokens."""
     samples, rest = samples_of(pair)
-    if pair.tokens != mask.shape[1]:
+    if pair.tokens != mask.shape[1] or pair.batch_size != mask.shape[0]:
         return torch.ones_like(rest, dtype=torch.bool)
     return mask[samples, rest % pair.tokens] != 0
 

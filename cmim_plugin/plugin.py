@@ -268,7 +268,7 @@ class CMIM(nn.Module):
         inputs: Callable[[Any], Any] | None = None,
         max_batches: int | None = None,
     ) -> Report:
-        """What each tap keeps of its latent, over held-out data: see :class:`Report`. Nothing of the training moves.
+        """What each tap keeps of its latent, over held-out data: see :class:`Report`. Nothing of CMIM moves.
 
         The model runs in eval mode without gradients, padding by its ``attention_mask`` is left out, and each rank
         reports its own data. Bound and retrieval need trained heads.

@@ -203,7 +203,8 @@ def measure(
     def observer(running: Pass, k: int, activation: Tensor) -> None:
         tallies[k].count_codes(activation, running.usable_mask)
 
-    capture = Capture(model, contrast.taps, schedule, training.batch_source, observer, training.teacher)
+    source, teacher, modules = training.batch_source, training.teacher, training.modules
+    capture = Capture(model, contrast.taps, schedule, source, observer, teacher, modules)
     troubles: list[str] = []
     # A loader that shuffles or augments draws from the generators, too: they are kept around all of it.
     with preserve_generators(model.parameters()), torch.no_grad(), _evaluating(model), force_eager():

@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ._compat import force_eager
 from .discovery.find import Tap
 from .discovery.history import operands
-from .discovery.inputs import as_inputs, varied
+from .discovery.inputs import as_inputs, is_strided, varied
 from .discovery.trace import Sighting, Site, Trace, record
 from .errors import CMIMError, warn_once
 from .passes import BINARY, LATENT, Pass, Pickup
@@ -86,10 +86,19 @@ class Teacher:
             handles.append(register(lambda _, *seen, k=k, site=site: pick(k, site, *seen), with_kwargs=True))
         try:
             with torch.no_grad():
-                self.model(*args, **kwargs)
+                self.model(*_copied(args), **_copied(kwargs))
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _copied(inputs: Any) -> Any:
+    """A copy of inputs that the model gets next: a forward may write into them, or take things out of a dictionary."""
+    if isinstance(inputs, Tensor):
+        return inputs.detach().clone() if is_strided(inputs) else inputs
+    if type(inputs) is dict:
+        return {key: _copied(value) for key, value in inputs.items()}
+    return type(inputs)(map(_copied, inputs)) if type(inputs) in (list, tuple) else inputs
 
 
 def _in_place_of(tap: Tap, module: str, trace: Trace) -> Sighting:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from cmim_plugin import CMIM, CMIMError, CMIMWarning, find_binary_activations
 from cmim_plugin.discovery.find import discover
@@ -329,7 +330,7 @@ def test_a_forward_that_calls_itself_without_gradients_has_plain_names():
         return m.net(x + m.cond(guess)[:, :, None, None])
 
     found = find_binary_activations(Of(forward, net=net(), cond=nn.Linear(4, 3)), X)
-    assert [(f.name, f.reason, f.binary.call) for f in found] == [("net.2", None, 1), ("net.4", None, 1)]
+    assert [(f.name, f.reason, f.binary.call) for f in found] == [("net.2", None, 0), ("net.4", None, 0)]
 
 
 def test_a_forward_may_return_nothing():
@@ -556,6 +557,28 @@ def test_codes_may_have_a_scale_for_each_token(function, shape):
 def test_codes_may_have_a_scale_for_each_pixel():
     act = Of(lambda m, x: Sign.apply(x) * x.abs().mean(1, keepdim=True).detach())
     assert tapped(wide(act), torch.zeros(4, 3, 24, 24)) == ["2"]
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda x: x.flip(-1),
+        lambda x: -x,
+        lambda x: x.repeat(1, 1, 2, 1),
+        lambda x: x.index_select(2, torch.tensor([3, 1, 2])),
+        lambda x: x.masked_fill(torch.arange(8) > 5, 0),
+        lambda x: F.dropout2d(x, 0.3),
+        lambda x: F.channel_shuffle(x, 2),
+    ],
+)
+def test_codes_with_a_scale_for_each_pixel_and_channel_may_be_moved(move):
+    def forward(m, x):
+        x = m.norm(m.first(x))
+        return m.last(move(Sign.apply(x) * x.abs().mean(1, keepdim=True).detach() * m.alpha))
+
+    layers = {"first": nn.Conv2d(3, 8, 1), "norm": nn.BatchNorm2d(8), "last": nn.Conv2d(8, 4, 1)}
+    model = Of(forward, alpha=nn.Parameter(torch.randn(8, 1, 1)), **layers)
+    assert [f.channels for f in find_binary_activations(model, X) if f.tapped] == [8]
 
 
 def test_products_inside_a_custom_function_count():
@@ -1202,6 +1225,13 @@ def test_tokens_of_two_kinds_show_all_taps(padding):
     assert tapped(nn.Sequential(nn.Embedding(30, 16), *layers), ids) == ["2", "5", "8"]
 
 
+def test_a_reentrant_checkpoint_that_ends_with_its_product_is_no_function_of_both():
+    body = nn.Sequential(nn.BatchNorm2d(8), Binary(), nn.Conv2d(8, 4, 1))
+    model = Of(lambda m, x: checkpoint(m.body, m.first(x), use_reentrant=True), first=nn.Conv2d(3, 8, 1), body=body)
+    (reason,) = reasons(model, X).values()
+    assert reason.startswith("it is made without a gradient")
+
+
 def test_a_sign_and_its_product_in_one_function_are_named():
     class BinaryDense(torch.autograd.Function):
         @staticmethod
@@ -1472,7 +1502,7 @@ def test_codes_that_were_cut_off_the_graph_are_made_without_a_gradient(detached)
     )
     model(torch.randn(4, 8))
     assert list(reasons(model, torch.randn(4, 8)).values()) == [
-        "it is made without a gradient: under no_grad, detached, or in a reentrant checkpoint"
+        "it is made without a gradient: under no_grad, detached, in an autograd.Function, or in a reentrant checkpoint"
     ]
 
 
@@ -1588,6 +1618,76 @@ def test_codes_that_are_drawn_from_their_latent_are_tapped_however_few_they_are(
     for seed in range(20):
         torch.manual_seed(seed)
         assert tapped(Of(forward, first=nn.Linear(64, 8), last=nn.Linear(8, 4)), torch.rand(4, 64)), seed
+
+
+def test_codes_drawn_by_a_comparison_with_random_numbers_are_tapped():
+    """At the start all probabilities are near one half, so that the codes tell little of them."""
+
+    def forward(m, x):
+        p = torch.sigmoid(m.first(x))
+        return m.last((torch.rand_like(p) < p).float() + p - p.detach())
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        first = nn.Linear(64, 8)
+        nn.init.normal_(first.weight, std=0.01)
+        assert tapped(Of(forward, first=first, last=nn.Linear(8, 4)), torch.rand(64, 64)), seed
+
+
+@pytest.mark.parametrize(
+    "binarize",
+    [
+        lambda x: x + ((x / 0.8).round().clamp(0, 1) - x).detach(),
+        lambda x: ((x / 0.8).round() - x / 0.8).detach().add(x / 0.8).clamp(0, 1) * 0.8,
+        lambda x: (x / 0.8).round().clamp(0, 1),
+    ],
+    ids=["whole", "round", "bare"],
+)
+def test_the_latent_of_what_is_rounded_and_then_clamped_is_not_the_rounded_one(binarize):
+    layers = {"first": nn.Conv2d(3, 8, 3), "norm": nn.BatchNorm2d(8), "last": nn.Conv2d(8, 4, 1)}
+    model = Of(lambda m, x: m.last(binarize(m.norm(m.first(x)))), **layers)
+    cmim = CMIM(model, X)
+    model(X)
+    (captured,) = cmim._capture._waiting.values()
+    assert len(captured.pairs[0].rows[1].unique()) > 100
+
+
+@pytest.mark.parametrize(
+    "estimate",
+    [
+        lambda x: x.sign() + (x - x.detach()),
+        lambda x: x - x.detach() + x.sign(),
+        lambda x: 0.7 * (x.sign() + (x.tanh() - x.tanh().detach())),
+    ],
+)
+def test_of_a_sign_and_its_estimator_the_sum_is_tapped(estimate):
+    """The bare sign has a gradient of zero."""
+    layers = {"first": nn.Conv2d(3, 8, 3), "norm": nn.BatchNorm2d(8), "last": nn.Conv2d(8, 4, 1)}
+    model = Of(lambda m, x: m.last(estimate(m.norm(m.first(x)))), **layers)
+    cmim = CMIM(model, X)
+    model(X)
+    (captured,) = cmim._capture._waiting.values()
+    captured.pairs[0].rows[0].square().sum().backward()
+    assert model.first.weight.grad.any()
+
+
+def test_the_first_hidden_state_of_a_packed_sequence_may_be_codes():
+    def forward(m, x):
+        state = Sign.apply(m.norm(m.first(x[:, 0])))[None]
+        packed = nn.utils.rnn.pack_padded_sequence(x, [5] * len(x), batch_first=True)
+        return m.rnn(packed, state)[1]
+
+    layers = {"first": nn.Linear(4, 16), "norm": nn.BatchNorm1d(16), "rnn": nn.GRU(4, 16, batch_first=True)}
+    assert tapped(Of(forward, **layers), torch.randn(6, 5, 4)) == ["(model)"]
+
+
+def test_noise_for_weights_of_zero_does_not_stay_in_the_cache_of_autocast():
+    """As of a LoRA, or of a last layer, that starts at zero."""
+    model = net()
+    nn.init.zeros_(model[-1].weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        find_binary_activations(model, X)
+        assert torch.equal(model(X), model[-1].bias.bfloat16().expand(6, 4))
 
 
 def test_sparse_codes_are_not_one_hot_by_chance():

@@ -612,7 +612,7 @@ def test_a_mask_for_maps_which_have_no_tokens_is_warned_about():
     model = network()
     cmim = CMIM(model, X)
     model(X)
-    with pytest.warns(CMIMWarning, match="The mask is not applied to these taps, .* tokens a sample than the mask"):
+    with pytest.warns(CMIMWarning, match="The mask is not applied to these taps, .* tokens a sample, than the mask"):
         cmim(model, mask=torch.ones(len(X), 16, dtype=torch.bool))
 
 

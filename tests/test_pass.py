@@ -171,6 +171,94 @@ def test_a_first_pass_that_by_chance_skips_all_taps_adds_nothing():
         assert cmim(model) == 0
 
 
+class TwoDomains(nn.Module):
+    """A norm for each domain, and one convolution for both, or the reverse. The sign is taken between the two."""
+
+    def __init__(self, shares):
+        super().__init__()
+        self.stem, self.sign = nn.Conv2d(2, 4, 1), Binary()
+        two, one = (nn.BatchNorm2d, nn.Conv2d) if shares == "conv" else (nn.Conv2d, nn.BatchNorm2d)
+        sizes = {nn.BatchNorm2d: (4,), nn.Conv2d: (4, 4, 1)}
+        self.of_domain = nn.ModuleDict({key: two(*sizes[two]) for key in ("clean", "noisy")})
+        self.shared = one(*sizes[one])
+        self.shares = shares
+
+    def forward(self, **parts):
+        out = 0
+        for key, x in parts.items():
+            own, x = self.of_domain[key], self.stem(x)
+            norm, conv = (own, self.shared) if self.shares == "conv" else (self.shared, own)
+            out = out + conv(self.sign.forward(norm(x)))
+        return out
+
+
+@pytest.mark.parametrize("shares", ["conv", "norm"])
+def test_calls_that_change_places_are_left_out(shares):
+    """Else the codes of one domain meet the latent of the other: each module is called as often as before."""
+    model = TwoDomains(shares)
+    cmim = CMIM(model, {"clean": X, "noisy": X.flip(0)})
+    assert len(cmim.taps) == 2
+    model(clean=X, noisy=X.flip(1))
+    assert cmim(model) > 0
+    model(noisy=X, clean=X.flip(1))
+    with pytest.warns(CMIMWarning, match="in another order"):
+        assert cmim(model) == 0
+
+
+def test_calls_without_gradients_do_not_count():
+    """A fixed point is found without gradients, in as many steps as it takes; the last one is with them."""
+
+    class FixedPoint(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.block = nn.Conv2d(2, 4, 1), nn.Sequential(nn.BatchNorm2d(4), BinaryConv(4, 4, 1))
+            self.steps = 3
+
+        def forward(self, x):
+            x = self.stem(x)
+            z = torch.zeros_like(x)
+            with torch.no_grad():
+                for _ in range(self.steps):
+                    z = self.block(z + x)
+            return self.block(z + x)
+
+    model = FixedPoint()
+    cmim = CMIM(model, X)
+    assert [tap.name for tap in cmim.taps] == ["block.1"]
+    for model.steps in (3, 5, 0):
+        model(X)
+        (captured,) = cmim._capture._waiting.values()
+        binary, latent = captured.pairs[0].sides
+        assert latent.requires_grad and torch.equal(binary, latent.detach().sign())
+        assert cmim(model) > 0
+    assert cmim.report(model, [X]).taps[0].name == "block.1"
+
+
+def test_a_first_pass_that_sets_something_up_is_left_out_and_the_next_ones_are_not():
+    """As BiPointNet sets a scale: the function that receives the codes is called more often then."""
+
+    class Scaled(nn.Linear):
+        scale = None
+
+        def forward(self, x):
+            if self.scale is None:
+                self.scale = F.linear(x, self.weight).std() / F.linear(x.sign(), self.weight.sign()).std()
+                self.scale = self.scale.detach()
+            return F.linear(Binary().forward(x), self.weight) * self.scale
+
+    for example in (torch.zeros(8, 12), torch.randn(8, 12)):
+        model = nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), Scaled(16, 16))
+        cmim = CMIM(model, example)
+        model(torch.randn(8, 12))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CMIMWarning)
+            first = cmim(model)
+        for _ in range(2):
+            model(torch.randn(8, 12))
+            assert cmim(model) > 0
+        assert first.isfinite()
+
+
 # -- one pass, one loss --------------------------------------------------------------------------------------------
 
 

@@ -61,6 +61,7 @@ def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[lis
         return _dry_run(model, inputs, batch_size)
     finally:
         _running.here = outer
+        torch.clear_autocast_cache()  # of the weights that were noise for the dry run
 
 
 def _check(model: nn.Module, inputs: Inputs) -> None:
@@ -115,7 +116,7 @@ def _dry_run(model: nn.Module, inputs: Inputs, batch_size: int | None) -> tuple[
         failure: Exception | None = None
         for inputs_of in _attempts(inputs, batch, sources.get(batch)):
             try:
-                return _traces(model, inputs_of, made), sources.get(batch)
+                return _traces(model, inputs_of, made, partial(record, model, inputs, batch)), sources.get(batch)
             except Exception as error:
                 failure = error
         raise CMIMError(
@@ -173,8 +174,12 @@ def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_I
     return [partial(with_twins, every), partial(with_twins, max(every - 1, 2)), *as_given]
 
 
-def _traces(model: nn.Module, inputs_of: _InputsOf, made: list[Trace]) -> list[Trace]:
+def _traces(model: nn.Module, inputs_of: _InputsOf, made: list[Trace], again: Callable[[], Trace]) -> list[Trace]:
     traces = list(made) or [record(model, *inputs_of(0))]
+    if made:
+        traces.append(record(model, *inputs_of(1)))
+        if traces[0].functions != traces[1].functions:  # the first pass may have set something up, as a scale
+            traces[0] = again()
     while len(traces) < 2 or (len(traces) < _PASSES and _are_random(traces)):
         traces.append(record(model, *inputs_of(len(traces))))
     return traces

@@ -26,7 +26,9 @@ from .trace import FEW_LEVELS, Event, Sighting, Site, Snapshot, Trace
 # An operand of at most a few values among so many elements is listed as quantized to more than one bit.
 _FEW_AMONG = 256
 _FROZEN = "everything before it is frozen: no gradient reaches it"
-_NO_GRADIENT = "it is made without a gradient: under no_grad, detached, or in a reentrant checkpoint"
+_NO_GRADIENT = (
+    "it is made without a gradient: under no_grad, detached, in an autograd.Function, or in a reentrant checkpoint"
+)
 # How far equal samples are apart at most, in distances between different ones: a rounding error flips some signs.
 _ALIKE = 0.4
 
@@ -166,6 +168,7 @@ def _described(history: History, b: Binarization) -> BinaryActivation:
     layout, latent_layout = (
         Layout(spatial, not mixed and rows != batch, scores, bool(mixed)) for rows in (shape[0], latent_shape[0])
     )
+    binary_site, latent_site = history.trace.sites_of(binary, latent)
     within = [s for _, s in operands(history.trace, site.module) if s.from_input]
     return BinaryActivation(
         name=_child(history, b.latent, site),
@@ -173,8 +176,8 @@ def _described(history: History, b: Binarization) -> BinaryActivation:
         reason=None,
         module=site.module,
         call=site.call,
-        binary=history.trace.counted(binary.site),
-        latent=history.trace.counted(latent.site),
+        binary=binary_site,
+        latent=latent_site,
         layouts=(layout, latent_layout),
         latent_channels=latent_layout.channels(latent_shape),
         aligned=layout.positions(shape) == latent_layout.positions(latent_shape),
@@ -192,7 +195,12 @@ def _reason_against(history: History, b: Binarization) -> str | None:
         return "it is the network's input that is binarized, not an activation"
     if not codes.first_in_graph and b.operand.requires_grad:
         return "one autograd.Function passes it straight to another: put a module between the two, as nn.Identity()"
-    if not codes.first_in_graph and any(not r.in_graph and r.held.first_in_graph for r in b.consumer.results):
+    called = b.source.site.call >= 0  # with gradients, not in a reentrant checkpoint
+    if (
+        not codes.first_in_graph
+        and called
+        and any(not r.in_graph and r.held.first_in_graph for r in b.consumer.results)
+    ):
         return "its sign and its product are in one autograd.Function: take the sign in a Function of its own"
     if not codes.first_in_graph:
         return _NO_GRADIENT if any(s.requires_grad and s.from_input for s in made_of) else _FROZEN

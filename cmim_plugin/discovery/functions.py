@@ -26,12 +26,18 @@ JOINS = _names("cat concat concatenate stack hstack vstack")
 RESHAPES = _names("view view_as reshape reshape_as flatten unflatten squeeze unsqueeze ravel")
 REORDERS = _names("permute transpose t T mT H mH swapaxes swapdims movedim moveaxis adjoint")
 SELECTIONS = _names("getitem select unbind chunk split narrow expand expand_as unfold")
-#: The values of the first argument, in another order, type or shape, repeated or with zeros among them.
+#: The values of the first argument, or their negatives, in another order, type or shape: some of them, repeated or with
+#: zeros among them.
 MOVES = (
     RESHAPES
     | REORDERS
     | SELECTIONS
-    | _names("contiguous clone to type_as type float half bfloat16 double dropout pad roll")
+    | _names(
+        "contiguous clone to type_as type float half bfloat16 double pad roll flip fliplr flipud rot90 neg negative"
+    )
+    | _names("dropout dropout1d dropout2d dropout3d feature_dropout masked_fill max_pool1d max_pool2d max_pool3d")
+    | _names("repeat tile repeat_interleave index_select gather take_along_dim fold")
+    | _names("pixel_shuffle pixel_unshuffle channel_shuffle")
 )
 DETACHES = _names("detach data")
 #: Calls that make few values of many, whatever they are given.

@@ -90,7 +90,14 @@ class History:
         # Not a threshold or a scale that was expanded to its size.
         found.sort(key=lambda latent: latent.distinct < latent.held.numel)
         signed = [latent for latent in found if is_sign_of(self.trace, codes, latent)]
-        return (signed or found)[0] if found else self._separable(source)
+        return self._before_rounding(codes, (signed or found)[0]) if found else self._separable(source)
+
+    def _before_rounding(self, codes: Sighting, latent: Sighting) -> Sighting:
+        """What was rounded to make a latent of few values, as in ``clamp(round(x), 0, 1)``; else the latent."""
+        made_of = followed([latent], lambda s: s.given(same_size=True) if s.held.levels else [])
+        firsts = [s.held.first_in_graph for s in made_of if s.held.continuous]
+        finer = [f for f in firsts if f and not f.held.levels and not f.held.two_valued]
+        return next((f for f in finer if is_sign_of(self.trace, codes, f)), latent)
 
     def _separable(self, source: Sighting) -> Sighting | None:
         """The last tensor before the source that a threshold splits into its codes.
@@ -112,17 +119,17 @@ class History:
     def pair_differs(self, codes: Sighting, latent: Sighting, layout: Layout) -> bool:
         """Whether, at the sites of a_B and a_F, another trace has other channels, or codes of another latent.
 
-        Traces that call the modules and functions of the sites another number of times say nothing: in training, such
-        a pass is left out.
+        Traces that call the modules and functions of the sites another number of times, or in another order, say
+        nothing: in training, such a pass is left out.
         """
         is_sign = is_sign_of(self.trace, codes, latent)
-        sites = codes.site, latent.site
+        sites = self.trace.sites_of(codes, latent)
         for trace, other in self.again(codes):
-            alike = is_one_call(*sites) or all(trace.counted(site) == self.trace.counted(site) for site in sites)
-            if alike and latent.site in trace.at:
+            other_latent = trace.at.get(latent.site)
+            if other_latent and (is_one_call(*sites) or trace.sites_of(other, other_latent) == sites):
                 if layout.channels(other.held.shape) != layout.channels(codes.held.shape):
                     return True
-                if is_sign and other.held.two_valued and not is_sign_of(trace, other, trace.at[latent.site]):
+                if is_sign and other.held.two_valued and not is_sign_of(trace, other, other_latent):
                     return True
         return False
 
@@ -169,6 +176,12 @@ def _with_its_codes(sighting: Sighting, is_code: Callable[[Sighting], bool]) -> 
     if event is None or (event.name in functions.DETACHES and any(a.in_graph for a in event.arguments)):
         return []  # cut off the graph: what it was made of gets no gradient from here
     outside = sighting.held.first_in_graph is None
+    # `sign(x) + (x - x.detach())`: the zeros bring the gradient.
+    differences = [
+        a for a in given if a.in_graph and a.held.constant and a.producer and a.producer.name in functions.SUMS
+    ]
+    if event.name in functions.SUMS and any(not bool(a.held.values.any()) for a in differences):
+        return []
     before = [a for a in given if is_code(a) and (outside or a.held.first_in_graph)]
     full = [a for a in given if a.from_input and a.distinct == sighting.held.numel]
     # Not a latent, a scale or a gate that has two values, too.
@@ -230,7 +243,7 @@ def operands(trace: Trace, module: str = "") -> Iterator[tuple[Event, Sighting]]
             floats = [s for s in reversed(event.arguments) if s.held.values.is_floating_point()]
             first = {s.site.path[1]: s for s in floats}
             is_recurrent = name in functions.LAYERS and name != "linear"
-            wanted = (0, "input", 1, "hx") if is_recurrent else (0, "input")
+            wanted = (0, "input", 1, 2, "hx") if is_recurrent else (0, "input")
             yield from ((event, first[key]) for key in wanted if key in first)
         elif name in functions.PRODUCTS:
             for s in event.arguments:
@@ -239,6 +252,12 @@ def operands(trace: Trace, module: str = "") -> Iterator[tuple[Event, Sighting]]
                 is_mask = "attention" in name and slot not in (0, 1, 2, "query", "key", "value")
                 if not is_addend and not is_mask:
                     yield event, s
+
+
+def _is_draw(event: Event) -> bool:
+    """Whether a call makes codes at random, or by a comparison with random numbers."""
+    made = {a.producer.name for a in event.arguments if a.producer}
+    return event.name == "bernoulli" or (event.name in functions.STEPS and not made.isdisjoint(functions.RANDOM))
 
 
 def is_sign_of(trace: Trace, codes: Sighting, latent: Sighting) -> bool:
@@ -252,13 +271,13 @@ def is_sign_of(trace: Trace, codes: Sighting, latent: Sighting) -> bool:
         return False
     if _splits(latent, pattern):
         return True
-    drawn = [e for e in trace.events if latent.seq <= e.seq <= codes.seq and e.name in functions.RANDOM]
-    results = [r.held for e in drawn for r in e.results if r.held.numel == numel]
-    # Drawn from the latent itself: little may be seen of that in few codes.
-    makers = [e for e in drawn if e.name == "bernoulli" and any(r.held.code == codes.held.code for r in e.results)]
+    between = [e for e in trace.events if latent.seq <= e.seq <= codes.seq]
+    drawn = any(r.held.numel == numel for e in between if e.name in functions.RANDOM for r in e.results)
+    # Drawn from the latent itself, as by `rand_like(p) < p`: little may be seen of that in few codes.
+    makers = [e for e in between if any(r.held.code == codes.held.code for r in e.results) and _is_draw(e)]
     if any(a.held.numel == numel and bool((a.held.values == values).all()) for e in makers for a in e.arguments):
         return True
     ranks = values.argsort().argsort() / len(values)
     # Of no ranks, the mean is NaN.
     apart = (ranks[pattern > 0].mean() - ranks[pattern < 0].mean()).abs()
-    return bool(results) and bool(apart > 0.05)
+    return drawn and bool(apart > 0.05)

@@ -38,7 +38,7 @@ class Site:
     """Where, within one forward pass of the model, a tensor can be picked up."""
 
     module: str  # qualified name of the module whose forward it is in ("" for the model itself)
-    call: int  # which call of that module in this pass, from 0
+    call: int  # which of its calls in this pass, from 0; one with other gradients than the pass counts from -1 down
     kind: str  # "input" or "output" of the module; "argument", "result" or "written" of a torch function in it
     path: Path  # keys that lead to the tensor within the (args, kwargs) pair or the output
     function: Callable[..., Any] | None = None  # of the last three kinds
@@ -46,6 +46,7 @@ class Site:
     nth_of_all: int = 0  # and which of all of them: the forward of an autograd.Function has none
     calls: int = 0  # how often the dry run called the module in a pass,
     times: int = 0  # and the function in this call of the module
+    others: int = 0  # how many calls of the module of the other side had begun when the tensor was seen
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy picks nothing up, and some functions cannot be pickled.
@@ -143,7 +144,9 @@ class Trace:
     batch: int
     sightings: list[Sighting] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
-    calls: Counter[str] = field(default_factory=Counter)  # of each module
+    calls: Counter[str] = field(default_factory=Counter)  # of each module, with gradients as the pass has them
+    #: When each of these calls began: the number of sightings before it.
+    begun: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     #: (module, call of it) -> how often each (function, whether with gradients) was called there
     functions: dict[tuple[str, int], Counter[Any]] = field(default_factory=lambda: defaultdict(Counter))
     draws_scalars: bool = False  # single random numbers were drawn, as a model that skips layers at random does
@@ -153,10 +156,16 @@ class Trace:
     def at(self) -> dict[Site, Sighting]:
         return {s.site: s for s in self.sightings}
 
-    def counted(self, site: Site) -> Site:
-        """The site, with how often its module and its function are called here."""
-        times = self.functions[site.module, site.call][site.function, True]
-        return replace(site, calls=self.calls[site.module], times=times)
+    def sites_of(self, binary: Sighting, latent: Sighting) -> tuple[Site, Site]:
+        """Where both sides of a tap are picked up, with how often modules and functions are called here."""
+
+        def counted(sighting: Sighting, other: str) -> Site:
+            site = sighting.site
+            times = self.functions[site.module, site.call][site.function, True]
+            others = sum(seq <= sighting.seq for seq in self.begun[other])
+            return replace(site, calls=self.calls[site.module], times=times, others=others)
+
+        return counted(binary, latent.site.module), counted(latent, binary.site.module)
 
 
 def record(model: nn.Module, inputs: Inputs, batch: int, twins: bool = False) -> Trace:
@@ -195,6 +204,8 @@ class _Recorder(TorchFunctionMode):
         self._parameters = {id(p) for p in model.parameters()}
         # Modules being run, and which call of each.
         self._scopes: list[tuple[str, int]] = []
+        self._with_gradients = torch.is_grad_enabled()
+        self._uncounted: Counter[str] = Counter()  # calls of each module with other gradients than the pass
         # Whether each tensor object depends on the model's input, and what it held last.
         self._from_input: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
         self._last: MutableMapping[Tensor, Snapshot] = WeakTensorKeyDictionary()
@@ -207,8 +218,13 @@ class _Recorder(TorchFunctionMode):
         if module not in self._names:
             return
         name = self._names[module]
-        self._scopes.append((name, self.trace.calls[name]))
-        self.trace.calls[name] += 1
+        if torch.is_grad_enabled() == self._with_gradients:
+            self._scopes.append((name, self.trace.calls[name]))
+            self.trace.calls[name] += 1
+            self.trace.begun[name].append(len(self.trace.sightings))
+        else:
+            self._uncounted[name] += 1
+            self._scopes.append((name, -self._uncounted[name]))
         seen = self._see((args, kwargs), "input", from_input=True if len(self._scopes) == 1 else None)
         if not getattr(module, "batch_first", True):
             shape = next((s.held.shape for s in seen if len(s.held.shape) == 3), None)
@@ -274,7 +290,7 @@ class _Recorder(TorchFunctionMode):
     def _see(self, tree: Any, kind: str, *call: Any, from_input: bool | None = None) -> list[Sighting]:
         """Note the tensors of a tree. ``call``: the function, and which calls of it. ``from_input``: of new tensors,
         None where it has to be told by themselves."""
-        seen = []
+        seen, is_in_graph = [], torch.is_grad_enabled() and not _compat.is_transformed()
         with _compat.unseen():
             for path, tensor in tensors_in(tree):
                 if id(tensor) in self._parameters:
@@ -296,8 +312,8 @@ class _Recorder(TorchFunctionMode):
                     site=Site(*self._scopes[-1], kind, path, *call),
                     held=snapshot,
                     requires_grad=tensor.requires_grad,
-                    # What was written is never to be picked up there.
-                    in_graph=tensor.requires_grad and torch.is_grad_enabled() and kind != "written",
+                    # What was written is never to be picked up there. Nor is what exists within torch.vmap only.
+                    in_graph=tensor.requires_grad and is_in_graph and kind != "written",
                     from_input=depends,
                     strides=tensor.stride(),
                 )
