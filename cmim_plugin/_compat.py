@@ -35,7 +35,7 @@ _pop_torch_function_stack = getattr(torch._C, "_pop_torch_function_stack", None)
 _push_on_torch_function_stack = getattr(torch._C, "_push_on_torch_function_stack", None)
 
 
-def is_no_training_step() -> bool:
+def outside_training_step() -> bool:
     """Whether this thread is within a backward pass (a checkpoint is recomputed), a torch.func transform, forward-mode
     differentiation, torch.jit.trace, make_fx or torch.export: a forward pass is then none of a training step.
 
@@ -78,7 +78,7 @@ def base_of(tensor: Tensor) -> Tensor | None:
     return getattr(tensor, "_base", None)
 
 
-def drop_hooks(module: nn.Module, mine: Callable[[Any], bool]) -> None:
+def remove_hooks(module: nn.Module, mine: Callable[[Any], bool]) -> None:
     """Take those hooks off a module that are ``mine``, without their handles. Without it: they stay."""
     for name in ("_forward_pre_hooks", "_forward_hooks", "_load_state_dict_post_hooks"):
         hooks = getattr(module, name, {})

@@ -75,42 +75,42 @@ class Contrast(nn.Module):
         raw = [layer_decay ** (len(taps) - 1 - k) for k in range(len(taps))]
         #: One weight per tap. They sum to 1: ``weight`` means the same for a shallow and for a deep network.
         self.layer_weights = tuple(w / sum(raw) for w in raw)
-        self._layer_weights = self.heads.weights.new_tensor(self.layer_weights)
+        self._layer_weights_on_device = self.heads.weights.new_tensor(self.layer_weights)
         self.loads = 0  # how often a state was loaded; before all ranks started from one state, by rank 0
         self.last: dict[int, Last] = {}
-        self._asked: set[int] = set()  # taps that a loss was asked of, also of those that gave none
-        self._losses_checked = 0  # for negatives, up to _FIRST_STEPS
+        self._scheduled_once: set[int] = set()  # taps that a loss was asked of, also of those that gave none
+        self._steps_checked = 0  # for negatives, up to _FIRST_STEPS
 
-    def forward(self, captured: Pass, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """The weighted sum of the losses of the taps that this pass captured, 0-d; the arguments are those of
+    def forward(self, forward_pass: Pass, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """The weighted sum of the losses of the taps that this pass forward_pass, 0-d; the arguments are those of
         :meth:`cmim_plugin.CMIM.forward`."""
-        rows = self.embed(captured, labels, mask)
+        rows = self.embed(forward_pass, labels, mask)
         # One call of the objective for all taps of as many rows and as full a queue.
-        counted = [k for k in rows if len(rows[k].z_b) > 0]
+        nonempty = [k for k in rows if len(rows[k].z_b) > 0]
         filled = [queue.filled for queue in self.queues] or [0] * len(self.taps)
         sums = []
-        for (_, queued), taps in grouped(counted, [(len(rows[k].z_b), filled[k]) for k in counted]):
+        for (_, queued), taps in grouped(nonempty, [(len(rows[k].z_b), filled[k]) for k in nonempty]):
             losses = self._losses(taps, [rows[k] for k in taps], queued)
-            layer_weights = torch.cat([self._layer_weights[k : k + 1] for k in taps])
+            layer_weights = torch.cat([self._layer_weights_on_device[k : k + 1] for k in taps])
             sums.append(losses.dot(layer_weights.to(losses.dtype)))
         if not torch.compiler.is_compiling():  # each number would be compiled anew
-            self._asked.update(captured.scheduled)
-            self._losses_checked = min(self._losses_checked + 1, _FIRST_STEPS)
+            self._scheduled_once.update(forward_pass.scheduled)
+            self._steps_checked = min(self._steps_checked + 1, _FIRST_STEPS)
         return sum(sums[1:], sums[0]) if sums else zero_of(rows)
 
-    def embed(self, captured: Pass, labels: Tensor | None, mask: Tensor | None) -> dict[int, Embedded]:
-        """The embeddings of each tap that a pass captured; on several ranks, the rows of all of them."""
+    def embed(self, forward_pass: Pass, labels: Tensor | None, mask: Tensor | None) -> dict[int, Embedded]:
+        """The embeddings of each tap that a pass forward_pass; on several ranks, the rows of all of them."""
         mixed = [tap.name for tap in self.taps if tap.mixed]  # of all, so that each rank raises
         if mixed and labels is not None:
             raise CMIMError(f"Labels are of samples, which these taps mix: {mixed}. Leave them out with taps=.")
-        reads_mask = captured.random is not None and not len(self.queues)
+        reads_mask = forward_pass.position_draws is not None and not len(self.queues)
         if mask is not None and not reads_mask:
             raise CMIMError('A mask needs instances="position", and queue_size=0: a queue would keep the padding.')
-        pairs = {k: captured.pairs[k] for k in captured.scheduled if captured.pairs[k].complete}
+        pairs = {k: forward_pass.pairs[k] for k in forward_pass.scheduled if forward_pass.pairs[k].complete}
         together = distributed.ranks() > 1
         weights = distributed.averaged(self.heads.weights) if together else self.heads.weights
         # Without rows there is a graph: other ranks may have some, and wait for this one in the backward pass.
-        rows = dict.fromkeys(captured.scheduled, Embedded(weights[:0], weights[:0]))
+        rows = dict.fromkeys(forward_pass.scheduled, Embedded(weights[:0], weights[:0]))
         if pairs:
             # What mixes the samples may have another number of them.
             first = ([pair for pair in pairs.values() if not pair.tap.mixed] or [*pairs.values()])[0]
@@ -119,7 +119,7 @@ class Contrast(nn.Module):
                 wanted, ndim = (_LABELS_OF_IMAGES, 1) if first.index is None else (_LABELS, None)
                 _check_given("labels", labels, first, wanted, ndim)
                 labels = labels.to(weights.device)
-            own, mask = mask is None, self._usable_mask(captured, mask, first) if reads_mask else None
+            own, mask = mask is None, self._usable_mask(forward_pass, mask, first) if reads_mask else None
             z = self.heads(list(pairs), [pair.sides for pair in pairs.values()], weights)
             for (k, pair), z_b, z_f in zip(pairs.items(), z[: len(pairs)], z[len(pairs) :], strict=True):
                 of_mask = None if mask is None else pair.unpadded if own else mask_of(pair, mask)
@@ -158,20 +158,24 @@ class Contrast(nn.Module):
             for k, z_k, of_label, of_mask in zip(rows, z, labels, mask, strict=True)
         }
 
-    def _usable_mask(self, captured: Pass, mask: Tensor | None, first: Pair) -> Tensor | None:
+    def _usable_mask(self, forward_pass: Pass, mask: Tensor | None, first: Pair) -> Tensor | None:
         """The mask that the user gave, else the one that the model itself was given. Warns of taps that it does not
         fit."""
         own = mask is None
         if mask is None:
-            mask = captured.usable_mask
-            if mask is None and captured.mask is not None:
-                found = "floats" if captured.mask.is_floating_point() else f"{captured.mask.ndim} dimensions"
+            mask = forward_pass.padding_mask
+            if mask is None and forward_pass.attention_mask is not None:
+                found = (
+                    "floats"
+                    if forward_pass.attention_mask.is_floating_point()
+                    else f"{forward_pass.attention_mask.ndim} dimensions"
+                )
                 warn_once(self, f"An attention_mask of {found} is not read: pass mask=, zero or False for padding.")
         else:  # a size that is compared again is a constant to torch.compile
             _check_given("mask", mask, first, _MASK, 2)
         if mask is not None and not torch.compiler.is_compiling():
             others = []
-            for pair in filter(lambda pair: pair.complete, captured.pairs.values()):
+            for pair in filter(lambda pair: pair.complete, forward_pass.pairs.values()):
                 other_tokens = pair.tokens != mask.shape[1] and (pair.tokens or (not own and pair.total > len(mask)))
                 if pair.tap.mixed or other_tokens or pair.batch_size != len(mask):
                     others.append(pair.tap.name)
@@ -208,7 +212,7 @@ class Contrast(nn.Module):
             if len(self.queues):
                 self.queues[k].push(z[:, i].detach(), r.labels)
         some_excluded = labels is not None or mask is not None
-        look = some_excluded and self._losses_checked < _FIRST_STEPS and not torch.compiler.is_compiling()
+        look = some_excluded and self._steps_checked < _FIRST_STEPS and not torch.compiler.is_compiling()
         if n + queued == 1 or (look and not all(self.last[k].negatives().any() for k in taps)):
             what = "one instance, one class only, or padding"
             warn_once(self, f"A batch had no negatives for some tap ({what}): it adds nothing to the loss there.")
@@ -230,7 +234,7 @@ class Contrast(nn.Module):
         if not last:
             return {}
         loss = sum(shares[k] * float(last[k].loss) for k in last)
-        found = {"cmim/loss": float(weight) * loss / sum(shares[k] for k in self._asked | last.keys())}
+        found = {"cmim/loss": float(weight) * loss / sum(shares[k] for k in self._scheduled_once | last.keys())}
         bounds = {name: float(m["bound"]) for name, m in self.metrics().items() if "bound" in m}
         if bounds:
             found |= {"cmim/bound": sum(bounds.values()) / len(bounds), "cmim/worst_bound": min(bounds.values())}
@@ -244,7 +248,9 @@ class Contrast(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Contrast:
         super()._apply(fn, recurse)
-        self._layer_weights = self.heads.weights.new_tensor(self.layer_weights)  # in half precision they would round
+        self._layer_weights_on_device = self.heads.weights.new_tensor(
+            self.layer_weights
+        )  # in half precision they would round
         return self
 
 

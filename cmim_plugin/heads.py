@@ -50,7 +50,7 @@ class Heads(nn.Module):
     steps: Tensor  # and its number of steps, 0-d
     channels: Tensor  # (taps, 2) int64, as given
     is_copy = False  # of the heads of a plug-in
-    _rows: Tensor
+    _row_numbers: Tensor
 
     def __init__(
         self, channels: Sequence[tuple[int, int]], embed_dim: int, lr: float, generator: torch.Generator
@@ -73,12 +73,12 @@ class Heads(nn.Module):
         self.register_buffer("exp_avg_sq", torch.zeros_like(weights))
         self.register_buffer("steps", torch.zeros((), dtype=torch.float32, device="cpu"))
         self.register_buffer("channels", torch.tensor(channels, device="cpu"))
-        self.register_buffer("_rows", torch.arange(len(weights), device="cpu"), persistent=False)
-        self._become_leaf()
+        self.register_buffer("_row_numbers", torch.arange(len(weights), device="cpu"), persistent=False)
+        self._refresh()
 
     # -- embeddings ----------------------------------------------------------------------------------------------
 
-    def of(self, tap: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def weights_of(self, tap: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(C, D)`` weights of both sides of a tap, views: of :attr:`weights`, or of a tensor like it."""
         weights = self.weights.detach() if weights is None else weights
         binary, latent = self._slices[tap]
@@ -96,7 +96,7 @@ class Heads(nn.Module):
         order = [position for _, group in groups for position in group]
         # The heads of the chosen sides, group by group, (their channels, D). index_select copies, and the graph keeps
         # the copy: a later step cannot change what a backward pass reads.
-        chosen = weights.index_select(0, torch.cat([self._rows[sides[p][1]] for p in order]))
+        chosen = weights.index_select(0, torch.cat([self._row_numbers[sides[p][1]] for p in order]))
         per_group = chosen.split([len(group) * width for (_, width), group in groups])
         projected = []
         with torch.autocast(weights.device.type, enabled=False):
@@ -127,7 +127,7 @@ class Heads(nn.Module):
             return
         grad = self.weights.grad
         if grad is None:  # somebody took it away
-            self._become_leaf()
+            self._refresh()
             return
         if grad.requires_grad:  # left by a backward pass with create_graph=True
             grad = grad.detach().clone()
@@ -145,7 +145,7 @@ class Heads(nn.Module):
         self.weights.requires_grad_(False)
 
     @torch.inference_mode(False)  # a state may be loaded in inference mode
-    def _become_leaf(self) -> None:
+    def _refresh(self) -> None:
         """Make the weights a leaf, with a gradient that is always there: backward passes add to it in place."""
         for name in ("weights", "exp_avg", "exp_avg_sq", "steps"):
             buffer = getattr(self, name)
@@ -163,7 +163,7 @@ class Heads(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Heads:
         self.step()
         super()._apply(fn, recurse)
-        self._become_leaf()
+        self._refresh()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -180,7 +180,7 @@ class Heads(nn.Module):
                 f"Found:  {channels.tolist()}\nWanted: {self.channels.tolist()}"
             )
         super()._load_from_state_dict(state, prefix, *args)  # type: ignore[arg-type]
-        self._become_leaf()
+        self._refresh()
 
 
 # An operator: torch.compile does not trace the fused kernel.

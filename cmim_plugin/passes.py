@@ -1,6 +1,6 @@
 """What one forward pass of the model leaves: rows of a_B and a_F, tap by tap, and what could not be captured.
 
-Nothing is kept of an activation but the sampled or pooled rows, taken at once: the network may overwrite it later.
+Of an activation only the rows are kept, taken or pooled at once: the network may overwrite it later.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ from torch.overrides import TorchFunctionMode
 
 from . import _compat
 from .discovery.find import Tap
-from .discovery.inputs import Path, part_of
+from .discovery.inputs import part_of
 from .discovery.layout import Layout
 from .discovery.trace import Site
 from .errors import CMIMError, warn_once
-from .sampling import BackwardRule, Schedule, indices_among, sampled, upper_half
+from .sampling import BackwardRule, Schedule, indices_among, take_elements, upper_half
 
-BINARY, LATENT = 0, 1
-# Why a tap adds nothing to the loss, which then raises (FAILED), raises if no other tap is left (EXCUSED), or warns
-# (MISSED: the forward pass did not reach the tap).
-FAILED, EXCUSED, MISSED = "failed", "excused", "missed"
+BINARY, LATENT = 0, 1  # the two sides of a pair, as indices
+# A tap that adds nothing to the loss. ERROR: cmim(model) raises. UNUSABLE: it warns, and raises if no tap is left.
+# ABSENT, where the pass did not reach the tap or calls do not match: it warns.
+ERROR, UNUSABLE, ABSENT = "error", "unusable", "absent"
 _MISCOUNTED = "functions or modules were not called as often as in the dry run, or in another order"
 _NO_GRADIENT = (
     "its binary activation came without a gradient. Layers that were frozen do that (nothing is left to train there), "
     "and reentrant activation checkpointing (pass use_reentrant=False to checkpoint)"
 )
-# Below this, a latent was masked: float16 has -65504, and many write -10000.
-_MASKED = -5000.0
+# A score at or below this is masked. Masks are -inf, the lowest number (float16: -65504) or about -10000.
+_MASKED_SCORE = -5000.0
 
 
 class Pair:
-    """What one pass left of one tap."""
+    """The rows of one tap in one forward pass, and where they come from. Both sides have as many positions."""
 
-    index: Tensor | None = None  # (n,) the positions that the rows come from, over the batch; None for pooled samples
-    spatial: torch.Size | None = None  # the dimensions that the positions of one row of the batch are counted over
+    index: Tensor | None = None  # (n,) the position of each row, counted over the batch; None for images
+    spatial: torch.Size | None = None  # spatial shape of one entry of the first dimension
     total = 0  # positions of the whole batch
-    batch_size = 0  # its samples
-    tokens = 0  # of a sample, 0 where its positions are no sequence
-    unpadded: Tensor | None = None  # (n,) bool, what the mask that the model was given says of each row
-    left_out: tuple[str, str] | None = None  # FAILED, EXCUSED or MISSED, and why, where it adds nothing to the loss
+    batch_size = 0  # samples of the batch
+    tokens = 0  # length of a sample's sequence, 0 where it is none
+    unpadded: Tensor | None = None  # (n,) bool, False where the model's attention_mask says that the row is padding
+    left_out: tuple[str, str] | None = None  # ERROR, UNUSABLE or ABSENT, and why
 
     def __init__(self, tap: Tap) -> None:
         self.tap = tap
@@ -67,13 +67,13 @@ class Pair:
 class Pickup(NamedTuple):
     """One side of one tap, picked up at one site."""
 
-    tap: int
+    k: int  # the number of the tap
     side: int
     site: Site
 
 
 class Call(TorchFunctionMode):
-    """A call of a module that runs. As a mode it sees the torch functions that are called meanwhile."""
+    """A running call of a hooked module. Where functions are to be picked up, it is a mode on torch's stack."""
 
     def __init__(self, running: Pass, hook: object, pickups: Sequence[Pickup] = ()) -> None:
         super().__init__()
@@ -81,187 +81,184 @@ class Call(TorchFunctionMode):
         self.hook = hook
         self.pickups = pickups
         self._functions = [p.site.function for p in pickups if p.site.function is not None]
-        self.listens = len(self._functions) > 0
-        #: How often each function was called so far, with gradients. In a report, where none has, how often in all.
+        self.watches_functions = len(self._functions) > 0
+        #: Function -> its calls so far: those with gradients; in a report, which has none, all.
         self._counts: dict[Any, int] = {}
         self._with_gradients = torch.is_grad_enabled()
-        self._error = _current_error()
+        self._error_before = _current_error()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         # torch.compile runs the backward of an autograd.Function through here, too: without gradients.
-        without = self._with_gradients and not torch.is_grad_enabled()
-        if self._running.muted or without or func not in self._functions:
+        in_backward = self._with_gradients and not torch.is_grad_enabled()
+        if self._running.muted or in_backward or func not in self._functions:
             return func(*args, **kwargs)
         nth = self._counts.get(func, 0)
         self._counts[func] = nth + 1
-        of_func = [p for p in self.pickups if p.site.function == func]
-        pickups = [p for p in of_func if (p.site.nth if self._with_gradients else p.site.nth_of_all) == nth]
+        pickups = [p for p in self.pickups if p.site.function == func]
+        pickups = [p for p in pickups if (p.site.nth if self._with_gradients else p.site.nth_of_all) == nth]
         self._running.pick_up(pickups, "argument", (args, kwargs))
         result = func(*args, **kwargs)
         self._running.pick_up(pickups, "result", result)
         return result
 
     def raised(self) -> bool:
-        """Whether the call ended with an exception: torch runs ``always_call`` hooks while it handles that one."""
-        return _current_error() != self._error
+        """Whether an exception ended the call: torch runs ``always_call`` hooks while it handles the exception."""
+        return _current_error() != self._error_before
 
     def miscounted(self) -> list[int]:
         """The taps of which a function was called more or less often than in the dry run."""
-        of_functions = [p for p in self.pickups if p.site.function is not None]
-        return [p.tap for p in of_functions if self._counts.get(p.site.function, 0) != p.site.times]
+        pickups = [p for p in self.pickups if p.site.function is not None]
+        return [p.k for p in pickups if self._counts.get(p.site.function, 0) != p.site.times]
 
 
 @dataclass(eq=False, repr=False)
 class Pass:
-    """One forward pass of the model, from its first hook to its last, and until its loss is asked for."""
+    """One forward pass of the model, from its first hook to its last, and until cmim(model)."""
 
     taps: Sequence[Tap]
     schedule: InitVar[Schedule]
-    every_tap: InitVar[bool]  # whatever the schedule says
+    all_taps: InitVar[bool]  # capture all taps, not those of the schedule
     training: bool
     batch_size: int | None
-    mask: Tensor | None  # (B, ...), which the model itself was given
-    observer: Callable[[Pass, int, Tensor], None] | None  # gets the tap and a_B as a whole, before rows are taken
+    attention_mask: Tensor | None  # (B, ...), the model's own input
+    observer: Callable[[Pass, int, Tensor], None] | None  # gets the tap and the whole a_B
 
     muted = False  # within a hook of ours: our own torch calls are not the model's
 
-    def __post_init__(self, schedule: Schedule, every_tap: bool) -> None:
-        self.scheduled = tuple(range(len(self.taps))) if every_tap else schedule.taps
+    def __post_init__(self, schedule: Schedule, all_taps: bool) -> None:
+        self.scheduled = tuple(range(len(self.taps))) if all_taps else schedule.taps
         draws = schedule.draws_of(len(self.scheduled))
-        self.random = None if draws is None else upper_half(draws)
+        #: ``(taps, n)``; None for whole images.
+        self.position_draws = None if draws is None else upper_half(draws)
         self.device = schedule.draws.device
         widest = max(max(tap.channels, tap.latent_channels) for tap in self.taps)
-        #: 0, 1, 2, ...: to count positions and channels with.
-        self.numbers = torch.arange(1 + max(widest, 0 if draws is None else draws.shape[-1]), device=self.device)
+        #: For all index computations of the pass.
+        self.arange = torch.arange(1 + max(widest, 0 if draws is None else draws.shape[-1]), device=self.device)
         self.compiled = torch.compiler.is_compiling()
         self.pairs = {k: Pair(self.taps[k]) for k in self.scheduled}
-        #: Taps of which a function was called another number of times than in the dry run.
+        #: Taps of which a function was not called as often as in the dry run.
         self.miscounted: list[int] = []
-        #: Calls of modules that run, the innermost last, and how often each module was called so far.
-        self.open: list[Call] = []
-        self.calls: dict[str, int] = {}
+        self.open_calls: list[Call] = []  # the innermost last
+        self.calls: dict[str, int] = {}  # module name -> its calls so far
         #: Modules that were called without gradients in a pass with gradients. These calls do not count.
         self.without_gradients: set[str] = set()
         self.with_gradients = torch.is_grad_enabled()
-        self.backward = BackwardRule()
-        self._elements: dict[Any, tuple[Tensor, Tensor]] = {}
-        self._zeros: dict[torch.dtype, Tensor] = {}
+        self.backward_rule = BackwardRule()
+        self._elements: dict[Any, tuple[Tensor, Tensor]] = {}  # (layout, shape) -> positions and elements of all taps
+        self._zeros: dict[torch.dtype, Tensor] = {}  # dtype -> a zero, for take_elements()
 
     @property
-    def usable_mask(self) -> Tensor | None:
-        """The mask, if it is one of tokens, of integers or booleans. One of floats may be additive, of 0 and -inf."""
-        readable = self.mask is not None and self.mask.ndim == 2 and not self.mask.is_floating_point()
-        return self.mask if readable else None
+    def padding_mask(self) -> Tensor | None:
+        """The model's attention_mask if it is (B, tokens) and not of floats, which may be additive: 0 and -inf."""
+        mask = self.attention_mask
+        return mask if mask is not None and mask.ndim == 2 and not mask.is_floating_point() else None
 
     def pickups_of_call(self, pickups: Sequence[Pickup]) -> list[Pickup]:
-        """A module is called: those of its pickups that are for this call, and for a tap of this pass."""
+        """A module is called: its pickups of this call and of the taps of this pass."""
         name = pickups[0].site.module
         if torch.is_grad_enabled() != self.with_gradients:
             self.without_gradients.add(name)
             return []
-        number = self.calls.get(name, 0)
-        self.calls[name] = number + 1
-        return [p for p in pickups if p.site.call == number and p.tap in self.pairs]
+        call_number = self.calls.get(name, 0)
+        self.calls[name] = call_number + 1
+        return [p for p in pickups if p.site.call == call_number and p.k in self.pairs]
 
     def pick_up(self, pickups: Sequence[Pickup], kind: str, tree: Any) -> None:
-        """Take the rows of those activations that are picked up at sites of this kind."""
+        """Take the rows of the activations that are picked up at sites of this kind. An error is kept for check()."""
         for p in pickups:
-            if p.site.kind == kind and self._in_order(p):
-                self._try_to_take(p.tap, p.side, tree, p.site.path)
+            if p.site.kind != kind or not self._in_order(p):
+                continue
+            was_muted, self.muted = self.muted, True
+            try:
+                with _compat.unrecorded():
+                    self._take(p.k, p.side, part_of(tree, p.site.path))
+            except Exception as error:
+                why = str(error) if isinstance(error, CMIMError) else f"{type(error).__name__}: {error}"
+                self.leave_out(p.k, ERROR, why)
+            finally:
+                self.muted = was_muted
 
     def _in_order(self, pickup: Pickup) -> bool:
-        """Whether the module of the other side was called as often as in the dry run until here. Two calls of a module
-        that change places would pair the codes of one with the latent of the other."""
-        tap = self.taps[pickup.tap]
+        """Whether the module of the other side was called as often by now as in the dry run. Two calls that change
+        places would pair the codes of one with the latent of the other."""
+        tap = self.taps[pickup.k]
         other = tap.latent if pickup.side == BINARY else tap.binary
         if tap.in_one_call or other is None or self.calls.get(other.module, 0) == pickup.site.others:
             return True
-        self.leave_out(pickup.tap, MISSED, _MISCOUNTED)
+        self.leave_out(pickup.k, ABSENT, _MISCOUNTED)
         return False
 
-    def _try_to_take(self, k: int, side: int, tree: Any, path: Path = ()) -> None:
-        """Take the rows of one side of a tap. What goes wrong is kept, and the model goes on."""
-        was_muted, self.muted = self.muted, True
-        try:
-            with _compat.unrecorded():
-                self.take(k, side, part_of(tree, path))
-        except Exception as error:
-            why = str(error) if isinstance(error, CMIMError) else f"{type(error).__name__}: {error}"
-            self.leave_out(k, FAILED, why)
-        finally:
-            self.muted = was_muted
-
-    def leave_out(self, k: int, how: str, why: str) -> None:
-        """A tap adds nothing to the loss. Not by an exception: torch 2.6 does not compile those."""
-        self.pairs[k].left_out = self.pairs[k].left_out or (how, why)
+    def leave_out(self, k: int, kind: str, why: str) -> None:
+        """Note why a tap adds nothing; the first reason stays. (torch 2.6 does not compile a raise here.)"""
+        self.pairs[k].left_out = self.pairs[k].left_out or (kind, why)
 
     def close(self, hook: object) -> Call | None:
-        """The innermost call of a hook's module ends, with all that was opened within it."""
-        if not any(call.hook is hook for call in self.open):
+        """Close the innermost call of a hook's module, and all calls that were opened within it."""
+        if not any(call.hook is hook for call in self.open_calls):
             return None
         while True:
-            call = self.open.pop()
-            if call.listens:
+            call = self.open_calls.pop()
+            if call.watches_functions:
                 _compat.switch_mode(call, on=False)
             if call.hook is hook:
                 return call
 
-    def abandon(self) -> None:
-        """The pass did not come to its end."""
-        while self.open:
-            self.close(self.open[-1].hook)
+    def close_all(self) -> None:
+        """Close all calls of a pass that will not end."""
+        while self.open_calls:
+            self.close(self.open_calls[-1].hook)
 
-    def check(self, plugin: object, may_reach_none: bool) -> None:
-        """Raise CMIMError where something could not be captured or nothing is left to train; warn ``plugin`` once about
-        each tap that adds nothing. ``may_reach_none``: accept a pass without a tap, as one that skips layers."""
+    def check(self, owner: object, may_skip_all: bool) -> None:
+        """Raise CMIMError where an activation could not be captured, or where no tap is left to train. Warn once, for
+        ``owner``, of each tap that adds nothing. ``may_skip_all``: layers that are skipped may leave no tap."""
         self._check_counts()
         for k, pair in self.pairs.items():
             binary = pair.tap.binary
             if binary and binary.module in self.without_gradients and pair.rows[BINARY] is None:
-                self.leave_out(k, EXCUSED, _NO_GRADIENT)
-        left_out = [pair.left_out[0] for pair in self.pairs.values() if pair.left_out]
+                self.leave_out(k, UNUSABLE, _NO_GRADIENT)
+        kinds = [pair.left_out[0] for pair in self.pairs.values() if pair.left_out]
         reached = any(pair.complete for pair in self.pairs.values())
-        # Of some taps, those of this step may be frozen; of all, none is left to train.
-        frozen = EXCUSED in left_out and not reached
-        if FAILED in left_out or (frozen and len(self.scheduled) == len(self.taps)):
+        # Where a step captures some taps only, the others may still train.
+        unusable = UNUSABLE in kinds and not reached
+        if ERROR in kinds or (unusable and len(self.scheduled) == len(self.taps)):
             raise CMIMError("\n".join(["The forward pass could not be captured.", *self.troubles()]))
         for k, pair in self.pairs.items():
             if not pair.complete:
-                self.leave_out(k, MISSED, "the forward pass did not reach it")
+                self.leave_out(k, ABSENT, "the forward pass did not reach it")
         lines = self.troubles()
-        astray = any(pair.left_out == (MISSED, _MISCOUNTED) for pair in self.pairs.values())
-        if not (reached or frozen or astray or may_reach_none):
+        miscounted = any(pair.left_out == (ABSENT, _MISCOUNTED) for pair in self.pairs.values())
+        if not (reached or unusable or miscounted or may_skip_all):
             raise CMIMError(
                 "The forward pass reached none of the taps. Was the model compiled and run before CMIM was attached "
                 "(attach first, or call torch._dynamo.reset()), were modules replaced or hooks cleared (attach again), "
                 "or do these inputs take another way through it?\n" + "\n".join(lines)
             )
-        warn_once(plugin, *(f"{line} It adds nothing to the loss." for line in lines))
+        warn_once(owner, *(f"{line} It adds nothing to the loss." for line in lines))
 
     def troubles(self) -> list[str]:
         """What went wrong, a line each."""
         return [f"Tap {pair.tap.name}: {pair.left_out[1]}." for pair in self.pairs.values() if pair.left_out]
 
     def _check_counts(self) -> None:
-        """Leave out the taps whose two sides may not belong together. That is so where a function was called more or
-        less often than in the dry run, or a module was and the sides are not picked up in one call."""
+        """Leave out the taps whose sides may not belong together: a function was called more or less often than in the
+        dry run; or a module was, and the sides are of two calls, or the tap failed (on another call's activation)."""
         for k, pair in self.pairs.items():
             sites = [site for site in (pair.tap.binary, pair.tap.latent) if site is not None]
-            other_calls = any(self.calls.get(site.module, 0) != site.calls for site in sites)
-            failed = pair.left_out is not None and pair.left_out[0] == FAILED
-            if k in self.miscounted or (other_calls and (failed or not pair.tap.in_one_call)):
+            calls_differ = any(self.calls.get(site.module, 0) != site.calls for site in sites)
+            failed = pair.left_out is not None and pair.left_out[0] == ERROR
+            if k in self.miscounted or (calls_differ and (failed or not pair.tap.in_one_call)):
                 pair.rows = [None, None]
-                pair.left_out = MISSED, _MISCOUNTED
+                pair.left_out = ABSENT, _MISCOUNTED
 
-    def ask_for_one_pass(self) -> None:
-        """The gradients of the contrast and of the network's loss are to come in one backward pass."""
-        rows = [rows for pair in self.pairs.values() for rows in pair.rows if rows is not None]
-        if rows:
-            self.backward.watch_leaf_of(rows[0])
+    def require_one_backward(self) -> None:
+        """Raise if the contrast and the network's loss get two backward passes. Not checked for whole images."""
+        taken = [rows for pair in self.pairs.values() for rows in pair.rows if rows is not None]
+        if taken:
+            self.backward_rule.require_one_backward(taken[0])
 
-    def take(self, k: int, side: int, x: Any) -> None:
-        """Take the rows of one side of a tap out of its activation."""
+    def _take(self, k: int, side: int, x: Any) -> None:
+        """Take the rows of one side of a tap out of its activation ``x``."""
         pair = self.pairs[k]
         layout = pair.tap.layouts[side]
         trouble = self._trouble(pair, side, x)
@@ -270,86 +267,87 @@ class Pass:
             return
         if side == BINARY and self.observer is not None:
             self.observer(self, k, x)
+        # Windowed or mixed, the first dimension is not the batch.
         pair.batch_size = (self.batch_size or 0) if layout.windowed or layout.mixed else len(x)
-        if self.random is None:
+        if self.position_draws is None:
             pair.rows[side] = layout.pooled(_without_masked_scores(x, side, layout), pair.batch_size)
             return
         pair.total, pair.spatial = layout.positions(x.shape), layout.spatial_shape(x.shape)
         pair.tokens = layout.tokens(x.shape)
         slot = self.scheduled.index(k)
         if torch.compiler.is_compiling():
-            pair.index = indices_among(self.random[slot], pair.total, self.numbers)
+            pair.index = indices_among(self.position_draws[slot], pair.total, self.arange)
             rows = layout.rows(x)[pair.index]
         else:
-            # Of all taps at once, for each shape: two small operations instead of two for each tap and side.
+            # One computation for all taps of this layout and shape: fewer kernels.
             key = layout, x.shape
             if key not in self._elements:
-                of_all = indices_among(self.random, pair.total, self.numbers)
-                self._elements[key] = of_all, layout.elements(of_all, x.shape, self.numbers)
+                indices = indices_among(self.position_draws, pair.total, self.arange)
+                self._elements[key] = indices, layout.elements(indices, x.shape, self.arange)
             if x.dtype not in self._zeros:
                 self._zeros[x.dtype] = x.new_zeros(())
-            pair.index, elements = (of_all[slot] for of_all in self._elements[key])
-            rows = sampled(x, elements, self._zeros[x.dtype], self.backward)
+            pair.index, elements = (of_all_taps[slot] for of_all_taps in self._elements[key])
+            rows = take_elements(x, elements, self._zeros[x.dtype], self.backward_rule)
         pair.rows[side] = _without_masked_scores(rows, side, layout)
-        if side == BINARY and self.usable_mask is not None:
-            # Here, for a loss that is compiled by itself would be compiled anew for each number of tokens.
-            pair.unpadded = mask_of(pair, self.usable_mask.to(x.device))
+        if side == BINARY and self.padding_mask is not None:
+            # Not in the loss: where only the loss is compiled, each number of tokens would compile it again.
+            pair.unpadded = mask_of(pair, self.padding_mask.to(x.device))
 
     def _trouble(self, pair: Pair, side: int, x: Any) -> tuple[str, str] | None:
-        """Why the rows of an activation cannot be taken: FAILED or EXCUSED, and a message."""
+        """Why the rows of an activation cannot be taken: ERROR or UNUSABLE, and a message."""
         if not isinstance(x, Tensor):
             why = f"a tensor was expected, found a {type(x).__name__}"
-            return FAILED, f"{why}. Attach again with an example_input like the training batches"
+            return ERROR, f"{why}. Attach again with an example_input like the training batches"
         if x.device != self.device:
             remedy = f"call cmim.to({str(x.device)!r}), or attach after moving the model"
-            return FAILED, f"it is on {x.device}, the heads are on {self.device}: {remedy}"
+            return ERROR, f"it is on {x.device}, the heads are on {self.device}: {remedy}"
         if side == BINARY and self.observer is None and not x.requires_grad:
-            return EXCUSED, _NO_GRADIENT
+            return UNUSABLE, _NO_GRADIENT
         tap, layout = pair.tap, pair.tap.layouts[side]
-        wanted, found = (tap.channels if side == BINARY else tap.latent_channels), layout.channels(x.shape)
-        if found != wanted and layout.scores:
+        wanted, channels = (tap.channels if side == BINARY else tap.latent_channels), layout.channels(x.shape)
+        if channels != wanted and layout.scores:
             why = f"its channels are the tokens of the batch, which were {wanted} when CMIM was attached"
-            return EXCUSED, f"{why}: pad to one length, or leave it out with taps="
-        if found != wanted:
-            why = f"it has {found} channels, and had {wanted} when CMIM was attached"
-            return FAILED, f"{why}. After pruning, or after another change of the layers, attach again"
+            return UNUSABLE, f"{why}: pad to one length, or leave it out with taps="
+        if channels != wanted:
+            why = f"it has {channels} channels, and had {wanted} when CMIM was attached"
+            return ERROR, f"{why}. After pruning, or after another change of the layers, attach again"
         if layout.windowed and len(x) and (not self.batch_size or len(x) % self.batch_size):
-            return EXCUSED, "its rows are not a whole number of windows for each sample of the batch"
+            return UNUSABLE, "its rows are not a whole number of windows for each sample of the batch"
         other, total = pair.rows[1 - side], layout.positions(x.shape)
-        if other is not None and self.random is None and not layout.windowed and len(other) != len(x):
-            return FAILED, f"its two sides have {len(other)} and {len(x)} samples in this batch"
-        if other is not None and self.random is not None and pair.total != total:
+        if other is not None and self.position_draws is None and not layout.windowed and len(other) != len(x):
+            return ERROR, f"its two sides have {len(other)} and {len(x)} samples in this batch"
+        if other is not None and self.position_draws is not None and pair.total != total:
             remedy = "Leave it out with taps=" if tap.latent else "Name another module with teacher_modules="
             why = f"its two sides have {pair.total} and {total} positions in this batch"
-            return FAILED, f'{why}. {remedy}, or use instances="image"'
+            return ERROR, f'{why}. {remedy}, or use instances="image"'
         return None
 
 
 def mask_of(pair: Pair, mask: Tensor) -> Tensor:
-    """Whether each row counts: what the mask says of its token. All count where a tap has other samples or tokens."""
-    samples, rest = samples_of(pair)
+    """``(n,)`` bool: whether the token of each row is no padding. All True where a tap has other samples or tokens."""
+    samples, within = samples_of(pair)
     if pair.tokens != mask.shape[1] or pair.batch_size != mask.shape[0]:
-        return torch.ones_like(rest, dtype=torch.bool)
-    return mask[samples, rest % pair.tokens] != 0
+        return torch.ones_like(within, dtype=torch.bool)
+    return mask[samples, within % pair.tokens] != 0
 
 
 def samples_of(pair: Pair) -> tuple[Tensor, Tensor]:
     """The sample of each row, and its position within the sample."""
     assert pair.index is not None
-    each = pair.total // max(pair.batch_size, 1)
-    return pair.index // max(each, 1), pair.index % max(each, 1)
+    per_sample = pair.total // max(pair.batch_size, 1)
+    return pair.index // max(per_sample, 1), pair.index % max(per_sample, 1)
 
 
 def _without_masked_scores(values: Tensor, side: int, layout: Layout) -> Tensor:
-    """Zero where a latent with its channels last was masked, as attention scores are: by minus infinity, or by a number
-    far below all others."""
+    """Set masked attention scores to zero: values of a latent with channels last, at or below _MASKED_SCORE."""
     if side != LATENT or layout.spatial is not None:
         return values
     if torch.compiler.is_compiling():
-        return values.masked_fill(values <= _MASKED, 0)
-    # Checkpointing counts what is saved, and misses ours when it recomputes: hooks of our own hide the mask from it.
-    with torch.autograd.graph.saved_tensors_hooks(lambda mask: mask, lambda mask: mask):
-        return values.masked_fill(values <= _MASKED, 0)
+        return values.masked_fill(values <= _MASKED_SCORE, 0)
+    # Checkpointing compares the number of saved tensors with that of the recomputation, where we capture nothing. With
+    # hooks of our own, it does not count this one.
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+        return values.masked_fill(values <= _MASKED_SCORE, 0)
 
 
 def _current_error() -> int:

@@ -1,4 +1,4 @@
-"""The plug-in: composes the rest, checks what it is given, keeps the state, prints itself."""
+"""CMIM, the class that users see: it builds the parts, checks arguments, holds the state and prints itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .capture import Capture, attached_to, clear
+from .capture import Capture, attached_to, remove_all_hooks
 from .contrast import Contrast
 from .discovery.find import BinaryActivation, Tap, discover
 from .errors import CMIMError, warn_once
@@ -28,8 +28,8 @@ from .teacher import Teacher
 from .text import folded, table
 from .wrappers import path_to, unwrapped
 
-# The heads may hold this share of the network's parameters, or this number of them. Else the embeddings get narrower.
-_HEADS_SHARE, _HEADS_LEAST = 0.2, 250_000
+# The heads may hold a fifth of the network's number of parameters, or 250,000 where that is more: else D goes down.
+_BUDGET_SHARE, _BUDGET_MIN = 0.2, 250_000
 _NEW_HEADS = (
     "The model loaded a state_dict, this CMIM did not: its heads start anew. To resume exactly, save cmim.state_dict() "
     "beside the model's, and load it. Starting from a baseline's checkpoint is fine."
@@ -46,7 +46,7 @@ class CMIM(nn.Module):
         loss = criterion(model(x), y)
         loss += cmim(model)
 
-    The heads train themselves: each loss first takes a step of Adam with the gradient that the last backward pass left.
+    The heads train themselves: each call first takes a step of Adam with the gradient of the previous backward pass.
     There is nothing to add to an optimizer, and :meth:`parameters` is empty. The loss, in nats, is
     ``weight * sum_k w_k L_k``: ``L_k`` is what the objective gives for tap ``k`` of ``K``, in forward order from 0, and
     ``w_k`` is ``layer_decay ** (K - 1 - k)``, divided by the sum of these.
@@ -58,10 +58,10 @@ class CMIM(nn.Module):
             ``(name, module) -> bool``, asked for each one found.
         weight: what the loss is multiplied by. May be changed at any time: ``cmim.weight = ...``.
         instances: what is contrasted. "position": the channels at single pixels or tokens, drawn at random from the
-            batch. "image": those of whole samples, averaged over their positions (the paper's reading).
+            batch. "image": the channel means of whole samples (the paper's reading).
         num_positions: positions per tap and step, for ``instances="position"``; of all ranks together.
-        taps_per_step: contrast this number of taps a step, in turn: the mean gradient is that of all, and the cost does
-            not grow with depth. None contrasts all; compiled code and CUDA graphs always do.
+        taps_per_step: taps contrasted in each step. They take turns, and the mean of the loss over the turns is the
+            loss of all taps. None: all taps in every step, as compiled code and CUDA graphs always do.
         objective: ``InfoNCE()``, the default, or ``NCE(num_samples=len(dataset))``, or a function of your own. It is
             called as ``f(z_b, z_f, temperature=..., labels=...)`` with the embeddings of several taps, ``(taps, n, D)``
             each, and returns their losses, ``(taps,)``. It gets ``mask`` where there is one, and ``queue_b``,
@@ -70,20 +70,20 @@ class CMIM(nn.Module):
         embed_dim: width ``D`` of the embeddings. None for 128, or 64 or 32 where the heads would hold more than a fifth
             of the network's parameters and more than 250,000.
         heads_lr: learning rate of the heads' Adam. 0 leaves the training of ``cmim.heads.weights`` to you.
-        queue_size: past embeddings kept per tap as further negatives, of the steps that contrasted it; 0 for none.
+        queue_size: past embeddings kept for each tap as further negatives; 0 for none. A step adds those of its taps.
         layer_decay: in (0, 1]; below 1 the weights grow towards the output.
-        teacher: a full-precision network with the same modules. The input of its product replaces a_F; in a module
-            without a product, the output does. It runs on the same inputs without gradients, in
-            eval mode, and is not kept in this module's state.
+        teacher: a full-precision network with the same modules. What the convolution or matrix product receives in its
+            module of the same name replaces a_F; in a module without a product, the module's output does. It runs on
+            the same inputs without gradients, in eval mode, and is not kept in this module's state.
         teacher_modules: tap name to teacher module name, for the taps whose module has another name in the teacher.
-        batch_size: samples in ``example_input``, where its tensors leave that open or have time first.
+        batch_size: samples in ``example_input``. Needed where its shapes leave that open, or where time comes first.
 
     Raises:
         CMIMError: no binary activation was found, an argument does not fit, or a CMIM is attached already. The model
             is then as it was.
     """
 
-    _default_taps = slice(None)  # which are contrasted where the user says nothing of them
+    _default_taps = slice(None)  # with taps=None: this part of the taps found
 
     def __init__(
         self,
@@ -106,18 +106,18 @@ class CMIM(nn.Module):
         batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight = weight  # its setter checks it
         _check_settings(locals())
         model = unwrapped(model)
         if attached_to(model):
             raise CMIMError("A CMIM is attached to this model already: call its remove(), or CMIM.remove_from(model).")
 
         discovered, batch_source = discover(model, example_input, batch_size)
-        #: All that was found, tapped or not and why.
-        self.found = tuple(replace(f, reason=_reason_as_wanted(f, instances, teacher)) for f in discovered)
+        #: Every binary activation found; "reason" says why one cannot be tapped.
+        self.found = tuple(replace(f, reason=_reason_not_tapped(f, instances, teacher)) for f in discovered)
         chosen = _chosen(self.found, taps, model)
         tapped = chosen if taps is not None else chosen[self._default_taps]
-        # A teacher replaces the latent of each tap. Capture.begin() delivers it, before the binary side is seen.
+        # With a teacher, a_F is the teacher's activation. Capture.begin() runs the teacher, before the model.
         self._teacher = None if teacher is None else Teacher(teacher, example_input, tapped, teacher_modules)
 
         #: What is contrasted, in forward order.
@@ -134,21 +134,22 @@ class CMIM(nn.Module):
             layer_decay=layer_decay,
             generator=generator,
         )
-        positions = num_positions if instances == "position" else None
+        positions = num_positions if instances == "position" else None  # None: the means of whole images
         self.schedule = Schedule(len(self.taps), taps_per_step, positions, generator)
         self.to(next((p.device for p in model.parameters()), torch.device("cpu")))
         self._capture = Capture(model, self.taps, self.schedule, batch_source, teacher=self._teacher)
         self._synced = False  # whether all ranks started from the same state
         self._sync()
         self._capture.attach()
-        # A plug-in that is thrown away takes its hooks with it.
+        # The hooks go with a plug-in that is garbage-collected. At exit there is nothing to clean up.
         weakref.finalize(self, self._capture.detach).atexit = False
 
     @classmethod
     def paper(cls, model: nn.Module, example_input: Any, num_samples: int, **settings: Any) -> CMIM:
         """The paper's plain reading: whole images, every layer, :class:`NCE`, weights that grow towards the output.
 
-        Weight and layer decay are this library's. ``num_samples``: of the training set; ``settings`` replace these.
+        The values of ``weight`` and ``layer_decay`` are ours. ``num_samples``: size of the training set; ``settings``:
+        arguments of :class:`CMIM` that replace these.
         """
         reading = {"instances": "image", "objective": NCE(num_samples), "weight": 0.03, "layer_decay": 0.8}
         return cls(model, example_input, **{**reading, "taps_per_step": None, **settings})
@@ -156,60 +157,62 @@ class CMIM(nn.Module):
     # -- the loss ------------------------------------------------------------------------------------------------
 
     def forward(self, model: nn.Module, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """The weighted loss of the model's last forward pass with gradients. One pass gives one loss.
+        """The weighted loss of the model's last forward pass with gradients. Each forward pass gives one loss.
 
-        A pass in eval mode does not replace one in training mode whose loss was not asked for yet (in eager models).
+        In eager models, a forward pass in eval mode does not replace one in training mode that waits for this call.
 
         Args:
             model: the model that was attached to, as it is or wrapped (DDP, FSDP, torch.compile, Fabric, ...).
             labels: ``(B,)`` integer classes of the batch, or for positions ``(B, *spatial)`` of its pixels, at any
-                resolution. Pairs of the same class are then not contrasted; below zero is no label.
+                resolution. Rows of the same class are then no negatives of each other. A negative number is no label.
             mask: ``(B, tokens)``, zero or False for padding. Positions there are left out, not drawn anew. None for the
-                ``attention_mask`` of integers or booleans that the model itself was given by that name, if there was
-                one. Not with a queue or ``instances="image"``: the model's is not read there, and one passed here is an
-                error.
+                model's own input ``attention_mask``, if it has integers or booleans. With a queue or
+                ``instances="image"`` the model's mask is ignored, and a mask passed here is an error.
 
         Returns:
             0-d float32, with gradients to heads and network (none to the network for a weight of 0). Zero where the
             batch has no negatives. On several ranks the loss over the batches of all of them.
 
         Raises:
-            CMIMError: nothing was captured, or something could not be, and why; another model; labels or a mask that
-                do not fit the batch; the hooks were removed or are paused.
+            CMIMError: no forward pass was captured, or an activation could not be (the message says why); another
+                model; labels or a mask that do not fit the batch; the hooks were removed or are paused.
         """
-        captured = self._begin_step(model)
-        # Not in one line: torch.compile of torch 2.6 would keep the bound method of the first call.
-        value = self.contrast(captured, labels, mask)
-        return self._finish_step(value, captured)
+        forward_pass = self._begin_step(model)
+        # Two statements: as one nested call, torch.compile of torch 2.6 would keep the bound method of the first call.
+        value = self.contrast(forward_pass, labels, mask)
+        return self._finish_step(value, forward_pass)
 
     def _begin_step(self, model: nn.Module) -> Pass:
-        """The pass to take the loss of. The heads take the step that is due."""
+        """Take the waiting forward pass and check it. The heads then take their step of Adam."""
         path = path_to(self._capture.model_ref(), model)
-        captured = self._capture.pop()
-        may_reach_none = self.schedule.step > 0 or all(self.taps[k].skipped for k in captured.scheduled)
-        captured.check(self, may_reach_none and self._capture.hooked)
-        # DistributedDataParallel averages gradients in the next backward pass, and in no other one.
+        forward_pass = self._capture.pop()
+        # Layers dropped at random may skip all taps: the dry run saw it, or an earlier step went well.
+        may_skip_all = self.schedule.steps_taken > 0 or all(self.taps[k].skipped for k in forward_pass.scheduled)
+        forward_pass.check(self, may_skip_all and self._capture.hooked)
+        # DDP averages gradients in the first backward pass after its forward only: both losses must be in that one.
         if any(isinstance(m, nn.parallel.DistributedDataParallel) and m.require_backward_grad_sync for m in path):
-            captured.ask_for_one_pass()
+            forward_pass.require_one_backward()
         self._sync()
         self.heads.step()
-        return captured
+        return forward_pass
 
-    def _finish_step(self, value: Tensor, captured: Pass) -> Tensor:
-        """The weighted loss, scaled from the taps of this step to all. Ends the step."""
-        if not self.schedule.step and self._capture.model_was_loaded and not self.contrast.loads:
+    def _finish_step(self, value: Tensor, forward_pass: Pass) -> Tensor:
+        """The weighted loss, scaled so that its mean over the turns is that of all taps. Advances the schedule."""
+        if self.schedule.steps_taken == 0 and self._capture.model_was_loaded and not self.contrast.loads:
             warn_once(self, _NEW_HEADS)
         self.schedule.advance()
         if not isinstance(self.weight, Tensor) and self.weight == 0:
-            return self.heads.weights[:0].sum()  # 0 * inf would be NaN, and parameters would get a gradient of zero
-        return self.weight * len(self.taps) / len(captured.scheduled) * value
+            # Not 0 * value: infinity would become NaN, and the network's parameters would get zeros for gradients.
+            return self.heads.weights[:0].sum()
+        return self.weight * len(self.taps) / len(forward_pass.scheduled) * value
 
     def _sync(self) -> None:
-        """Start from the state of rank 0, as soon as there are several ranks."""
+        """Copy rank 0's state to all ranks, once. Each step calls it: the process group may come after this object."""
         if not self._synced and distributed.ranks() > 1:
             device = self.heads.weights.device
             loads_of_all = distributed.counts_of_all([self.contrast.loads], device)
             distributed.start_alike(self, device)
+            # start_alike() loads a state, which counts as one load too many.
             self._synced, self.contrast.loads = True, loads_of_all[0][0]
 
     @property
@@ -219,10 +222,7 @@ class CMIM(nn.Module):
 
     @weight.setter
     def weight(self, weight: float | Tensor) -> None:
-        number = isinstance(weight, numbers.Real)
-        if not (0 <= weight < math.inf if number else isinstance(weight, Tensor) and weight.ndim == 0):
-            raise CMIMError(f"weight must be a number, zero or more, or a 0-d tensor; found {weight!r}.")
-        self._weight = float(weight) if number else weight
+        self._weight = _checked_weight(weight)
 
     # -- figures -------------------------------------------------------------------------------------------------
 
@@ -244,7 +244,7 @@ class CMIM(nn.Module):
 
     @property
     def metrics(self) -> dict[str, dict[str, Tensor]]:
-        """``{tap name: {"loss": nats, "bound": nats}}``, 0-d tensors without a graph: of the last step with that tap.
+        """``{tap name: {"loss": nats, "bound": nats}}``, 0-d tensors without a graph, of the tap's last step.
 
         "bound" is the lower bound on the mutual information that the objective gives. Computed when it is read.
         """
@@ -268,7 +268,7 @@ class CMIM(nn.Module):
         inputs: Callable[[Any], Any] | None = None,
         max_batches: int | None = None,
     ) -> Report:
-        """What each tap keeps of its latent, over held-out data: see :class:`Report`. Nothing of CMIM moves.
+        """What each tap keeps of its latent, over held-out data: see :class:`Report`. The training state stays.
 
         The model runs in eval mode without gradients, padding by its ``attention_mask`` is left out, and each rank
         reports its own data. Bound and retrieval need trained heads.
@@ -283,8 +283,8 @@ class CMIM(nn.Module):
         Raises:
             CMIMError: another model, a batch without an input, no batch, or no tap reached.
         """
-        own = path_to(self._capture.model_ref(), model)[-1]
-        return measure(own, self.contrast, self._capture, loader, inputs, max_batches)
+        attached = path_to(self._capture.model_ref(), model)[-1]
+        return measure(attached, self.contrast, self._capture, loader, inputs, max_batches)
 
     # -- attach and remove ---------------------------------------------------------------------------------------
 
@@ -295,8 +295,8 @@ class CMIM(nn.Module):
 
     @staticmethod
     def remove_from(model: nn.Module) -> None:
-        """Take the hooks of every CMIM off a model and its parts, also those that do nothing, in a copy."""
-        clear(unwrapped(model))
+        """Take the hooks of every CMIM off a model and its parts, also the inert hooks of a copied model."""
+        remove_all_hooks(unwrapped(model))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -316,17 +316,17 @@ class CMIM(nn.Module):
     # -- state ---------------------------------------------------------------------------------------------------
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CMIM:
-        with torch.inference_mode(False):  # an evaluation that moves the model makes no inference tensors of our state
+        with torch.inference_mode(False):  # .to() within inference_mode() would make the buffers inference tensors
             return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy, made by copy or pickle. It belongs to no model: it holds the same state, and gives no loss."""
-        self.heads.step()  # as state_dict() does: pickle would lose the gradient that waits
+        """The state of a copy, made by copy or pickle: the same tensors, no model, no loss."""
+        self.heads.step()  # use the gradient first, as state_dict() does: pickle drops it
         return {**self.__dict__, "_capture": None, "_teacher": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # Of a model that is gone at once: the capture holds it by a weak reference.
+        # A capture without a model: only its weak reference holds this one.
         self._capture = Capture(nn.Module(), self.taps, self.schedule, None)
         self.heads.become_copy()
 
@@ -340,6 +340,15 @@ class CMIM(nn.Module):
 # -- helpers ---------------------------------------------------------------------------------------------------------
 
 
+def _checked_weight(weight: Any) -> float | Tensor:
+    is_number = isinstance(weight, numbers.Real)
+    if is_number and 0 <= weight < math.inf:
+        return float(weight)
+    if isinstance(weight, Tensor) and weight.ndim == 0:
+        return weight
+    raise CMIMError(f"weight must be a number, zero or more, or a 0-d tensor; found {weight!r}.")
+
+
 def _listing(cmim: CMIM, attached: bool) -> str:
     """A title, and a table of all binary activations: what they are contrasted with, and why others are not."""
     count, chosen = len(cmim.taps), len(cmim.schedule.taps)
@@ -350,17 +359,16 @@ def _listing(cmim: CMIM, attached: bool) -> str:
     )
     rows = []
     for k, (tap, share) in enumerate(zip(cmim.taps, cmim.contrast.layer_weights, strict=True)):
-        of_teacher = cmim._teacher.described(k) if cmim._teacher else "the teacher's"
-        other = "its latent" if tap.latent else of_teacher
-        what = f"a_B against {other}" + (", samples mixed" if tap.mixed else "")
+        teachers = cmim._teacher.described(k) if cmim._teacher else "the teacher's"
+        what = f"a_B against {'its latent' if tap.latent else teachers}" + (", samples mixed" if tap.mixed else "")
         rows.append((tap.name, f"{tap.channels}", f"{share:.3f}", what))
     tapped = {tap.name for tap in cmim.taps}
     rows += [(f.name, "-", "-", f.reason or "not chosen by taps=") for f in cmim.found if f.name not in tapped]
     return f"{title}\n{table([('tap', 'channels', 'share', 'what'), *folded(rows)])}"
 
 
-def _reason_as_wanted(found: BinaryActivation, instances: str, teacher: nn.Module | None) -> str | None:
-    """Why a binary activation cannot be contrasted as the user wants it, None where it can."""
+def _reason_not_tapped(found: BinaryActivation, instances: str, teacher: nn.Module | None) -> str | None:
+    """Why a binary activation cannot be contrasted with these settings, None where it can."""
     if instances == "image":
         return found.reason or found.mixed
     if teacher is None and not found.aligned:
@@ -398,13 +406,14 @@ def _chosen(
 
 
 def _default_embed_dim(model: nn.Module, taps: tuple[Tap, ...]) -> int:
+    """128, or 64 or 32 where the heads would exceed their budget."""
     parameters = sum(p.numel() for p in model.parameters() if not nn.parameter.is_lazy(p))
-    most = max(_HEADS_SHARE * parameters, _HEADS_LEAST)
+    budget = max(_BUDGET_SHARE * parameters, _BUDGET_MIN)
     channels = sum(tap.channels + tap.latent_channels for tap in taps)
-    return next((dim for dim in (128, 64) if dim * channels <= most), 32)
+    return next((dim for dim in (128, 64) if dim * channels <= budget), 32)
 
 
-# Names of settings, their type, a test of the value, and both in words.
+# Names of settings, separated by spaces; their type; a test of the value; what the error says is wanted.
 Rules = list[tuple[str, Any, Callable[[Any], bool], str]]
 
 
@@ -418,16 +427,16 @@ def check(settings: dict[str, Any], rules: Rules) -> None:
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
-    number, integer, positive = numbers.Real, "an integer, {} or more", lambda v: v is None or v >= 1
+    real, integer = numbers.Real, numbers.Integral
     function = "a function such as InfoNCE() or NCE(num_samples=...)"
     rules: Rules = [
-        ("heads_lr", number, lambda v: 0 <= v < math.inf, "a number, zero or more"),
-        ("temperature", number, lambda v: 0 < v < math.inf, "positive"),
-        ("layer_decay", number, lambda v: 0 < v <= 1, "in (0, 1]"),
-        ("num_positions", numbers.Integral, positive, integer.format(1)),
-        ("queue_size", numbers.Integral, lambda v: v >= 0, integer.format(0)),
-        ("taps_per_step", numbers.Integral | None, positive, f"{integer.format(1)}, or None for all"),
-        ("embed_dim batch_size", numbers.Integral | None, positive, f"{integer.format(1)}, or None"),
+        ("heads_lr", real, lambda v: 0 <= v < math.inf, "a number, zero or more"),
+        ("temperature", real, lambda v: 0 < v < math.inf, "positive"),
+        ("layer_decay", real, lambda v: 0 < v <= 1, "in (0, 1]"),
+        ("num_positions", integer, lambda v: v >= 1, "an integer, 1 or more"),
+        ("queue_size", integer, lambda v: v >= 0, "an integer, 0 or more"),
+        ("taps_per_step", integer | None, lambda v: v is None or v >= 1, "an integer, 1 or more, or None for all"),
+        ("embed_dim batch_size", integer | None, lambda v: v is None or v >= 1, "an integer, 1 or more, or None"),
         ("instances", str, lambda v: v in ("position", "image"), '"position" or "image"'),
         ("objective", Callable | None, lambda v: not isinstance(v, type), function),
         ("teacher", nn.Module | None, lambda v: True, "a torch.nn.Module or None"),

@@ -201,7 +201,7 @@ def measure(
     samples = batches = 0
 
     def observer(running: Pass, k: int, activation: Tensor) -> None:
-        tallies[k].count_codes(activation, running.usable_mask)
+        tallies[k].count_codes(activation, running.padding_mask)
 
     source, teacher, modules = training.batch_source, training.teacher, training.modules
     capture = Capture(model, contrast.taps, schedule, source, observer, teacher, modules)

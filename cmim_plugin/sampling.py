@@ -15,17 +15,17 @@ _MULTIPLIER, _INCREMENT = 6364136223846793005, 1442695040888963407
 
 
 def seeded_generator(stream: int = 0) -> torch.Generator:
-    """A generator of the CPU whose seed follows the user's ``torch.manual_seed()``, each stream with other numbers."""
+    """A generator of the CPU whose seed follows the user's ``torch.manual_seed()``, each stream with other arange."""
     return torch.Generator("cpu").manual_seed((torch.initial_seed() + stream) % 2**63)
 
 
 def new_draws(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Random numbers over all of int64, on the CPU."""
+    """Random arange over all of int64, on the CPU."""
     return torch.randint(-(2**63), 2**63 - 1, size, generator=generator, dtype=torch.int64, device="cpu")
 
 
 def advance(draws: Tensor) -> None:
-    """Replace random numbers by the next ones, in place: each entry is a random sequence of its own.
+    """Replace random arange by the next ones, in place: each entry is a random sequence of its own.
 
     As a tensor it is saved like other state, draws the same on every device and every rank, needs nothing from the
     host, and can be compiled and captured in a CUDA graph.
@@ -39,7 +39,7 @@ class Schedule(nn.Module):
     """
 
     draws: Tensor  # (count, positions) int64; a pass of m taps uses the first m rows
-    step = 0  # losses asked for so far, of an eager model
+    steps_taken = 0  # losses asked for so far, of an eager model
     all_taps = False  # whatever taps_per_step says: each choice of some would be compiled anew
 
     def __init__(
@@ -63,10 +63,10 @@ class Schedule(nn.Module):
         chosen = self.taps_per_step
         if chosen is None or chosen >= self.count or self.all_taps:
             return tuple(range(self.count))
-        return tuple(sorted((self.step + i * self.count // chosen) % self.count for i in range(chosen)))
+        return tuple(sorted((self.steps_taken + i * self.count // chosen) % self.count for i in range(chosen)))
 
     def draws_of(self, taps: int) -> Tensor | None:
-        """This rank's columns of the random numbers, for a pass that captures so many taps; None to pool."""
+        """This rank's columns of the random arange, for a pass that captures so many taps; None to pool."""
         if self.positions is None:
             return None
         ranks, rank = (distributed.ranks(), distributed.rank()) if self.shared else (1, 0)
@@ -78,13 +78,13 @@ class Schedule(nn.Module):
         if torch.compiler.is_compiling():
             self.all_taps = True
         else:
-            self.step += 1
+            self.steps_taken += 1
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([self.step, self.all_taps], device="cpu")
+        return torch.tensor([self.steps_taken, self.all_taps], device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.step, self.all_taps = int(state[0]), bool(state[1])
+        self.steps_taken, self.all_taps = int(state[0]), bool(state[1])
 
 
 def stratified_indices(draws: Tensor, total: int) -> Tensor:
@@ -109,14 +109,14 @@ def upper_half(draws: Tensor) -> Tensor:
     return draws >> 32
 
 
-def indices_among(random: Tensor, total: int, numbers: Tensor) -> Tensor:
-    """:func:`stratified_indices`, by the upper halves of the draws; ``numbers``: 0, 1, ..., n."""
+def indices_among(random: Tensor, total: int, arange: Tensor) -> Tensor:
+    """:func:`stratified_indices`, by the upper halves of the draws; ``arange``: 0, 1, ..., n."""
     count = min(random.shape[-1], total)
     random = random[..., :count]
     if not torch.compiler.is_compiling() and count and total % count == 0:  # half as many kernels
         length = total // count
-        return torch.add(random.remainder(length), numbers[:count], alpha=length)
-    edges = numbers[: count + 1] * total // max(count, 1)
+        return torch.add(random.remainder(length), arange[:count], alpha=length)
+    edges = arange[: count + 1] * total // max(count, 1)
     start = edges[:-1]
     return start + random.remainder(edges[1:] - start)
 
@@ -126,18 +126,18 @@ class BackwardRule:
 
     #: The graph node of a leaf. If given, the gradients of the contrast and of the network's loss must come to the leaf
     #: in one backward pass; where they come in two, the second raises CMIMError.
-    one_pass_to: Any = None
+    leaf: Any = None
     network_only = False  # a backward pass came without the contrast, which most likely freed the graph
 
-    def watch_leaf_of(self, x: Tensor) -> None:
+    def require_one_backward(self, x: Tensor) -> None:
         """From now on, to the first leaf that ``x`` was computed from."""
         node: Any = x.grad_fn
         while node is not None and not hasattr(node, "variable"):
             node = next((before for before, _ in node.next_functions if before is not None), None)
-        self.one_pass_to = node
+        self.leaf = node
 
 
-def sampled(x: Tensor, elements: Tensor, zero: Tensor, rule: BackwardRule) -> Tensor:
+def take_elements(x: Tensor, elements: Tensor, zero: Tensor, rule: BackwardRule) -> Tensor:
     """``x.take(elements)``, with a gradient that costs what the sample does and not what ``x`` does.
 
     Plain autograd would fill a tensor of x's size with a gradient that is zero nearly everywhere. Here a single zero,
@@ -154,18 +154,18 @@ def sampled(x: Tensor, elements: Tensor, zero: Tensor, rule: BackwardRule) -> Te
         and torch.is_grad_enabled()
         and type(x) is Tensor
         and not torch.are_deterministic_algorithms_enabled()
-        and all(isinstance(other, AddSampledGradient) for other in _compat.gradient_hooks(x))
+        and all(isinstance(other, AddElementsGradient) for other in _compat.gradient_hooks(x))
     ):
-        hook = AddSampledGradient(elements, zero, rule)
+        hook = AddElementsGradient(elements, zero, rule)
         x.register_hook(hook)
-    return _Sample.apply(x, elements, hook)
+    return _TakeElements.apply(x, elements, hook)
 
 
-class _Sample(torch.autograd.Function):
+class _TakeElements(torch.autograd.Function):
     """``x.take(elements)``. Autograd's own keeps ``x``, and raises where the network overwrites it later."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, elements: Tensor, hook: AddSampledGradient | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, elements: Tensor, hook: AddElementsGradient | None) -> Tensor:
         # Attributes, not saved tensors: checkpointing counts those, and we capture nothing when it recomputes.
         ctx.elements, ctx.shape, ctx.hook = elements, x.shape, hook
         return x.take(elements)
@@ -175,18 +175,18 @@ class _Sample(torch.autograd.Function):
         hook = ctx.hook
         if hook is None or torch.is_grad_enabled():  # with create_graph=True, a graph of the gradient is wanted
             return grad.new_zeros(ctx.shape).put(ctx.elements, grad, accumulate=True), None, None
-        hook.of_sample = grad
+        hook.elements_grad = grad
         return hook.zero.expand(ctx.shape), None, None
 
 
-class AddSampledGradient:
+class AddElementsGradient:
     """The hook on an activation's gradient: adds that of the sampled entries, in place.
 
     The engine has just added our expanded zero to the network's gradient, into a new tensor where anybody else holds
     that one: nothing of anybody else's is written into.
     """
 
-    of_sample: Tensor | None = None  # the gradient of the sample, in the backward pass that runs
+    elements_grad: Tensor | None = None  # the gradient of the sample, in the backward pass that runs
 
     def __init__(self, elements: Tensor, zero: Tensor, rule: BackwardRule) -> None:
         self.elements = elements
@@ -195,19 +195,19 @@ class AddSampledGradient:
         self._alone: set[str] = set()  # whose gradient came in a backward pass without the other
 
     def __call__(self, grad: Tensor) -> Tensor | None:
-        of_sample, self.of_sample = self.of_sample, None
+        elements_grad, self.elements_grad = self.elements_grad, None
         # Nothing but our expanded zero: the gradient of the network's loss did not come in this pass.
-        alone = of_sample is not None and not any(grad.stride())
-        if self.rule.one_pass_to is not None and _compat.accumulates(self.rule.one_pass_to):
-            self._alone |= {"network"} if of_sample is None else {"contrast"} if alone else set()
+        alone = elements_grad is not None and not any(grad.stride())
+        if self.rule.leaf is not None and _compat.accumulates(self.rule.leaf):
+            self._alone |= {"network"} if elements_grad is None else {"contrast"} if alone else set()
         if self._alone == {"network", "contrast"}:
             raise CMIMError(
                 "Two backward passes ran, one for the network's loss and one for cmim's. DistributedDataParallel "
                 "averages the gradients of the first only. Add the losses: (loss + cmim(model)).backward()."
             )
-        if of_sample is None:
+        if elements_grad is None:
             self.rule.network_only = True
             return None
         if alone:
             grad = grad.new_zeros(grad.shape)
-        return grad.put_(self.elements, of_sample.to(grad.dtype), accumulate=True)
+        return grad.put_(self.elements, elements_grad.to(grad.dtype), accumulate=True)

@@ -310,7 +310,7 @@ def test_numbers_of_numpy_are_numbers():
 @pytest.mark.parametrize("width, expected", [(900, 128), (1500, 64), (2500, 32)])
 def test_embeddings_are_128_wide_and_narrower_where_the_heads_would_outweigh_a_small_network(width, expected):
     cmim = CMIM(nn.Sequential(nn.Conv2d(2, width, 1), Binary(), nn.Conv2d(width, 1, 1)), X)
-    assert [tuple(side.shape) for side in cmim.heads.of(0)] == [(width, expected)] * 2
+    assert [tuple(side.shape) for side in cmim.heads.weights_of(0)] == [(width, expected)] * 2
 
 
 def test_a_second_plug_in_on_the_same_model_is_refused():

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cmim_plugin
 from cmim_plugin import CMIM, CMIMError, _compat
-from cmim_plugin.sampling import BackwardRule, sampled
+from cmim_plugin.sampling import BackwardRule, take_elements
 from hazards.nets import batch, equal, gradients, network
 
 X, _ = batch()
@@ -162,8 +162,8 @@ def test_without_word_of_the_leaf_autograd_grad_counts_as_a_backward_pass(monkey
     rule = BackwardRule()
     a = torch.randn(4, 6, requires_grad=True)
     x = a * 2
-    rows = sampled(x, torch.tensor([[1, 2]]), x.new_zeros(()), rule)
-    rule.watch_leaf_of(rows)
+    rows = take_elements(x, torch.tensor([[1, 2]]), x.new_zeros(()), rule)
+    rule.require_one_backward(rows)
     torch.autograd.grad(x.sum(), a, retain_graph=True)
     with pytest.raises(CMIMError, match="Two backward passes"):
         rows.sum().backward()

@@ -227,7 +227,7 @@ def everywhere(instances: str) -> list[list[int] | None]:
 def parameters_of(model, cmim) -> tuple[dict[str, Tensor], list[list[Tensor]]]:
     """Copies, to be differentiated by: of the network's, and of both sides' heads of each tap."""
     network = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    heads = [[side.clone().requires_grad_() for side in cmim.heads.of(k)] for k in range(len(cmim.taps))]
+    heads = [[side.clone().requires_grad_() for side in cmim.heads.weights_of(k)] for k in range(len(cmim.taps))]
     return network, heads
 
 
@@ -247,7 +247,7 @@ def assert_agrees(loss, model, cmim, expected, network, heads):
         else:
             torch.testing.assert_close(parameter.grad, wanted, **close, msg=lambda m, n=name: f"{n}: {m}")
     for k, tap in enumerate(heads):
-        for found, side in zip(cmim.heads.of(k, cmim.heads.weights.grad), tap, strict=True):
+        for found, side in zip(cmim.heads.weights_of(k, cmim.heads.weights.grad), tap, strict=True):
             torch.testing.assert_close(found, side.grad, **close, msg=lambda m, n=k: f"head of tap {n}: {m}")
     # Weights before the taps, and not only beside them.
     for name in ("conv1.weight", "layer1.0.conv.weight", "bn1.weight"):

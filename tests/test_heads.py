@@ -38,7 +38,7 @@ def oracle(heads: Heads, taps: list[int], rows: list[tuple[Tensor, Tensor]]) -> 
     for side in (0, 1):
         embeddings = []
         for tap in taps:
-            weight = heads.of(tap, heads.weights)[side]
+            weight = heads.weights_of(tap, heads.weights)[side]
             for row in rows[tap][side]:
                 z = []
                 for d in range(DIMENSIONS):
@@ -70,7 +70,7 @@ def assert_agrees(found: list[Tensor | None], expected: list[Tensor | None]) -> 
 
 def test_each_side_of_each_tap_has_weights_of_its_own_which_are_views_of_one_tensor():
     heads, _ = start()
-    sides = [side for k in range(3) for side in heads.of(k)]
+    sides = [side for k in range(3) for side in heads.weights_of(k)]
     assert [tuple(side.shape) for side in sides] == [(width, DIMENSIONS) for pair in CHANNELS for width in pair]
     assert sum(side.numel() for side in sides) == heads.weights.numel()
     heads.weights.detach().zero_()
@@ -396,9 +396,9 @@ def tiny() -> tuple[torch.nn.Module, Tensor]:
 
 def test_layer_weights_are_not_rounded_by_a_cast_to_half_precision():
     cmim = CMIM(network(), X, layer_decay=0.7)
-    exact = cmim.contrast._layer_weights.clone()
+    exact = cmim.contrast._layer_weights_on_device.clone()
     cmim.bfloat16()
-    assert len(exact) == 2 and torch.equal(cmim.contrast._layer_weights.float(), exact)
+    assert len(exact) == 2 and torch.equal(cmim.contrast._layer_weights_on_device.float(), exact)
 
 
 def test_an_optimizer_of_the_users_keeps_the_heads():

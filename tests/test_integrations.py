@@ -73,7 +73,7 @@ def check_trained(cmim: Watched, steps: int, gradient: float = 1.0) -> None:
     reached = [k for k, tap in enumerate(cmim.taps) if tap.name in cmim.metrics]
     assert len(reached) == min(len(cmim.taps), steps * (cmim.schedule.taps_per_step or len(cmim.taps)))
     for k in reached:
-        for now, before in zip(cmim.heads.of(k), cmim.heads.of(k, cmim.built), strict=True):
+        for now, before in zip(cmim.heads.weights_of(k), cmim.heads.weights_of(k, cmim.built), strict=True):
             assert not torch.equal(now, before)
 
 
@@ -386,9 +386,9 @@ def test_a_state_makes_a_round_trip_and_one_of_a_baseline_loads_without_the_head
 def test_a_state_of_the_model_alone_leaves_the_plugin_as_it_is():
     task = Task()
     trained(task)
-    step, metrics = task.cmim.schedule.step, task.cmim.scalars()
+    step, metrics = task.cmim.schedule.steps_taken, task.cmim.scalars()
     task.load_state_dict({name: v for name, v in task.state_dict().items() if name.startswith("net.")}, strict=False)
-    assert step and (task.cmim.schedule.step, task.cmim.scalars()) == (step, metrics)
+    assert step and (task.cmim.schedule.steps_taken, task.cmim.scalars()) == (step, metrics)
     assert task.cmim.contrast.loads == 0 and task.cmim.contrast.last
 
 

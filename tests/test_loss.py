@@ -422,7 +422,7 @@ def test_taps_take_turns_evenly_spread_and_each_as_often_as_any_other(taps_per_s
         cmim.heads.weights.grad.zero_()
         a_loss(model, cmim).backward()
         grad = cmim.heads.weights.grad
-        assert scheduled == [k for k in range(6) if any(side.any() for side in cmim.heads.of(k, grad))]
+        assert scheduled == [k for k in range(6) if any(side.any() for side in cmim.heads.weights_of(k, grad))]
         assert scheduled == sorted(scheduled) and len(scheduled) == taps_per_step
         gaps = [(b - a) % 6 or 6 for a, b in zip(scheduled, [*scheduled[1:], scheduled[0]], strict=True)]
         assert max(gaps) - min(gaps) <= (6 % taps_per_step > 0)

@@ -25,7 +25,7 @@ def test_naive_loss_and_its_gradients_are_those_of_cmim_with_the_same_heads(meth
     cmim, naive = CMIM(own, x, **settings).double(), Naive(other, x, **settings).double()
     with torch.no_grad():
         for k, heads in enumerate(naive.heads):
-            for head, weight in zip((heads["binary"], heads["latent"]), cmim.heads.of(k), strict=True):
+            for head, weight in zip((heads["binary"], heads["latent"]), cmim.heads.weights_of(k), strict=True):
                 head.weight.copy_(weight.T)
     losses = []
     for model, extra in ((own, cmim), (other, naive)):
@@ -37,7 +37,7 @@ def test_naive_loss_and_its_gradients_are_those_of_cmim_with_the_same_heads(meth
         assert_close(mine.grad, naives.grad, rtol=1e-9, atol=1e-12)
     for k, heads in enumerate(naive.heads):
         for head, grad in zip(
-            (heads["binary"], heads["latent"]), cmim.heads.of(k, cmim.heads.weights.grad), strict=True
+            (heads["binary"], heads["latent"]), cmim.heads.weights_of(k, cmim.heads.weights.grad), strict=True
         ):
             assert_close(head.weight.grad, grad.T, rtol=1e-9, atol=1e-12)
 

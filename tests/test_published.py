@@ -45,7 +45,7 @@ def embeddings(model, other, cmim, x):
     for handle in handles:
         handle.remove()
     rows = []
-    for side, weight in zip("bf", cmim.heads.of(0), strict=True):
+    for side, weight in zip("bf", cmim.heads.weights_of(0), strict=True):
         pooled = seen[side].mean((2, 3))
         rows.append([unit(row) for row in (pooled @ weight).tolist()])
     return rows

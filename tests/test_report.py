@@ -157,7 +157,7 @@ def loop_contrast(cmim, k, latent, instances, bound=loop_info_nce, binary=None) 
     """Bound in nats and retrieval, each batch counted by its instances."""
     bounds = found = count = 0.0
     for a_f, a_b in zip(latent, binary or [torch.where(x >= 0, 1.0, -1.0) for x in latent], strict=True):
-        of_b, of_f = cmim.heads.of(k)
+        of_b, of_f = cmim.heads.weights_of(k)
         z_b = embedded(instances_of(a_b, instances), of_b)
         z_f = embedded(instances_of(a_f, instances), of_f)
         near = [[sum(p * q for p, q in zip(b, f, strict=True)) for f in z_f] for b in z_b]
@@ -536,7 +536,7 @@ def test_float64_and_autocast_do_not_change_how_the_figures_are_made():
 
 def test_figures_of_nan_are_not_those_of_a_good_layer():
     model, cmim = attached()
-    cmim.heads.of(0)[1].fill_(math.nan)
+    cmim.heads.weights_of(0)[1].fill_(math.nan)
     tap = cmim.report(model, HELD_OUT).taps[0]
     assert math.isnan(tap.bound) and tap.retrieval == 0
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cmim_plugin import CMIMError, stratified_indices
 from cmim_plugin.discovery.layout import Layout
-from cmim_plugin.sampling import BackwardRule, advance, sampled
+from cmim_plugin.sampling import BackwardRule, advance, take_elements
 from networks import assert_same
 
 # -- random numbers ------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def samples(shape, layout) -> int:
 
 def rows_of(x: Tensor, layout: Layout, index: Tensor) -> Tensor:
     """As taps take them."""
-    return sampled(x, layout.elements(index, x.shape, torch.arange(x.numel())), x.new_zeros(()), BackwardRule())
+    return take_elements(x, layout.elements(index, x.shape, torch.arange(x.numel())), x.new_zeros(()), BackwardRule())
 
 
 @each_case
@@ -261,8 +261,9 @@ def test_where_one_backward_pass_is_asked_for_a_second_one_is_refused():
         rule = BackwardRule()
         a = torch.randn(4, 6, requires_grad=True)
         x = a * 2
-        rows = sampled(x, Layout(None).elements(torch.tensor([1, 2]), x.shape, torch.arange(9)), x.new_zeros(()), rule)
-        rule.watch_leaf_of(rows)
+        elements = Layout(None).elements(torch.tensor([1, 2]), x.shape, torch.arange(9))
+        rows = take_elements(x, elements, x.new_zeros(()), rule)
+        rule.require_one_backward(rows)
         losses = [x.sum(), rows.sum()]
         for loss in losses:
             torch.autograd.grad(loss, a, retain_graph=True)  # adds to no gradient
@@ -275,6 +276,6 @@ def test_a_gradient_of_one_element_is_not_written_into_the_zero_that_others_shar
     zero = torch.zeros(())
     for _ in range(2):
         x = torch.ones(1, 1, requires_grad=True)
-        rows = sampled(x * 1, torch.zeros(1, 1, dtype=torch.int64), zero, BackwardRule())
+        rows = take_elements(x * 1, torch.zeros(1, 1, dtype=torch.int64), zero, BackwardRule())
         rows.sum().backward()
         assert x.grad.item() == 1 and zero.item() == 0
