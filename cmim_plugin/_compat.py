@@ -1,6 +1,6 @@
-"""Every use of torch API that is private, or that only some releases have: what it is for, and what we do without it.
+"""Every use of torch API that is private, or that only some releases have: what it is for, and the fallback without it.
 
-torch 2.6 to 2.14 have all of it. A test takes each away in turn.
+torch 2.6 to 2.14 have all of it. tests/test_compat.py removes each in turn.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _push_on_torch_function_stack = getattr(torch._C, "_push_on_torch_function_stack
 
 def outside_training_step() -> bool:
     """Whether this thread is within a backward pass (a checkpoint is recomputed), a torch.func transform, forward-mode
-    differentiation, torch.jit.trace, make_fx or torch.export: a forward pass is then none of a training step.
+    differentiation, torch.jit.trace, make_fx or torch.export. A forward pass is then not one of a training step.
 
-    Without them: False, and such a pass is captured like any other.
+    Fallback: False, and such a pass is captured like any other.
     """
     if torch.compiler.is_compiling():
         # Not is_exporting(), which torch 2.11 takes for True in all that it compiles.
@@ -55,13 +55,13 @@ def outside_training_step() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a torch.func transform runs, such as vmap. Without it: False, and a tap within one raises."""
+    """Whether a torch.func transform runs, such as vmap. Fallback: False, and a tap within one raises."""
     return bool(_are_functorch_transforms_active())
 
 
 def accumulates(node: Any) -> bool:
-    """Whether the backward pass that runs adds to the ``grad`` of a leaf, by its node, unlike ``torch.autograd.grad``.
-    Without it: True, and an ``autograd.grad`` of one of two losses counts as a backward pass."""
+    """Whether the running backward pass adds to the ``grad`` of a leaf, given by its graph node: ``backward()`` does,
+    ``autograd.grad()`` does not. Fallback: True, and an ``autograd.grad()`` of one of two losses counts, too."""
     try:
         return bool(_will_engine_execute_node(node))
     except RuntimeError:  # "a leaf node was passed, but we are currently running autograd.grad()"
@@ -69,17 +69,18 @@ def accumulates(node: Any) -> bool:
 
 
 def gradient_hooks(tensor: Tensor) -> list[Any]:
-    """The hooks that were registered on a tensor's gradient. Without it: something that is no hook of ours."""
-    return list((getattr(tensor, "_backward_hooks", {0: None}) or {}).values())
+    """The hooks that were registered on a tensor's gradient. Fallback: ``[None]``, which is no hook of ours."""
+    hooks = getattr(tensor, "_backward_hooks", {0: None})
+    return list(hooks.values()) if hooks else []
 
 
 def base_of(tensor: Tensor) -> Tensor | None:
-    """The tensor that this one is a view of. Without it: None, and a write into a view is not seen in the rest."""
+    """The tensor that this one is a view of. Fallback: None, and a write into a view is not seen in the rest."""
     return getattr(tensor, "_base", None)
 
 
 def remove_hooks(module: nn.Module, mine: Callable[[Any], bool]) -> None:
-    """Take those hooks off a module that are ``mine``, without their handles. Without it: they stay."""
+    """Take those hooks off a module that are ``mine``, without their handles. Fallback: they stay."""
     for name in ("_forward_pre_hooks", "_forward_hooks", "_load_state_dict_post_hooks"):
         hooks = getattr(module, name, {})
         for key in [key for key, hook in hooks.items() if mine(hook)]:
@@ -89,7 +90,7 @@ def remove_hooks(module: nn.Module, mine: Callable[[Any], bool]) -> None:
 
 
 def running_calls(module: nn.Module) -> int:
-    """How many calls of a module are on this thread's Python stack. Without it: 0, and a nested call starts anew."""
+    """How many calls of a module are on this thread's Python stack. Fallback: 0, and a nested call starts anew."""
     code = getattr(getattr(nn.Module, "_call_impl", None), "__code__", None)
     count = 0
     frame: FrameType | None = sys._getframe()
@@ -100,8 +101,8 @@ def running_calls(module: nn.Module) -> int:
 
 
 def switch_mode(mode: TorchFunctionMode, on: bool) -> None:
-    """Put a mode on this thread's stack, below all that lie there: an interrupt then ends the modes of others first. Or
-    take it off, wherever it lies. Without it, and in compiled code: put it on top, or take off the one on top."""
+    """Put a mode at the bottom of this thread's stack, or take it off from anywhere: after an interrupt it stays there,
+    and others must find their own modes on top. Fallback, and in compiled code: put it on top, or take off the top."""
     length, pop, push = _len_torch_function_stack, _pop_torch_function_stack, _push_on_torch_function_stack
     if torch.compiler.is_compiling() or length is None or pop is None or push is None:
         if on:
@@ -109,20 +110,20 @@ def switch_mode(mode: TorchFunctionMode, on: bool) -> None:
         else:
             mode.__exit__(None, None, None)
         return
-    others = [each for each in (pop() for _ in range(length())) if each is not mode]
+    others = [other for other in (pop() for _ in range(length())) if other is not mode]  # the top one first
     for each in reversed([*others, mode] if on else others):
         push(each)
 
 
 def all_gather(output: Tensor, input: Tensor) -> None:
-    """Gather tensors of one shape from all ranks into one. Without ``all_gather_single``, which 2.14 introduced: by
+    """Gather tensors of one shape from all ranks into one. Fallback for ``all_gather_single``, which 2.14 introduced:
     ``all_gather_into_tensor``, its name before."""
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(output, input)
 
 
 def thread() -> int:
-    """The id of this thread. In compiled code it is a constant; where a release reads another mark, it is traced."""
+    """The id of this thread. In compiled code: of the thread that compiled it, a constant. Fallback: it is traced."""
     return threading.get_ident()
 
 
@@ -131,7 +132,7 @@ thread._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def force_eager() -> contextlib.AbstractContextManager[Any]:
-    """What was compiled with ``torch.compile`` runs as plain Python. Without it: compiled code hides its calls.
+    """What was compiled with ``torch.compile`` runs as plain Python. Fallback: compiled code hides its calls.
 
     ``set_stance`` imports ``torch._dynamo``, which takes seconds; where that was not imported yet, nothing is compiled.
     """
@@ -140,13 +141,13 @@ def force_eager() -> contextlib.AbstractContextManager[Any]:
 
 
 def unseen() -> contextlib.AbstractContextManager[Any]:
-    """Torch functions called within are seen by no torch-function mode. Without it: they are, which costs time."""
+    """Torch functions called within are seen by no torch-function mode. Fallback: they are, which costs time."""
     return getattr(torch._C, "DisableTorchFunction", contextlib.nullcontext)()
 
 
 def unrecorded() -> contextlib.AbstractContextManager[Any]:
     """Operations called within are not recorded by selective activation checkpointing: when it recomputes, it would
-    return their results in the place of the model's own. Without it: they are recorded."""
+    return their results in the place of the model's own. Fallback: they are recorded."""
     if torch.compiler.is_compiling() or not _len_torch_dispatch_stack():
         return contextlib.nullcontext()
     from torch.utils import _python_dispatch, checkpoint

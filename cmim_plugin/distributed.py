@@ -1,7 +1,7 @@
 """Several ranks compute the loss that one process would on the whole batch.
 
 Every rank gathers the embeddings of all and computes the same loss from them. The gradient of its own rows is
-multiplied by the number of ranks, for DistributedDataParallel and FSDP divide by it.
+multiplied by the number of ranks, because DistributedDataParallel and FSDP divide by it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def ranks() -> int:
 
 
 def rank() -> int:
-    """Which of them this is."""
+    """The rank of this process."""
     return dist.get_rank() if ranks() > 1 else 0
 
 
@@ -35,19 +35,19 @@ def start_alike(module: nn.Module, device: torch.device) -> None:
             sent = tensor.detach().to(device).contiguous()
             dist.broadcast(sent, 0)
             tensor.copy_(sent)
-    module.load_state_dict(state)  # what is kept beside the tensors follows them
+    module.load_state_dict(state)  # Python numbers such as Queue.filled follow the tensors
 
 
 def counts_of_all(counts: Sequence[int], device: torch.device) -> tuple[tuple[int, ...], ...]:
     """The counts of every rank. Waits for the device."""
-    own = torch.tensor(counts, device=device)
-    found = own.new_empty(ranks() * len(counts))
-    _compat.all_gather(found, own)
-    return tuple(map(tuple, found.view(-1, len(counts)).tolist()))
+    local = torch.tensor(counts, device=device)
+    gathered = local.new_empty(ranks() * len(counts))
+    _compat.all_gather(gathered, local)
+    return tuple(map(tuple, gathered.view(-1, len(counts)).tolist()))
 
 
 def gather(rows: Tensor, counts: tuple[tuple[int, ...], ...]) -> Tensor:
-    """The rows of all ranks, tap by tap and within a tap rank by rank; ``counts``: of each tap, on each rank.
+    """The rows of all ranks, tap by tap and within a tap rank by rank; ``counts[rank][tap]``: number of rows.
     Gradients go to the rows of this rank, multiplied by the number of ranks."""
     return _Gather.apply(rows, counts)
 
@@ -55,38 +55,39 @@ def gather(rows: Tensor, counts: tuple[tuple[int, ...], ...]) -> Tensor:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: tuple[tuple[int, ...], ...]) -> Tensor:
-        order, own = _order(counts, rank(), rows.device)
-        ctx.own, ctx.ranks = own, len(counts)
-        # Collectives want one shape: shorter ones are padded, and the padding is left out of the order.
+        order, ctx.own_rows = _order(counts, rank(), rows.device)
+        ctx.ranks = len(counts)
+        # Collectives want one shape on all ranks: shorter ones are padded, and the order leaves the padding out.
         longest = max(map(sum, counts))
         padded = rows.new_zeros(longest, *rows.shape[1:])
         padded[: len(rows)] = rows
-        found = rows.new_empty(len(counts) * longest, *rows.shape[1:])
-        _compat.all_gather(found, padded)
-        return found[order]
+        gathered = rows.new_empty(len(counts) * longest, *rows.shape[1:])
+        _compat.all_gather(gathered, padded)
+        return gathered[order]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad[ctx.own] * ctx.ranks, None
+        return grad[ctx.own_rows] * ctx.ranks, None
 
 
 @lru_cache(maxsize=16)
-def _order(counts: tuple[tuple[int, ...], ...], rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where each gathered row lies in the padded rows of all ranks, and where this rank's rows are among them."""
+def _order(counts: tuple[tuple[int, ...], ...], this_rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where each row of the result lies in the padded rows of all ranks, and which of the result are this rank's."""
     longest = max(map(sum, counts))
     order = [
-        other * longest + sum(of_rank[:tap]) + i
+        rank * longest + sum(rank_counts[:tap]) + i
         for tap in range(len(counts[0]))
-        for other, of_rank in enumerate(counts)
-        for i in range(of_rank[tap])
+        for rank, rank_counts in enumerate(counts)
+        for i in range(rank_counts[tap])
     ]
-    own = [i for i, place in enumerate(order) if place // longest == rank]
-    # The type has to be told where there are no rows.
-    return torch.tensor(order, dtype=torch.long, device=device), torch.tensor(own, dtype=torch.long, device=device)
+    own_rows = [i for i, place in enumerate(order) if place // longest == this_rank]
+    # With the dtype: an empty list would make floats.
+    indices = [torch.tensor(rows, dtype=torch.long, device=device) for rows in (order, own_rows)]
+    return indices[0], indices[1]
 
 
 def averaged(parameters: Tensor) -> Tensor:
-    """The parameters themselves, with another gradient: the mean over all ranks."""
+    """The same parameters; backward averages their gradient over all ranks."""
     return _Average.apply(parameters)
 
 

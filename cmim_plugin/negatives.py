@@ -9,23 +9,23 @@ NO_LABEL = -1
 
 
 class Queue(nn.Module):
-    """The last ``size`` embedding pairs of one tap, with their labels. It is used as far as it is filled."""
+    """The last ``size`` embedding pairs of one tap, with their labels. Only the filled part is used."""
 
     embeddings: Tensor  # (2, size, D): of a_B, of a_F
-    labels: Tensor
-    pushed: Tensor
+    labels: Tensor  # (size,) int64, NO_LABEL for none
+    pushed: Tensor  # entries ever pushed, 0-d int64
 
     def __init__(self, size: int, embed_dim: int) -> None:
         super().__init__()
         self.register_buffer("embeddings", torch.zeros(2, size, embed_dim, dtype=torch.float32, device="cpu"))
         self.register_buffer("labels", torch.full((size,), NO_LABEL, device="cpu"))
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64, device="cpu"))
-        #: Entries in the queue. A number, for shapes; one that stops changing, for torch.compile.
+        #: Entries in use, at most size. A Python int, because it is a shape; torch.compile settles once it is full.
         self.filled = 0
 
     @torch.no_grad()
     def push(self, z: Tensor, labels: Tensor | None) -> None:
-        """Put a batch ``(2, n, D)`` in, the oldest entries out. NaN becomes zero, for the losses of later batches."""
+        """Replace the oldest entries by a batch ``(2, n, D)``. NaN becomes zero: it would spoil later losses."""
         size = len(self.labels)
         z = z[:, -size:]
         count = z.shape[1]

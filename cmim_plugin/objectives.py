@@ -58,8 +58,8 @@ class _Objective:
             _check_queue(tuple(z_b.shape), labels, queue_b, queue_f, queue_labels)
         n, negatives = z_b.shape[-2], None
         if labels is not None or mask is not None:
-            queue = 0 if queue_b is None else queue_b.shape[-2]
-            negatives = _negatives(n, labels, queue_labels, queue, mask)
+            queue_size = 0 if queue_b is None else queue_b.shape[-2]
+            negatives = _negative_mask(n, labels, queue_labels, queue_size, mask)
         with torch.autocast(z_b.device.type, enabled=False):
             z_b, z_f = (z if z.dtype == torch.float64 else z.float() for z in (z_b, z_f))
             towards_f = z_b / temperature @ z_f.mT
@@ -74,8 +74,8 @@ class _Objective:
             return likelihoods.masked_fill(~mask, 0).sum((0, -1)) / (-2 * mask.sum(-1).clamp_min(1))
 
     def _log_likelihoods(self, scores: Tensor, negatives: Tensor | None) -> Tensor:
-        """The log-likelihood of each anchor, ``(..., n)``, from its scores with all, ``(..., n, n + Q)``, the
-        positives on the diagonal. ``negatives``: which candidates are negatives, bool; None: all but the positive."""
+        """The log-likelihood of each anchor, ``(..., n)``, from its scores with all candidates,
+        ``(..., n, n + Q)``, positives on the diagonal. ``negatives``: bool, which are negatives; None: all others."""
         raise NotImplementedError
 
 
@@ -90,7 +90,7 @@ class InfoNCE(_Objective):
         if negatives is not None:
             positives = torch.eye(*scores.shape[-2:], dtype=torch.bool, device=scores.device)
             scores = scores.masked_fill(~(negatives | positives), -math.inf)
-        # A fused kernel in both passes, unlike logsumexp.
+        # One kernel forward and one backward; logsumexp takes several.
         return scores.log_softmax(-1).diagonal(0, -2, -1)
 
     def bound(self, loss: Tensor | float, num_negatives: Tensor | int) -> Tensor:
@@ -98,7 +98,7 @@ class InfoNCE(_Objective):
 
         Args:
             loss: as it was returned.
-            num_negatives: ``N``, one number, or ``(..., n)`` a number an anchor (:func:`count_negatives`).
+            num_negatives: ``N``, one number, or ``(..., n)``, one for each anchor (:func:`count_negatives`).
 
         With label-excluded negatives the candidates are no longer drawn from the marginal, and the figure is a score to
         compare layers and epochs by, not a bound.
@@ -158,27 +158,29 @@ def count_negatives(
         queue: entries in the queue.
         mask: ``(..., n)`` bool, False for rows that do not count.
     """
-    return _negatives(n, labels, queue_labels, queue, mask).sum(-1)
+    return _negative_mask(n, labels, queue_labels, queue, mask).sum(-1)
 
 
-def _negatives(n: int, labels: Tensor | None, queue_labels: Tensor | None, queue: int, mask: Tensor | None) -> Tensor:
-    """Which candidates are negatives of which anchors, bool ``(..., n, n + queue)``: not the anchor's own pair, not its
-    own class, and nothing that is masked."""
+def _negative_mask(
+    n: int, labels: Tensor | None, queue_labels: Tensor | None, queue_size: int, mask: Tensor | None
+) -> Tensor:
+    """Which candidates are negatives of which anchors, ``(..., n, n + queue_size)`` bool: not the anchor's own pair, not
+    its own class, nothing that is masked."""
     given = mask if labels is None else labels
-    negatives = ~torch.eye(n, n + queue, dtype=torch.bool, device="cpu" if given is None else given.device)
+    negatives = ~torch.eye(n, n + queue_size, dtype=torch.bool, device="cpu" if given is None else given.device)
     if labels is not None:
         labels = labels.long()  # unsigned ones do not compare with the queue's -1
         candidates = labels if queue_labels is None else torch.cat([labels, queue_labels], -1)
         anchors = labels[..., None]
         negatives = negatives & ((anchors != candidates[..., None, :]) | (anchors < 0))
     if mask is not None:
-        counts = torch.cat([mask, mask.new_ones(*mask.shape[:-1], queue)], -1)
-        negatives = negatives & counts[..., None, :]
+        valid = torch.cat([mask, mask.new_ones(*mask.shape[:-1], queue_size)], -1)
+        negatives = negatives & valid[..., None, :]
     return negatives
 
 
 def holds_integers(tensor: Tensor) -> bool:
-    """Whether its numbers are integers or booleans."""
+    """Whether a tensor holds integers or booleans."""
     return not tensor.is_floating_point() and not tensor.is_complex()
 
 
@@ -206,13 +208,15 @@ def _check(z_b: Tensor, z_f: Tensor, temperature: float, labels: Tensor | None, 
         raise CMIMError(f"mask must be bool of shape {shape[:-1]}, one a row; found {found}.")
 
 
-def _check_queue(shape: tuple[int, ...], labels: Tensor | None, *queue: Tensor | None) -> None:
-    """``shape``: of the embeddings; ``queue``: embeddings of both sides, and labels."""
-    of_b, of_f, of_labels = (None if t is None else tuple(t.shape) for t in queue)
-    entries = (*shape[:-2], of_b[-2] if of_b and len(of_b) > 1 else "entries")
-    if not of_b == of_f == (*entries, shape[-1]):
+def _check_queue(
+    shape: tuple[int, ...], labels: Tensor | None, b: Tensor | None, f: Tensor | None, queue_labels: Tensor | None
+) -> None:
+    """``shape``: of the embeddings; ``b``, ``f``: the queue's embeddings of both sides."""
+    shape_b, shape_f, shape_labels = (None if t is None else tuple(t.shape) for t in (b, f, queue_labels))
+    entries = (*shape[:-2], shape_b[-2] if shape_b and len(shape_b) > 1 else "entries")
+    if shape_b != shape_f or shape_f != (*entries, shape[-1]):
         wanted = ", ".join(map(str, (*shape[:-2], "entries", shape[-1])))
-        raise CMIMError(f"queue_b and queue_f go together, both ({wanted}); found {of_b} and {of_f}.")
-    if labels is not None and of_labels != entries:
+        raise CMIMError(f"queue_b and queue_f go together, both ({wanted}); found {shape_b} and {shape_f}.")
+    if labels is not None and shape_labels != entries:
         wanted = f"integers of shape {entries} (below zero: no label)"
-        raise CMIMError(f"labels with a queue need queue_labels, {wanted}; found {of_labels}.")
+        raise CMIMError(f"labels with a queue need queue_labels, {wanted}; found {shape_labels}.")

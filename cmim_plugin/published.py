@@ -15,7 +15,7 @@ from .errors import CMIMError
 from .objectives import NCE, holds_integers
 from .passes import Pass
 from .plugin import CMIM, Rules, check
-from .sampling import advance, new_draws, seeded_generator, upper_half
+from .sampling import advance_draws, new_draws, seeded_generator, upper_half
 
 # As in the code of CRD (arXiv 1910.10699), which the published code took over.
 _EPSILON = 1e-7
@@ -212,7 +212,7 @@ class MemoryBank(nn.Module):
         """Samples of other classes, drawn with replacement: ``(n, num_negatives)``."""
         drawn = []
         for _ in range(len(indices)):
-            advance(self.draws)
+            advance_draws(self.draws)
             drawn.append(upper_half(self.draws))
         own = self.targets[indices][:, None]
         first, end = (torch.searchsorted(self.classes, own, right=right) for right in (False, True))

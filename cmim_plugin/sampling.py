@@ -1,4 +1,4 @@
-"""Which positions of an activation are sampled, how their channels are read, and how their gradient gets back."""
+"""Which positions of an activation are taken, how their channels are read, and how their gradient gets back."""
 
 from __future__ import annotations
 
@@ -15,32 +15,34 @@ _MULTIPLIER, _INCREMENT = 6364136223846793005, 1442695040888963407
 
 
 def seeded_generator(stream: int = 0) -> torch.Generator:
-    """A generator of the CPU whose seed follows the user's ``torch.manual_seed()``, each stream with other arange."""
+    """A generator of the CPU, seeded from ``torch.initial_seed()``. Each stream gives other numbers."""
     return torch.Generator("cpu").manual_seed((torch.initial_seed() + stream) % 2**63)
 
 
 def new_draws(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Random arange over all of int64, on the CPU."""
+    """Random numbers over all of int64, on the CPU."""
     return torch.randint(-(2**63), 2**63 - 1, size, generator=generator, dtype=torch.int64, device="cpu")
 
 
-def advance(draws: Tensor) -> None:
-    """Replace random arange by the next ones, in place: each entry is a random sequence of its own.
+def advance_draws(draws: Tensor) -> None:
+    """Replace random numbers by the next ones, in place: each entry is a random sequence of its own.
 
-    As a tensor it is saved like other state, draws the same on every device and every rank, needs nothing from the
-    host, and can be compiled and captured in a CUDA graph.
+    A generator in a tensor is saved with the state, gives the same numbers on every device and rank, never waits for
+    the host, and works in compiled code and CUDA graphs.
     """
     draws.mul_(_MULTIPLIER).add_(_INCREMENT)
 
 
 class Schedule(nn.Module):
-    """Which taps the next pass captures, and at which positions: ``positions`` of each, split over the ranks if they
-    are ``shared``; None pools over all. ``generator``: for the first draws.
+    """Which taps the next pass captures, and at which positions.
+
+    ``positions``: number for each tap, on all ranks together if ``shared`` (training), else on each (reports); None for
+    whole images. ``generator``: for the first draws.
     """
 
     draws: Tensor  # (count, positions) int64; a pass of m taps uses the first m rows
-    steps_taken = 0  # losses asked for so far, of an eager model
-    all_taps = False  # whatever taps_per_step says: each choice of some would be compiled anew
+    steps_taken = 0  # calls of cmim(model) so far, in eager mode
+    all_taps = False  # ignore taps_per_step: each choice of taps would be compiled again
 
     def __init__(
         self,
@@ -60,21 +62,21 @@ class Schedule(nn.Module):
     @property
     def taps(self) -> tuple[int, ...]:
         """The taps of the next pass: evenly spread over the network, each as often as any other."""
-        chosen = self.taps_per_step
-        if chosen is None or chosen >= self.count or self.all_taps:
+        number = self.taps_per_step
+        if number is None or number >= self.count or self.all_taps:
             return tuple(range(self.count))
-        return tuple(sorted((self.steps_taken + i * self.count // chosen) % self.count for i in range(chosen)))
+        return tuple(sorted((self.steps_taken + i * self.count // number) % self.count for i in range(number)))
 
     def draws_of(self, taps: int) -> Tensor | None:
-        """This rank's columns of the random arange, for a pass that captures so many taps; None to pool."""
+        """This rank's columns of the draws, for a pass that captures so many taps; None for whole images."""
         if self.positions is None:
             return None
         ranks, rank = (distributed.ranks(), distributed.rank()) if self.shared else (1, 0)
         return self.draws[:taps, self.positions * rank // ranks : self.positions * (rank + 1) // ranks]
 
     def advance(self) -> None:
-        """A loss was asked for."""
-        advance(self.draws)
+        """Go on to the draws and the taps of the next step."""
+        advance_draws(self.draws)
         if torch.compiler.is_compiling():
             self.all_taps = True
         else:
@@ -92,7 +94,7 @@ def stratified_indices(draws: Tensor, total: int) -> Tensor:
 
     Independent draws repeat themselves, and a repeated position would be its own negative. Ranks that each apply their
     share of the draws to their share of the batch sample what one process would. For ``total`` between ``n`` and
-    ``2 * n`` some intervals hold one position, which is in each draw.
+    ``2 * n`` some intervals hold one position, which is then always drawn.
 
     Args:
         draws: ``(..., n)`` int64, uniform over all its values.
@@ -110,10 +112,10 @@ def upper_half(draws: Tensor) -> Tensor:
 
 
 def indices_among(random: Tensor, total: int, arange: Tensor) -> Tensor:
-    """:func:`stratified_indices`, by the upper halves of the draws; ``arange``: 0, 1, ..., n."""
+    """:func:`stratified_indices` by the :func:`upper_half` of the draws; ``arange``: 0, 1, ..., n, made once."""
     count = min(random.shape[-1], total)
     random = random[..., :count]
-    if not torch.compiler.is_compiling() and count and total % count == 0:  # half as many kernels
+    if not torch.compiler.is_compiling() and count and total % count == 0:  # the same with half as many kernels
         length = total // count
         return torch.add(random.remainder(length), arange[:count], alpha=length)
     edges = arange[: count + 1] * total // max(count, 1)
@@ -122,15 +124,15 @@ def indices_among(random: Tensor, total: int, arange: Tensor) -> Tensor:
 
 
 class BackwardRule:
-    """What the backward passes of one forward pass are to do, and did."""
+    """What the gradient hooks of one forward pass share: a rule for its backward passes, and what one of them did."""
 
-    #: The graph node of a leaf. If given, the gradients of the contrast and of the network's loss must come to the leaf
-    #: in one backward pass; where they come in two, the second raises CMIMError.
+    #: The graph node of a leaf that a tap was computed from. If set, the gradients of the contrast and of the network's
+    #: loss must come in one backward pass; where they come in two, the second raises CMIMError.
     leaf: Any = None
-    network_only = False  # a backward pass came without the contrast, which most likely freed the graph
+    network_only = False  # a backward pass ran without the contrast, and most likely freed the graph
 
     def require_one_backward(self, x: Tensor) -> None:
-        """From now on, to the first leaf that ``x`` was computed from."""
+        """Set the leaf: the first one found that ``x`` was computed from."""
         node: Any = x.grad_fn
         while node is not None and not hasattr(node, "variable"):
             node = next((before for before, _ in node.next_functions if before is not None), None)
@@ -138,12 +140,12 @@ class BackwardRule:
 
 
 def take_elements(x: Tensor, elements: Tensor, zero: Tensor, rule: BackwardRule) -> Tensor:
-    """``x.take(elements)``, with a gradient that costs what the sample does and not what ``x`` does.
+    """``x.take(elements)``. Its backward costs as much as the elements, not as much as ``x``.
 
-    Plain autograd would fill a tensor of x's size with a gradient that is zero nearly everywhere. Here a single zero,
-    expanded, goes to ``x``: the engine waits for it, and a hook on the gradient of ``x`` adds the sampled entries in
-    place, once the sum is there. A whole tensor is used where something could tell the difference: another hook on the
-    gradient was registered before and would not see these entries, deterministic algorithms, a subclass of Tensor.
+    Plain autograd would fill a tensor of x's size with a gradient that is zero nearly everywhere. Here the backward
+    gives ``x`` one expanded zero. Autograd adds it to the network's gradient, then calls our hook on ``x``, which adds
+    the gradient of the elements in place. A dense gradient is used where this would be seen: by a hook that was
+    registered before, which would miss the elements, by deterministic algorithms, or by a subclass of Tensor.
 
     ``elements``: int64, distinct places in the flattened ``x``; ``zero``: 0-d, of x's dtype and device.
     """
@@ -166,41 +168,41 @@ class _TakeElements(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, elements: Tensor, hook: AddElementsGradient | None) -> Tensor:
-        # Attributes, not saved tensors: checkpointing counts those, and we capture nothing when it recomputes.
+        # Attributes, not saved tensors, which checkpointing counts: see passes._without_masked_scores().
         ctx.elements, ctx.shape, ctx.hook = elements, x.shape, hook
         return x.take(elements)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         hook = ctx.hook
-        if hook is None or torch.is_grad_enabled():  # with create_graph=True, a graph of the gradient is wanted
+        if hook is None or torch.is_grad_enabled():  # take_elements() made no hook, or create_graph=True
             return grad.new_zeros(ctx.shape).put(ctx.elements, grad, accumulate=True), None, None
         hook.elements_grad = grad
         return hook.zero.expand(ctx.shape), None, None
 
 
 class AddElementsGradient:
-    """The hook on an activation's gradient: adds that of the sampled entries, in place.
+    """The hook on an activation's gradient: adds the gradient of the taken elements, in place.
 
-    The engine has just added our expanded zero to the network's gradient, into a new tensor where anybody else holds
-    that one: nothing of anybody else's is written into.
+    That is safe: autograd summed our expanded zero and the network's gradient into a tensor that nobody else holds.
     """
 
-    elements_grad: Tensor | None = None  # the gradient of the sample, in the backward pass that runs
+    elements_grad: Tensor | None = None  # set in the backward pass that runs
+    _network_alone = _contrast_alone = False  # a backward pass had the gradient of only one of the two
 
     def __init__(self, elements: Tensor, zero: Tensor, rule: BackwardRule) -> None:
         self.elements = elements
         self.zero = zero
         self.rule = rule
-        self._alone: set[str] = set()  # whose gradient came in a backward pass without the other
 
     def __call__(self, grad: Tensor) -> Tensor | None:
         elements_grad, self.elements_grad = self.elements_grad, None
-        # Nothing but our expanded zero: the gradient of the network's loss did not come in this pass.
-        alone = elements_grad is not None and not any(grad.stride())
+        # All strides are 0: this is our expanded zero itself, and the network's loss sent nothing.
+        contrast_alone = elements_grad is not None and not any(grad.stride())
         if self.rule.leaf is not None and _compat.accumulates(self.rule.leaf):
-            self._alone |= {"network"} if elements_grad is None else {"contrast"} if alone else set()
-        if self._alone == {"network", "contrast"}:
+            self._network_alone |= elements_grad is None
+            self._contrast_alone |= contrast_alone
+        if self._network_alone and self._contrast_alone:
             raise CMIMError(
                 "Two backward passes ran, one for the network's loss and one for cmim's. DistributedDataParallel "
                 "averages the gradients of the first only. Add the losses: (loss + cmim(model)).backward()."
@@ -208,6 +210,6 @@ class AddElementsGradient:
         if elements_grad is None:
             self.rule.network_only = True
             return None
-        if alone:
+        if contrast_alone:
             grad = grad.new_zeros(grad.shape)
         return grad.put_(self.elements, elements_grad.to(grad.dtype), accumulate=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cmim_plugin import CMIMError, stratified_indices
 from cmim_plugin.discovery.layout import Layout
-from cmim_plugin.sampling import BackwardRule, advance, take_elements
+from cmim_plugin.sampling import BackwardRule, advance_draws, take_elements
 from networks import assert_same
 
 # -- random numbers ------------------------------------------------------------------------------------------------
@@ -22,7 +22,7 @@ def test_random_numbers_advance_as_a_loop_of_integers_modulo_2_to_the_64():
     found = draws(5)
     expected = found.tolist()
     for _ in range(3):
-        advance(found)
+        advance_draws(found)
         for i, value in enumerate(expected):
             value = (value * 6364136223846793005 + 1442695040888963407) % 2**64
             expected[i] = value - 2**64 if value >= 2**63 else value
@@ -34,7 +34,7 @@ def test_over_the_steps_every_position_of_an_interval_is_drawn_equally_often():
     number, steps = draws(n), 8000
     seen = [0] * total
     for _ in range(steps):
-        advance(number)
+        advance_draws(number)
         for position in stratified_indices(number, total).tolist():
             seen[position] += 1
     start = 0
