@@ -70,8 +70,7 @@ def accumulates(node: Any) -> bool:
 
 def gradient_hooks(tensor: Tensor) -> list[Any]:
     """The hooks that were registered on a tensor's gradient. Fallback: ``[None]``, which is no hook of ours."""
-    hooks = getattr(tensor, "_backward_hooks", {0: None})
-    return list(hooks.values()) if hooks else []
+    return list((getattr(tensor, "_backward_hooks", {0: None}) or {}).values())
 
 
 def base_of(tensor: Tensor) -> Tensor | None:

@@ -215,9 +215,6 @@ class Capture:
         raise CMIMError(f"No forward pass to take the loss of: {why}.")
 
 
-# -- hooks -----------------------------------------------------------------------------------------------------------
-
-
 class _Hook:
     """The model holds bound methods of this class. A copied or pickled model gets hooks that do nothing."""
 

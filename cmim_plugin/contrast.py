@@ -91,9 +91,8 @@ class Contrast(nn.Module):
         sums = []
         for (_, queued), taps in grouped(nonempty, [(len(embedded[k].z_b), filled[k]) for k in nonempty]):
             losses = self._losses(taps, [embedded[k] for k in taps], queued)
-            # Not indexed with a list, which would be copied from the host.
-            layer_weights = torch.cat([self._layer_weights_on_device[k : k + 1] for k in taps])
-            sums.append(losses.dot(layer_weights.to(losses.dtype)))
+            weights = torch.cat([self._layer_weights_on_device[k : k + 1] for k in taps])  # no copy from the host
+            sums.append(losses.dot(weights.to(losses.dtype)))
         if not torch.compiler.is_compiling():  # a Python number that changes is compiled again
             self._scheduled_once.update(forward_pass.scheduled)
             self._steps_checked = min(self._steps_checked + 1, _FIRST_STEPS)
@@ -178,8 +177,7 @@ class Contrast(nn.Module):
             for pair in (pair for pair in forward_pass.pairs.values() if pair.complete):
                 # Without tokens, only a user's mask is expected to fit, and only where samples have several positions.
                 expected = pair.tokens > 0 or (users_mask is not None and pair.total > len(mask))
-                other_tokens = expected and pair.tokens != mask.shape[1]
-                if pair.tap.mixed or other_tokens or pair.batch_size != len(mask):
+                if pair.tap.mixed or pair.batch_size != len(mask) or (expected and pair.tokens != mask.shape[1]):
                     others.append(pair.tap.name)
             if others:  # no sizes in the text, which change from batch to batch: it is given once
                 warn_once(
@@ -251,12 +249,8 @@ class Contrast(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Contrast:
         super()._apply(fn, recurse)
-        # Anew, not cast: half precision would round them.
-        self._layer_weights_on_device = self.heads.weights.new_tensor(self.layer_weights)
+        self._layer_weights_on_device = self.heads.weights.new_tensor(self.layer_weights)  # a cast would round
         return self
-
-
-# -- labels and masks of rows ----------------------------------------------------------------------------------------
 
 
 def _stacked(parts: Iterable[Tensor | None]) -> Tensor | None:

@@ -82,8 +82,7 @@ def _order(counts: tuple[tuple[int, ...], ...], this_rank: int, device: torch.de
     ]
     own_rows = [i for i, place in enumerate(order) if place // longest == this_rank]
     # With the dtype: an empty list would make floats.
-    indices = [torch.tensor(rows, dtype=torch.long, device=device) for rows in (order, own_rows)]
-    return indices[0], indices[1]
+    return torch.tensor(order, dtype=torch.long, device=device), torch.tensor(own_rows, dtype=torch.long, device=device)
 
 
 def averaged(parameters: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ class Heads(nn.Module):
             buffer = getattr(self, name)
             # In half precision small steps of Adam would round to nothing; its kernel on a GPU reads float32 steps.
             dtype = torch.float32 if name == "steps" else torch.promote_types(buffer.dtype, torch.float32)
-            # Keep the very weights where they fit: an optimizer of the user's may hold them (heads_lr=0).
+            # Where they fit, the weights stay the very tensor: a user's optimizer may hold it (heads_lr=0).
             if not (buffer.requires_grad and buffer.is_leaf and buffer.dtype == dtype):
                 setattr(self, name, buffer.detach().to(dtype))
         self.weights.requires_grad_(not self.is_copy)  # AveragedModel writes into the tensors of a copy

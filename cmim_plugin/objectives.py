@@ -58,16 +58,16 @@ class _Objective:
             _check_queue(tuple(z_b.shape), labels, queue_b, queue_f, queue_labels)
         n, negatives = z_b.shape[-2], None
         if labels is not None or mask is not None:
-            queue_size = 0 if queue_b is None else queue_b.shape[-2]
-            negatives = _negative_mask(n, labels, queue_labels, queue_size, mask)
+            queued = 0 if queue_b is None else queue_b.shape[-2]
+            negatives = _negatives(n, labels, queue_labels, queued, mask)
         with torch.autocast(z_b.device.type, enabled=False):
             z_b, z_f = (z if z.dtype == torch.float64 else z.float() for z in (z_b, z_f))
             towards_f = z_b / temperature @ z_f.mT
             scores = torch.stack([towards_f, towards_f.mT])
             if queue_b is not None and queue_f is not None:
                 queue_b, queue_f = queue_b.to(scores.dtype), queue_f.to(scores.dtype)
-                queued = torch.stack([z_b / temperature @ queue_f.mT, z_f / temperature @ queue_b.mT])
-                scores = torch.cat([scores, queued], -1)
+                queue_scores = torch.stack([z_b / temperature @ queue_f.mT, z_f / temperature @ queue_b.mT])
+                scores = torch.cat([scores, queue_scores], -1)
             likelihoods = self._log_likelihoods(scores, negatives)
             if mask is None:
                 return likelihoods.sum((0, -1)) / (-2 * n)
@@ -158,23 +158,21 @@ def count_negatives(
         queue: entries in the queue.
         mask: ``(..., n)`` bool, False for rows that do not count.
     """
-    return _negative_mask(n, labels, queue_labels, queue, mask).sum(-1)
+    return _negatives(n, labels, queue_labels, queue, mask).sum(-1)
 
 
-def _negative_mask(
-    n: int, labels: Tensor | None, queue_labels: Tensor | None, queue_size: int, mask: Tensor | None
-) -> Tensor:
-    """Which candidates are negatives of which anchors, ``(..., n, n + queue_size)`` bool: not the anchor's own pair, not
-    its own class, nothing that is masked."""
+def _negatives(n: int, labels: Tensor | None, queue_labels: Tensor | None, queued: int, mask: Tensor | None) -> Tensor:
+    """Which candidates are negatives of which anchors, ``(..., n, n + queued)`` bool: not its own pair, not its own
+    class, nothing that is masked."""
     given = mask if labels is None else labels
-    negatives = ~torch.eye(n, n + queue_size, dtype=torch.bool, device="cpu" if given is None else given.device)
+    negatives = ~torch.eye(n, n + queued, dtype=torch.bool, device="cpu" if given is None else given.device)
     if labels is not None:
         labels = labels.long()  # unsigned ones do not compare with the queue's -1
         candidates = labels if queue_labels is None else torch.cat([labels, queue_labels], -1)
         anchors = labels[..., None]
         negatives = negatives & ((anchors != candidates[..., None, :]) | (anchors < 0))
     if mask is not None:
-        valid = torch.cat([mask, mask.new_ones(*mask.shape[:-1], queue_size)], -1)
+        valid = torch.cat([mask, mask.new_ones(*mask.shape[:-1], queued)], -1)
         negatives = negatives & valid[..., None, :]
     return negatives
 
@@ -208,11 +206,9 @@ def _check(z_b: Tensor, z_f: Tensor, temperature: float, labels: Tensor | None, 
         raise CMIMError(f"mask must be bool of shape {shape[:-1]}, one a row; found {found}.")
 
 
-def _check_queue(
-    shape: tuple[int, ...], labels: Tensor | None, b: Tensor | None, f: Tensor | None, queue_labels: Tensor | None
-) -> None:
-    """``shape``: of the embeddings; ``b``, ``f``: the queue's embeddings of both sides."""
-    shape_b, shape_f, shape_labels = (None if t is None else tuple(t.shape) for t in (b, f, queue_labels))
+def _check_queue(shape: tuple[int, ...], labels: Tensor | None, *queue: Tensor | None) -> None:
+    """``shape``: of the embeddings; ``queue``: queue_b, queue_f and queue_labels."""
+    shape_b, shape_f, shape_labels = (None if t is None else tuple(t.shape) for t in queue)
     entries = (*shape[:-2], shape_b[-2] if shape_b and len(shape_b) > 1 else "entries")
     if shape_b != shape_f or shape_f != (*entries, shape[-1]):
         wanted = ", ".join(map(str, (*shape[:-2], "entries", shape[-1])))

@@ -129,16 +129,14 @@ class Pass:
     def __post_init__(self, schedule: Schedule, all_taps: bool) -> None:
         self.scheduled = tuple(range(len(self.taps))) if all_taps else schedule.taps
         draws = schedule.draws_of(len(self.scheduled))
-        #: ``(taps, n)``; None for whole images.
-        self.position_draws = None if draws is None else upper_half(draws)
+        self.position_draws = None if draws is None else upper_half(draws)  # (taps, n); None for whole images
         self.device = schedule.draws.device
         widest = max(max(tap.channels, tap.latent_channels) for tap in self.taps)
         #: For all index computations of the pass.
         self.arange = torch.arange(1 + max(widest, 0 if draws is None else draws.shape[-1]), device=self.device)
         self.compiled = torch.compiler.is_compiling()
         self.pairs = {k: Pair(self.taps[k]) for k in self.scheduled}
-        #: Taps of which a function was not called as often as in the dry run.
-        self.miscounted: list[int] = []
+        self.miscounted: list[int] = []  # taps of which a function was not called as often as in the dry run
         self.open_calls: list[Call] = []  # the innermost last
         self.calls: dict[str, int] = {}  # module name -> its calls so far
         #: Modules that were called without gradients in a pass with gradients. These calls do not count.

@@ -148,8 +148,7 @@ class CMIM(nn.Module):
     def paper(cls, model: nn.Module, example_input: Any, num_samples: int, **settings: Any) -> CMIM:
         """The paper's plain reading: whole images, every layer, :class:`NCE`, weights that grow towards the output.
 
-        The values of ``weight`` and ``layer_decay`` are ours. ``num_samples``: size of the training set; ``settings``:
-        arguments of :class:`CMIM` that replace these.
+        Weight and layer decay have values of ours. ``num_samples``: of the training set; ``settings`` replace these.
         """
         reading = {"instances": "image", "objective": NCE(num_samples), "weight": 0.03, "layer_decay": 0.8}
         return cls(model, example_input, **{**reading, "taps_per_step": None, **settings})
@@ -202,8 +201,7 @@ class CMIM(nn.Module):
             warn_once(self, _NEW_HEADS)
         self.schedule.advance()
         if not isinstance(self.weight, Tensor) and self.weight == 0:
-            # Not 0 * value: infinity would become NaN, and the network's parameters would get zeros for gradients.
-            return self.heads.weights[:0].sum()
+            return self.heads.weights[:0].sum()  # not 0 * value: inf would become NaN, and missing gradients zero
         return self.weight * len(self.taps) / len(forward_pass.scheduled) * value
 
     def _sync(self) -> None:
@@ -212,8 +210,7 @@ class CMIM(nn.Module):
             device = self.heads.weights.device
             loads_of_all = distributed.counts_of_all([self.contrast.loads], device)
             distributed.start_alike(self, device)
-            # start_alike() loads a state, which counts as one load too many.
-            self._synced, self.contrast.loads = True, loads_of_all[0][0]
+            self._synced, self.contrast.loads = True, loads_of_all[0][0]  # start_alike() counted as one load more
 
     @property
     def weight(self) -> float | Tensor:
@@ -222,7 +219,11 @@ class CMIM(nn.Module):
 
     @weight.setter
     def weight(self, weight: float | Tensor) -> None:
-        self._weight = _checked_weight(weight)
+        if isinstance(weight, numbers.Real) and 0 <= weight < math.inf:
+            weight = float(weight)
+        elif not isinstance(weight, Tensor) or weight.ndim > 0:
+            raise CMIMError(f"weight must be a number, zero or more, or a 0-d tensor; found {weight!r}.")
+        self._weight = weight
 
     # -- figures -------------------------------------------------------------------------------------------------
 
@@ -335,18 +336,6 @@ class CMIM(nn.Module):
 
     def __repr__(self) -> str:
         return _listing(self, self._capture.attached)
-
-
-# -- helpers ---------------------------------------------------------------------------------------------------------
-
-
-def _checked_weight(weight: Any) -> float | Tensor:
-    is_number = isinstance(weight, numbers.Real)
-    if is_number and 0 <= weight < math.inf:
-        return float(weight)
-    if isinstance(weight, Tensor) and weight.ndim == 0:
-        return weight
-    raise CMIMError(f"weight must be a number, zero or more, or a 0-d tensor; found {weight!r}.")
 
 
 def _listing(cmim: CMIM, attached: bool) -> str:

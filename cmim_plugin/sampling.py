@@ -34,10 +34,8 @@ def advance_draws(draws: Tensor) -> None:
 
 
 class Schedule(nn.Module):
-    """Which taps the next pass captures, and at which positions.
-
-    ``positions``: number for each tap, on all ranks together if ``shared`` (training), else on each (reports); None for
-    whole images. ``generator``: for the first draws.
+    """Which taps the next pass captures, and at which positions. ``positions``: number for each tap, on all ranks
+    together if ``shared`` (training), else on each (reports); None for whole images. ``generator``: of the first draws.
     """
 
     draws: Tensor  # (count, positions) int64; a pass of m taps uses the first m rows
