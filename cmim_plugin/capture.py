@@ -108,7 +108,7 @@ class Capture:
                 hooks.move_to_end(handle.id)
 
     def detach(self) -> None:
-        """Take the hooks off, and discard all passes: an interrupted one has function modes on torch's stack."""
+        """Take the hooks off, and discard all passes: an interrupted one may have modes on torch's stack."""
         self.attached, self.begin_error = False, ""
         for handle in self.handles:
             handle.remove()

@@ -150,13 +150,13 @@ class Contrast(nn.Module):
             rows = distributed.gather(torch.cat(list(parts)), counts)
             return rows.split([sum(tap_counts) for tap_counts in zip(*counts, strict=True)])
 
-        def filled(tensor: Tensor | None, e: Embedded, value: int) -> Tensor:
-            return torch.full((len(e.z_b),), value, device=e.z_b.device) if tensor is None else tensor.long()
+        def as_integers(tensor: Tensor | None, e: Embedded, default: int) -> Tensor:
+            return torch.full((len(e.z_b),), default, device=e.z_b.device) if tensor is None else tensor.long()
 
         z = gathered(torch.stack([e.z_b, e.z_f], 1) for e in taps)
         # A rank may have neither where others have: a model gets no attention_mask for a batch without padding.
-        labels = gathered(filled(e.labels, e, NO_LABEL) for e in taps) if any(has_labels) else [None] * len(taps)
-        masks = gathered(filled(e.mask, e, 1) for e in taps) if any(has_mask) else [None] * len(taps)
+        labels = gathered(as_integers(e.labels, e, NO_LABEL) for e in taps) if any(has_labels) else [None] * len(taps)
+        masks = gathered(as_integers(e.mask, e, 1) for e in taps) if any(has_mask) else [None] * len(taps)
         return {
             k: Embedded(z_k[:, 0], z_k[:, 1], labels_k, None if mask_k is None else mask_k.bool())
             for k, z_k, labels_k, mask_k in zip(embedded, z, labels, masks, strict=True)

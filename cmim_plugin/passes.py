@@ -225,8 +225,8 @@ class Pass:
             if not pair.complete:
                 self.leave_out(k, ABSENT, "the forward pass did not reach it")
         lines = self.troubles()
-        miscounted = any(pair.left_out == (ABSENT, _MISCOUNTED) for pair in self.pairs.values())
-        if not (reached or unusable or miscounted or may_skip_all):
+        mismatch = any(pair.left_out == (ABSENT, _MISCOUNTED) for pair in self.pairs.values())
+        if not (reached or unusable or mismatch or may_skip_all):
             raise CMIMError(
                 "The forward pass reached none of the taps. Was the model compiled and run before CMIM was attached "
                 "(attach first, or call torch._dynamo.reset()), were modules replaced or hooks cleared (attach again), "
@@ -337,7 +337,7 @@ def samples_of(pair: Pair) -> tuple[Tensor, Tensor]:
 
 
 def _without_masked_scores(values: Tensor, side: int, layout: Layout) -> Tensor:
-    """Set masked attention scores to zero: values of a latent with channels last, at or below _MASKED_SCORE."""
+    """Set masked attention scores to zero: values at or below _MASKED_SCORE in any latent with channels last."""
     if side != LATENT or layout.spatial is not None:
         return values
     if torch.compiler.is_compiling():

@@ -164,7 +164,7 @@ class CMIM(nn.Module):
             model: the model that was attached to, as it is or wrapped (DDP, FSDP, torch.compile, Fabric, ...).
             labels: ``(B,)`` integer classes of the batch, or for positions ``(B, *spatial)`` of its pixels, at any
                 resolution. Rows of the same class are then no negatives of each other. A negative number is no label.
-            mask: ``(B, tokens)``, zero or False for padding. Positions there are left out, not drawn anew. None for the
+            mask: ``(B, tokens)``, zero or False for padding. Positions there are left out, not drawn anew. None: the
                 model's own input ``attention_mask``, if it has integers or booleans. With a queue or
                 ``instances="image"`` the model's mask is ignored, and a mask passed here is an error.
 
@@ -240,7 +240,7 @@ class CMIM(nn.Module):
     @property
     def draws(self) -> Tensor:
         """``(taps, num_positions)`` int64: the random numbers by which the next pass chooses its positions
-        (:func:`stratified_indices`); the first rows are for :attr:`scheduled`. Write into it to fix one pass."""
+        (:func:`stratified_indices`); the first rows are for :attr:`scheduled`. Copy earlier ones into it to repeat."""
         return self.schedule.draws
 
     @property

@@ -91,7 +91,7 @@ def stratified_indices(draws: Tensor, total: int) -> Tensor:
     """Distinct random positions among ``total``: one in each of ``n`` intervals of (almost) equal length.
 
     Independent draws repeat themselves, and a repeated position would be its own negative. Ranks that each apply their
-    share of the draws to their share of the batch sample what one process would. For ``total`` between ``n`` and
+    share of the draws to their share of the batch take what one process would. For ``total`` between ``n`` and
     ``2 * n`` some intervals hold one position, which is then always drawn.
 
     Args:
