@@ -250,7 +250,7 @@ class Pass:
                 pair.left_out = ABSENT, _MISCOUNTED
 
     def require_one_backward(self) -> None:
-        """Raise if the contrast and the network's loss get two backward passes. Not checked for whole images."""
+        """Raise if the contrast and the network's loss get two backward passes."""
         taken = [rows for pair in self.pairs.values() for rows in pair.rows if rows is not None]
         if taken:
             self.backward_rule.require_one_backward(taken[0])
@@ -268,28 +268,35 @@ class Pass:
         # Windowed or mixed, the first dimension is not the batch.
         pair.batch_size = (self.batch_size or 0) if layout.windowed or layout.mixed else len(x)
         if self.position_draws is None:
-            pair.rows[side] = layout.pooled(_without_masked_scores(x, side, layout), pair.batch_size)
-            return
+            rows = layout.pooled(_without_masked_scores(x, side, layout), pair.batch_size)
+        else:
+            rows = _without_masked_scores(self._sampled(k, x, layout), side, layout)
+        if side == BINARY:
+            self.backward_rule.watch(x, rows)
+            if pair.index is not None and self.padding_mask is not None:
+                # Not in the loss: where only the loss is compiled, each number of tokens would compile it again.
+                pair.unpadded = mask_of(pair, self.padding_mask.to(x.device))
+        pair.rows[side] = rows
+
+    def _sampled(self, k: int, x: Tensor, layout: Layout) -> Tensor:
+        """The rows at random positions of an activation: ``(n, C)``."""
+        assert self.position_draws is not None
+        pair = self.pairs[k]
         pair.total, pair.spatial = layout.positions(x.shape), layout.spatial_shape(x.shape)
         pair.tokens = layout.tokens(x.shape)
         slot = self.scheduled.index(k)
         if torch.compiler.is_compiling():
             pair.index = indices_among(self.position_draws[slot], pair.total, self.arange)
-            rows = layout.rows(x)[pair.index]
-        else:
-            # One computation for all taps of this layout and shape: fewer kernels.
-            key = layout, x.shape
-            if key not in self._elements:
-                indices = indices_among(self.position_draws, pair.total, self.arange)
-                self._elements[key] = indices, layout.elements(indices, x.shape, self.arange)
-            if x.dtype not in self._zeros:
-                self._zeros[x.dtype] = x.new_zeros(())
-            pair.index, elements = (of_all_taps[slot] for of_all_taps in self._elements[key])
-            rows = take_elements(x, elements, self._zeros[x.dtype], self.backward_rule)
-        pair.rows[side] = _without_masked_scores(rows, side, layout)
-        if side == BINARY and self.padding_mask is not None:
-            # Not in the loss: where only the loss is compiled, each number of tokens would compile it again.
-            pair.unpadded = mask_of(pair, self.padding_mask.to(x.device))
+            return layout.rows(x)[pair.index]
+        # One computation for all taps of this layout and shape: fewer kernels.
+        key = layout, x.shape
+        if key not in self._elements:
+            indices = indices_among(self.position_draws, pair.total, self.arange)
+            self._elements[key] = indices, layout.elements(indices, x.shape, self.arange)
+        if x.dtype not in self._zeros:
+            self._zeros[x.dtype] = x.new_zeros(())
+        pair.index, elements = (of_all_taps[slot] for of_all_taps in self._elements[key])
+        return take_elements(x, elements, self._zeros[x.dtype])
 
     def _trouble(self, pair: Pair, side: int, x: Any) -> tuple[str, str] | None:
         """Why the rows of an activation cannot be taken: ERROR or UNUSABLE, and a message."""

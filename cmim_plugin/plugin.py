@@ -219,7 +219,7 @@ class CMIM(nn.Module):
 
     @weight.setter
     def weight(self, weight: float | Tensor) -> None:
-        if isinstance(weight, numbers.Real) and 0 <= weight < math.inf:
+        if isinstance(weight, numbers.Real) and not isinstance(weight, bool) and 0 <= weight < math.inf:
             weight = float(weight)
         elif not isinstance(weight, Tensor) or weight.ndim > 0:
             raise CMIMError(f"weight must be a number, zero or more, or a 0-d tensor; found {weight!r}.")

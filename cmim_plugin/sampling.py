@@ -136,8 +136,39 @@ class BackwardRule:
             node = next((before for before, _ in node.next_functions if before is not None), None)
         self.leaf = node
 
+    def watch(self, x: Tensor, rows: Tensor) -> None:
+        """Apply the rule to the backward passes that reach ``x``; ``rows`` were taken of it for the contrast."""
+        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            hook = _WatchBackward(self)
+            rows.register_hook(hook.contrast_came)
+            x.register_hook(hook)
 
-def take_elements(x: Tensor, elements: Tensor, zero: Tensor, rule: BackwardRule) -> Tensor:
+
+class _WatchBackward:
+    """The hook on an activation's gradient that tells backward passes with the contrast from those without."""
+
+    _with_contrast = False  # in the backward pass that runs
+
+    def __init__(self, rule: BackwardRule) -> None:
+        self.rule = rule
+        self._seen: set[bool] = set()  # whether the passes had the contrast
+
+    def contrast_came(self, grad_of_rows: Tensor) -> None:
+        self._with_contrast = True
+
+    def __call__(self, grad: Tensor) -> None:
+        with_contrast, self._with_contrast = self._with_contrast, False
+        self.rule.network_only |= not with_contrast
+        if self.rule.leaf is not None and _compat.accumulates(self.rule.leaf):
+            self._seen.add(with_contrast)
+            if len(self._seen) > 1:
+                raise CMIMError(
+                    "Two backward passes ran, one of them without cmim's loss. DistributedDataParallel averages the "
+                    "gradients of the first only. Add the losses: (loss + cmim(model)).backward()."
+                )
+
+
+def take_elements(x: Tensor, elements: Tensor, zero: Tensor) -> Tensor:
     """``x.take(elements)``. Its backward costs as much as the elements, not as much as ``x``.
 
     Plain autograd would fill a tensor of x's size with a gradient that is zero nearly everywhere. Here the backward
@@ -154,9 +185,9 @@ def take_elements(x: Tensor, elements: Tensor, zero: Tensor, rule: BackwardRule)
         and torch.is_grad_enabled()
         and type(x) is Tensor
         and not torch.are_deterministic_algorithms_enabled()
-        and all(isinstance(other, AddElementsGradient) for other in _compat.gradient_hooks(x))
+        and all(isinstance(other, (AddElementsGradient, _WatchBackward)) for other in _compat.gradient_hooks(x))
     ):
-        hook = AddElementsGradient(elements, zero, rule)
+        hook = AddElementsGradient(elements, zero)
         x.register_hook(hook)
     return _TakeElements.apply(x, elements, hook)
 
@@ -186,28 +217,15 @@ class AddElementsGradient:
     """
 
     elements_grad: Tensor | None = None  # set in the backward pass that runs
-    _network_alone = _contrast_alone = False  # a backward pass had the gradient of only one of the two
 
-    def __init__(self, elements: Tensor, zero: Tensor, rule: BackwardRule) -> None:
+    def __init__(self, elements: Tensor, zero: Tensor) -> None:
         self.elements = elements
         self.zero = zero
-        self.rule = rule
 
     def __call__(self, grad: Tensor) -> Tensor | None:
         elements_grad, self.elements_grad = self.elements_grad, None
-        # All strides are 0: this is our expanded zero itself, and the network's loss sent nothing.
-        contrast_alone = elements_grad is not None and not any(grad.stride())
-        if self.rule.leaf is not None and _compat.accumulates(self.rule.leaf):
-            self._network_alone |= elements_grad is None
-            self._contrast_alone |= contrast_alone
-        if self._network_alone and self._contrast_alone:
-            raise CMIMError(
-                "Two backward passes ran, one for the network's loss and one for cmim's. DistributedDataParallel "
-                "averages the gradients of the first only. Add the losses: (loss + cmim(model)).backward()."
-            )
         if elements_grad is None:
-            self.rule.network_only = True
             return None
-        if contrast_alone:
+        if not any(grad.stride()):  # our expanded zero itself: the network's loss sent nothing
             grad = grad.new_zeros(grad.shape)
         return grad.put_(self.elements, elements_grad.to(grad.dtype), accumulate=True)

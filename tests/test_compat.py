@@ -162,7 +162,8 @@ def test_without_word_of_the_leaf_autograd_grad_counts_as_a_backward_pass(monkey
     rule = BackwardRule()
     a = torch.randn(4, 6, requires_grad=True)
     x = a * 2
-    rows = take_elements(x, torch.tensor([[1, 2]]), x.new_zeros(()), rule)
+    rows = take_elements(x, torch.tensor([[1, 2]]), x.new_zeros(()))
+    rule.watch(x, rows)
     rule.require_one_backward(rows)
     torch.autograd.grad(x.sum(), a, retain_graph=True)
     with pytest.raises(CMIMError, match="Two backward passes"):

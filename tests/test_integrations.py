@@ -285,11 +285,11 @@ X, Y = batch()
 class Task(nn.Module):
     """What people write who do not want to pass two things around."""
 
-    def __init__(self):
+    def __init__(self, **settings):
         super().__init__()
         torch.manual_seed(0)
         self.net = network(True, norm="batch")
-        self.cmim = CMIM(self.net, X, num_positions=20, queue_size=30)
+        self.cmim = CMIM(self.net, X, num_positions=20, queue_size=30, **settings)
 
     def forward(self, x, y):
         return F.cross_entropy(self.net(x), y) + self.cmim(self.net)
@@ -423,8 +423,9 @@ class FabricModule(nn.Module):
 
 
 @pytest.mark.parametrize("within", [lambda ddp: ddp, FabricModule], ids=["DDP", "Fabric"])
-def test_two_backward_passes_under_ddp_are_refused_in_the_second(one_process, within):
-    task = Task()
+@pytest.mark.parametrize("instances", ["position", "image"])
+def test_two_backward_passes_under_ddp_are_refused_in_the_second(one_process, within, instances):
+    task = Task(instances=instances)
     ddp = nn.parallel.DistributedDataParallel(task.net)
     model = within(ddp)
     loss = F.cross_entropy(model(X), Y)

@@ -114,7 +114,7 @@ def samples(shape, layout) -> int:
 
 def rows_of(x: Tensor, layout: Layout, index: Tensor) -> Tensor:
     """As taps take them."""
-    return take_elements(x, layout.elements(index, x.shape, torch.arange(x.numel())), x.new_zeros(()), BackwardRule())
+    return take_elements(x, layout.elements(index, x.shape, torch.arange(x.numel())), x.new_zeros(()))
 
 
 @each_case
@@ -256,13 +256,15 @@ def test_backward_holds_no_whole_map_for_a_sample_before_the_network_needs_it():
     assert held == [4]
 
 
-def test_where_one_backward_pass_is_asked_for_a_second_one_is_refused():
+@pytest.mark.parametrize("sampled", [True, False])
+def test_where_one_backward_pass_is_asked_for_a_second_one_is_refused(sampled):
     for order in (0, 1):
         rule = BackwardRule()
         a = torch.randn(4, 6, requires_grad=True)
         x = a * 2
         elements = Layout(None).elements(torch.tensor([1, 2]), x.shape, torch.arange(9))
-        rows = take_elements(x, elements, x.new_zeros(()), rule)
+        rows = take_elements(x, elements, x.new_zeros(())) if sampled else x.sum(1)
+        rule.watch(x, rows)
         rule.require_one_backward(rows)
         losses = [x.sum(), rows.sum()]
         for loss in losses:
@@ -276,6 +278,6 @@ def test_a_gradient_of_one_element_is_not_written_into_the_zero_that_others_shar
     zero = torch.zeros(())
     for _ in range(2):
         x = torch.ones(1, 1, requires_grad=True)
-        rows = take_elements(x * 1, torch.zeros(1, 1, dtype=torch.int64), zero, BackwardRule())
+        rows = take_elements(x * 1, torch.zeros(1, 1, dtype=torch.int64), zero)
         rows.sum().backward()
         assert x.grad.item() == 1 and zero.item() == 0
