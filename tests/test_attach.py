@@ -290,7 +290,7 @@ def test_settings_out_of_range_are_refused(setting, said):
         CMIM(network(), X, **setting)
 
 
-@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf"), None, "0.1", torch.ones(1)])
+@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf"), None, True, "0.1", torch.ones(1)])
 def test_a_weight_that_no_loss_can_have_is_refused_at_any_time(weight):
     cmim = CMIM(network(), X)
     with pytest.raises(CMIMError, match="weight must be a number, zero or more, or a 0-d tensor; found"):
