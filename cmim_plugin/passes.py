@@ -96,7 +96,9 @@ class Call(TorchFunctionMode):
         nth = self._counts.get(func, 0)
         self._counts[func] = nth + 1
         of_func = [p for p in self.pickups if p.site.function == func]
-        pickups = [p for p in of_func if (p.site.nth if self._with_gradients else p.site.nth_of_all) == nth]
+        pickups = [
+            p for p in of_func if (p.site.function_call if self._with_gradients else p.site.function_call_of_all) == nth
+        ]
         self._running.pick_up(pickups, "argument", (args, kwargs))
         result = func(*args, **kwargs)
         self._running.pick_up(pickups, "result", result)
@@ -109,7 +111,7 @@ class Call(TorchFunctionMode):
     def miscounted(self) -> list[int]:
         """The taps of which a function was called more or less often than in the dry run."""
         of_functions = [p for p in self.pickups if p.site.function is not None]
-        return [p.tap for p in of_functions if self._counts.get(p.site.function, 0) != p.site.times]
+        return [p.tap for p in of_functions if self._counts.get(p.site.function, 0) != p.site.function_calls]
 
 
 @dataclass(eq=False, repr=False)
@@ -175,7 +177,7 @@ class Pass:
         that change places would pair the codes of one with the latent of the other."""
         tap = self.taps[pickup.tap]
         other = tap.latent if pickup.side == BINARY else tap.binary
-        if tap.in_one_call or other is None or self.calls.get(other.module, 0) == pickup.site.others:
+        if tap.in_one_call or other is None or self.calls.get(other.module, 0) == pickup.site.other_calls:
             return True
         self.leave_out(pickup.tap, MISSED, _MISCOUNTED)
         return False
@@ -248,7 +250,7 @@ class Pass:
         less often than in the dry run, or a module was and the sides are not picked up in one call."""
         for k, pair in self.pairs.items():
             sites = [site for site in (pair.tap.binary, pair.tap.latent) if site is not None]
-            other_calls = any(self.calls.get(site.module, 0) != site.calls for site in sites)
+            other_calls = any(self.calls.get(site.module, 0) != site.module_calls for site in sites)
             failed = pair.left_out is not None and pair.left_out[0] == FAILED
             if k in self.miscounted or (other_calls and (failed or not pair.tap.in_one_call)):
                 pair.rows = [None, None]

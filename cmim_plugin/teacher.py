@@ -55,12 +55,12 @@ class Teacher:
             raise CMIMError(f"The teacher's forward raised {type(error).__name__} on example_input: {error}") from error
         first_names = {module: name for name, module in model.named_modules()}
         found = [_in_place_of(tap, first_names[known[names[tap.name]]], trace) for tap in taps]
-        binary = [tap.name for tap, activation in zip(taps, found, strict=True) if activation.held.two_valued]
+        binary = [tap.name for tap, activation in zip(taps, found, strict=True) if activation.snapshot.two_valued]
         if binary:
             warn_once(self, f"The teacher's activations for these taps are binary themselves: {binary}.")
         self._pickups = [Pickup(k, LATENT, activation.site) for k, activation in enumerate(found)]
         #: The taps, with the teacher's activation in the latent's place.
-        self.taps = tuple(_taught(tap, activation.held.shape) for tap, activation in zip(taps, found, strict=True))
+        self.taps = tuple(_taught(tap, activation.snapshot.shape) for tap, activation in zip(taps, found, strict=True))
 
     def described(self, k: int) -> str:
         """What stands in for the latent of a tap, in words."""
@@ -106,7 +106,7 @@ def _in_place_of(tap: Tap, module: str, trace: Trace) -> Sighting:
     products = [s for _, s in operands(trace, module) if s.from_input]
     if products:
         number = 0 if len(products) == 1 else tap.product
-        received = products[number].held.sightings if number < len(products) else []
+        received = products[number].snapshot.sightings if number < len(products) else []
         # The last one before the product: an earlier one may be written over, which an example of zeros does not show.
         found = [s for s in received if s.site.kind in ("input", "output") and s.seq <= products[number].seq][-1:]
         why = (
