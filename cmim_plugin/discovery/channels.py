@@ -33,8 +33,7 @@ def spatial_dims(b: Binarization) -> tuple[int | None, str | None]:
     contracted = _contracted(consumer, operand) if has_weight(consumer, operand) else set()
     found = _dims_at_end(operand, contracted, lambda s: s.snapshot is b.source.snapshot, since=b.source.seq)
     if contracted and found:
-        # Not dimension 0, which is there if samples were folded into the groups of a convolution.
-        dims = found[1] - {0} or found[1]
+        dims = found[1] - {0} or found[1]  # 0 is among them if samples were folded into groups
         if len(dims) > 1 and last in dims:  # flattened for a linear layer
             dims = _dims_of_layer(b) or ({1} if 1 in dims else dims)
     else:  # no weight, or a call in between hides which dimensions it sums over
@@ -61,14 +60,11 @@ def has_weight(consumer: Event, operand: Sighting) -> bool:
 
 def _dims_of_layer(b: Binarization) -> set[int]:
     """The dimensions of the latent that come from the output channels of a trained layer."""
-    dims: set[int] = set()
     if b.latent is None or len(b.latent.snapshot.shape) != len(b.source.snapshot.shape):
-        return dims
-    for dim in range(1, len(b.latent.snapshot.shape)):
-        found = _dims_at_end(b.latent, {dim}, lambda s: _channel_dim(s) is not None)
-        if found and _channel_dim(found[0]) in found[1]:
-            dims.add(dim)
-    return dims
+        return set()
+    latent, is_layer = b.latent, lambda s: _channel_dim(s) is not None
+    ends = {dim: _dims_at_end(latent, {dim}, is_layer) for dim in range(1, len(latent.snapshot.shape))}
+    return {dim for dim, found in ends.items() if found and _channel_dim(found[0]) in found[1]}
 
 
 def _channel_dim(sighting: Sighting) -> int | None:

@@ -15,23 +15,17 @@ _TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
 _DEFAULT_TOLERANCE = 1e-5
 # Fewer elements than 6 may have two values by chance; 4 are enough if there are 8 groups or more.
 _MIN_GROUP, _MIN_GROUP_OF_MANY, _MANY_GROUPS = 6, 4, 8
-# At least this share of the groups must have both values. The others are constant, which shows nothing.
-_MIN_SHARE = 0.125
-# Beside the -1e9 of an attention mask all other values look equal: larger values than this are no codes.
-_MAX_CODE = 1e5
-# Elements of a group that the quick test looks at.
-_QUICK_TEST = 64
-# Rows that a report looks at.
-_REPORT_ROWS = 64
+_MIN_SHARE = 0.125  # of the groups that must have both values: the others are constant, which shows nothing
+_MAX_CODE = 1e5  # beside larger values, as the -1e9 of an attention mask, all others look equal
+_QUICK_TEST, _REPORT_ROWS = 64, 64  # elements of a group for the quick test; rows for a report
 
 
 def sign_pattern(x: Tensor, index: Tensor) -> Tensor | None:
-    """int8 at ``index`` of the flattened tensor: -1 for the smaller of its two values, +1 for the larger; None if it
-    is not two-valued.
+    """int8 at ``index`` of the flattened tensor: -1 for the smaller of two values, +1 for the larger; None if others.
 
     The two values may be those of the whole tensor or differ by sample, channel, sample and channel, token or pixel.
     Zeros between ``-a`` and ``a``, from dropout, padding or ``sign(0)``, are 0 in the pattern. In a group with a single
-    value, the pattern is the sign of that value.
+    value, it is the sign of that value.
     """
     if x.dtype == torch.bool:
         if x.numel() < _MIN_GROUP or is_constant(x):
@@ -42,9 +36,8 @@ def sign_pattern(x: Tensor, index: Tensor) -> Tensor | None:
     for group_dims in _groupings(x.ndim):
         reduced = [d for d in range(x.ndim) if d not in group_dims]
         group_size = torch.Size(x.shape[d] for d in reduced).numel()
-        many = x.numel() >= _MANY_GROUPS * group_size
-        enough = group_size >= (_MIN_GROUP_OF_MANY if many else _MIN_GROUP)
-        if not enough or not _is_plausible(x, group_dims):
+        min_group = _MIN_GROUP_OF_MANY if x.numel() >= _MANY_GROUPS * group_size else _MIN_GROUP
+        if group_size < min_group or not _is_plausible(x, group_dims):
             continue
         low, high = x.amin(reduced, keepdim=True), x.amax(reduced, keepdim=True)
         size = torch.maximum(low.abs(), high.abs())
@@ -71,8 +64,7 @@ def is_two_valued(x: Tensor, layout: Layout) -> bool:
     Constant channels pass. A report asks this: in eval mode, a site may hold another tensor than in the dry run.
     """
     some = x[:_REPORT_ROWS]
-    any_index = torch.zeros(1, dtype=torch.int64, device=x.device)
-    if sign_pattern(some, any_index) is not None:
+    if sign_pattern(some, torch.zeros(1, dtype=torch.int64, device=x.device)) is not None:  # at any index
         return True
     some = layout.channel_vectors(some.float())
     low, high = some.amin(1, keepdim=True), some.amax(1, keepdim=True)

@@ -21,8 +21,7 @@ from .inputs import BatchSource, Inputs, as_inputs, batch_sources, kind_of_value
 from .state import preserve_state
 from .trace import Trace, record
 
-# Number of passes if layers may be skipped at random.
-_MAX_PASSES = 10
+_MAX_PASSES = 10  # if layers may be skipped at random
 _running = threading.local()
 
 
@@ -91,8 +90,7 @@ def _check(model: nn.Module, inputs: Inputs) -> None:
 
 def _dry_run(model: nn.Module, inputs: Inputs, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:
     with preserve_state(model, inputs), torch.enable_grad(), force_eager():
-        # The same model gives the same taps.
-        torch.default_generator.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # the same model gives the same taps
         random.seed(0)
         if (numpy := sys.modules.get("numpy")) is not None:
             numpy.random.seed(0)
@@ -127,10 +125,8 @@ def _dry_run(model: nn.Module, inputs: Inputs, batch_size: int | None) -> tuple[
 
 @torch.no_grad()
 def _fill_zero_weights(model: nn.Module) -> None:
-    """Fill all-zero weights of products and norms with noise: the signs of a branch that starts as zero do not show.
-
-    Thresholds and shifts stay zero: they are no matrices, and their module is no norm (it has no ``eps``).
-    """
+    """Fill all-zero weights of products and norms with noise: a branch that starts as zero hides its signs. Thresholds
+    and shifts stay zero: they are no matrices, and not in a norm, which has ``eps``."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
@@ -175,13 +171,12 @@ def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_I
     return [partial(with_twins, samples), partial(with_twins, max(samples - 1, 2)), *as_given]
 
 
-def _traces(model: nn.Module, inputs_of: _InputsOf, kept: list[Trace], again: Callable[[], Trace]) -> list[Trace]:
-    """``kept``: the trace of the example, or none. ``again``: records it again."""
+def _traces(model: nn.Module, inputs_of: _InputsOf, kept: list[Trace], rerun: Callable[[], Trace]) -> list[Trace]:
     traces = list(kept) or [record(model, *inputs_of(0))]
     if kept:
         traces.append(record(model, *inputs_of(1)))
         if traces[0].functions != traces[1].functions:  # the first pass may have set something up, as a scale
-            traces[0] = again()
+            traces[0] = rerun()
     while len(traces) < 2 or (len(traces) < _MAX_PASSES and _are_random(traces)):
         traces.append(record(model, *inputs_of(len(traces))))
     return traces

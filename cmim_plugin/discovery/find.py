@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -23,14 +24,12 @@ from .inputs import BatchSource
 from .layout import Layout
 from .trace import MAX_QUANTIZED_VALUES, Event, Sighting, Site, Snapshot, Trace
 
-# Operands of fewer elements are not listed as quantized: they have few values anyway.
-_MIN_QUANTIZED = 256
+_MIN_QUANTIZED = 256  # operands with fewer elements are not listed as quantized: they have few values anyway
 _FROZEN = "everything before it is frozen: no gradient reaches it"
 _NO_GRADIENT = (
     "it is made without a gradient: under no_grad, detached, in an autograd.Function, or in a reentrant checkpoint"
 )
-# Distance of two equal samples, divided by that of two different ones. Not zero: rounding errors flip some signs.
-_MAX_TWIN_DISTANCE = 0.4
+_MAX_TWIN_DISTANCE = 0.4  # of equal samples (see Snapshot). Not zero: rounding errors flip some signs
 
 
 @dataclass(frozen=True)
@@ -85,14 +84,13 @@ Tap = BinaryActivation
 def discover(
     model: nn.Module, example_input: Any, batch_size: int | None = None
 ) -> tuple[tuple[BinaryActivation, ...], BatchSource | None]:
-    """The binary activations, and where the number of samples is read off the inputs: None if the user stated it and
-    no input has that size."""
+    """The binary activations, and where the number of samples is read off the inputs, if they tell it."""
     traces, source = dry_run(model, example_input, batch_size)
     found: list[_Keyed] = []
-    module_order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     # A trace that called the same modules as the first one shows the same activations.
     for trace in traces[:1] + [t for t in traces[1:] if t.calls != traces[0].calls]:
-        _merge(module_order, found, _found_in(trace, [other for other in traces if other is not trace]))
+        _merge(order, found, _found_in(trace, [other for other in traces if other is not trace]))
     return tuple(replace(f, skipped=not all(t.calls[f.module] for t in traces)) for f in _named(found)), source
 
 
@@ -154,27 +152,22 @@ def _found_in(trace: Trace, others: list[Trace]) -> list[_Keyed]:
 def _described(history: History, b: Binarization) -> BinaryActivation:
     """The activation as a tap, or with the reason why it is none. Its name is that of the child for now."""
     site, batch = _site_of_binarization(history, b), history.trace.batch
-
-    def refused(reason: str | None) -> BinaryActivation:
-        return BinaryActivation("", 0, reason, site.module, site.call)
-
+    refused = partial(BinaryActivation, "", 0, module=site.module, call=site.call)
     reason = _reason_against(history, b)
     if reason is not None or b.latent is None:
-        return refused(reason)
+        return refused(reason=reason)
     binary, latent = _cheapest(b.source.snapshot.sightings, b.latent.snapshot.sightings, site.module)
     shape, latent_shape = binary.snapshot.shape, latent.snapshot.shape
     spatial, reason = spatial_dims(b)
     mixed = _why_mixed(history, binary, latent, spatial)
     if mixed and (reason or not _has_positions(history, b, binary, Layout(spatial))):
-        return refused(mixed)
+        return refused(reason=mixed)
     if spatial is not None and spatial >= len(latent_shape):
-        return refused(f"its latent has another rank: {tuple(latent_shape)} for {tuple(shape)}")
+        return refused(reason=f"its latent has another rank: {tuple(latent_shape)} for {tuple(shape)}")
     if history.pair_differs(binary, latent, Layout(spatial)):
-        return refused(
-            "its latent or its number of channels changes from pass to pass, as where layers are skipped at random"
-        )
+        reason = "its latent or its number of channels changes from pass to pass, as where layers are skipped at random"
     if reason is not None:
-        return refused(reason)
+        return refused(reason=reason)
     common = Layout(spatial, scores=is_attention_like(b.consumer, b.operand), mixed=bool(mixed))
     layout = replace(common, windowed=not mixed and shape[0] != batch)
     latent_layout = replace(common, windowed=not mixed and latent_shape[0] != batch)
@@ -199,7 +192,6 @@ def _described(history: History, b: Binarization) -> BinaryActivation:
 def _reason_against(history: History, b: Binarization) -> str | None:
     """The reason why a binarization cannot be tapped, whatever its layout, or None."""
     snapshot, ancestors = b.source.snapshot, list(walk_back([b.source], Sighting.parents))
-    # Without a trained layer in between, it is the model's input that is binarized.
     first_sites = [s.snapshot.sightings[0].site for s in ancestors]
     behind_layer = any(s.producer and _is_layer(s.producer) for s in ancestors)
     if not behind_layer and any(site.module == "" and site.kind == "input" for site in first_sites):
@@ -219,7 +211,6 @@ def _reason_against(history: History, b: Binarization) -> str | None:
     if b.latent is None:
         return "no tensor in the graph was found that it is the sign of"
     latent, pattern = b.latent.snapshot, snapshot.pattern
-    # sign(0) is 0: only there may a code be zero.
     if latent.numel == snapshot.numel and pattern is not None and bool(latent.values[pattern == 0].any()):
         return "it has three values: its zeros are not only signs of zero"
     if snapshot.two_valued and not is_sign_of(history.trace, b.binarized, b.latent):
@@ -278,8 +269,7 @@ def _site_of_binarization(history: History, b: Binarization) -> Site:
     if b.event is None and site.kind == "input":
         # The module around made what comes in: BiBERT's attention writes the codes into a mask, a dropout gets it.
         earlier = (s.site for s in reversed(history.trace.sightings[: b.source.seq]))
-        around = (s for s in earlier if not s.module or site.module.startswith(f"{s.module}."))
-        return next(around, site)
+        return next((s for s in earlier if not s.module or site.module.startswith(f"{s.module}.")), site)
     return site
 
 
@@ -316,7 +306,7 @@ def _cheapest(binaries: Sequence[Sighting], latents: Sequence[Sighting], module:
     return min(((b, f) for b in binaries for f in latents if b.in_graph and f.in_graph), key=cost)
 
 
-def _merge(module_order: dict[str, int], found: list[_Keyed], more: list[_Keyed]) -> None:
+def _merge(order: dict[str, int], found: list[_Keyed], more: list[_Keyed]) -> None:
     """Add the activations of another trace: behind the one before them there, and in the order of the modules."""
     i = 0
     for key, activation in more:
@@ -326,8 +316,7 @@ def _merge(module_order: dict[str, int], found: list[_Keyed], more: list[_Keyed]
             if activation.tapped:
                 found[i] = key, activation
         else:
-            order = module_order.get(activation.module, 0)
-            while i < len(found) and module_order.get(found[i][1].module, 0) < order:
+            while i < len(found) and order.get(found[i][1].module, 0) < order.get(activation.module, 0):
                 i += 1
             found.insert(i, (key, activation))
         i += 1

@@ -33,17 +33,11 @@ REORDERS = _names("permute transpose t T mT H mH swapaxes swapdims movedim movea
 #: Views of some elements, or of repeated ones.
 SELECTIONS = _names("getitem select unbind chunk split narrow expand expand_as unfold")
 #: The values of the first argument or their negatives: moved, cast, selected, repeated, or with zeros among them.
-MOVES = (
-    RESHAPES
-    | REORDERS
-    | SELECTIONS
-    | _names(
-        "contiguous clone to type_as type float half bfloat16 double pad roll flip fliplr flipud rot90 neg negative"
-    )
-    | _names("dropout dropout1d dropout2d dropout3d feature_dropout masked_fill max_pool1d max_pool2d max_pool3d")
-    | _names("repeat tile repeat_interleave index_select gather take_along_dim fold")
-    | _names("pixel_shuffle pixel_unshuffle channel_shuffle")
-)
+MOVES = _names(
+    "contiguous clone to type_as type float half bfloat16 double pad roll flip fliplr flipud rot90 neg negative "
+    "dropout dropout1d dropout2d dropout3d feature_dropout masked_fill max_pool1d max_pool2d max_pool3d repeat tile "
+    "repeat_interleave index_select gather take_along_dim fold pixel_shuffle pixel_unshuffle channel_shuffle"
+).union(RESHAPES, REORDERS, SELECTIONS)
 DETACHES = _names("detach data")
 #: Rounding, comparisons and draws: few output values, whatever the input.
 STEPS = _names(

@@ -79,8 +79,8 @@ class History:
 
     def _binarizing_call(self, source: Sighting) -> Event | None:
         """The last call before the source that made its codes."""
-        calls = self._binarizing_calls.get(source.snapshot.pattern_key, ())
-        calls = [call for call in calls if call.results[0].seq <= source.seq]
+        key = source.snapshot.pattern_key
+        calls = [call for call in self._binarizing_calls.get(key, ()) if call.results[0].seq <= source.seq]
         # A sum rebuilds codes, as in the detach trick `sign(x).detach() - f(x).detach() + f(x)`: the last resort.
         calls = [call for call in calls if call.name not in functions.SUMS] or calls[-1:]
         # `o[o >= 0] = 1; o[o < 0] = -1` compares twice, the second time what is half overwritten: the first one counts.
@@ -96,8 +96,8 @@ class History:
         if event is None or event.name in functions.SUMS:
             return self._latent_by_values(source)
         binarized = event.results[0]
-        numel = binarized.snapshot.numel
-        arguments = [a for a in event.arguments if a.snapshot.numel == numel and a.snapshot.continuous]
+        continuous = [a for a in event.arguments if a.snapshot.continuous]
+        arguments = [a for a in continuous if a.snapshot.numel == binarized.snapshot.numel]
         walk = walk_back(arguments, lambda s: [] if s.snapshot.first_in_graph else s.parents(same_size=True))
         found = [s.snapshot.first_in_graph for s in walk if s.snapshot.first_in_graph]
         # Thresholds and scales that are expanded to this size come last.
@@ -161,8 +161,7 @@ def walk_back(start: list[Sighting], parents: Callable[[Sighting], list[Sighting
 
 
 def _sources(operand: Sighting, is_binary: Callable[[Sighting], bool]) -> list[Sighting]:
-    """The first sighting of each a_B that an operand is made of: several if it joins or adds them up, none if it also
-    holds something else."""
+    """The first sighting of each a_B that an operand is made of; none if it also holds something else."""
 
     def parents(s: Sighting) -> list[Sighting]:
         return _binary_parents(s, is_binary) if is_binary(s) else _parts(s)
@@ -192,9 +191,8 @@ def _binary_parents(sighting: Sighting, is_binary: Callable[[Sighting], bool]) -
         return []  # detached: no gradient goes on to the parents
     if event.name in functions.SUMS:
         # `sign(x) + (x - x.detach())`: the zeros bring the gradient.
-        constants = [a for a in parents if a.in_graph and a.snapshot.constant]
-        differences = [a for a in constants if a.producer and a.producer.name in functions.SUMS]
-        if any(not bool(a.snapshot.values.any()) for a in differences):
+        zeros = [a for a in parents if a.in_graph and a.snapshot.constant and not bool(a.snapshot.values.any())]
+        if any(a.producer and a.producer.name in functions.SUMS for a in zeros):
             return []
     in_graph = sighting.snapshot.first_in_graph is not None
     had_codes = [a for a in parents if is_binary(a) and (a.snapshot.first_in_graph or not in_graph)]

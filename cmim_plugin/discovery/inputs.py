@@ -27,7 +27,6 @@ def tensors_in(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
 
 
 def part_of(tree: Any, path: Path) -> Any:
-    """What the keys lead to."""
     for key in path:
         tree = tree[key]
     return tree
@@ -162,10 +161,8 @@ def varied(inputs: Inputs, seed: int, source: BatchSource | None = None) -> Inpu
     chosen = [(path, t) for path, t in chosen if kinds[path] == "varied"] or chosen
     # Beside token ids, a constant is a mask; beside a map of labels, one with more dimensions is an image.
     rank = max((t.ndim for _, t in tensors if not t.is_floating_point()), default=0)
-    if rank >= 2:
-        images = [path for path, t in chosen if kinds[path] == "constant" and t.ndim > rank]
-        chosen = [(path, t) for path, t in chosen if kinds[path] == "varied" or path in images]
-    paths = {path for path, _ in chosen}
+    images = [path for path, t in chosen if kinds[path] == "constant" and t.ndim > rank]
+    paths = [path for path, _ in chosen if rank < 2 or kinds[path] == "varied" or path in images]
     generator = torch.Generator().manual_seed(seed)
 
     def vary(path: Path, value: Any) -> Any:

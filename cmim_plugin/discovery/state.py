@@ -19,10 +19,8 @@ from torch import Tensor, nn
 from .. import _compat
 from .inputs import is_strided
 
-# Containers and objects are searched to this depth. Longer ones are not, as the items of a data set.
-_MAX_DEPTH, _MAX_LENGTH = 4, 4096
-# Depth of a module in a list attribute of a module. A deeper one, as in a trainer's callback, is not the model's.
-_MAX_MODULE_DEPTH = 2
+_MAX_DEPTH, _MAX_LENGTH = 4, 4096  # of nested containers and objects; the items of a data set are more
+_MAX_MODULE_DEPTH = 2  # that of a module in a list attribute; a trainer's callback has deeper ones, which are not ours
 _THREADING_PACKAGES = ("threading", "queue", "concurrent", "multiprocessing", "asyncio", "logging")
 _HOLD_NOTHING = {str, int, float, bool, bytes, type(None), *weakref.ProxyTypes}
 
@@ -84,8 +82,7 @@ def _restore(tensor: Tensor, data: Tensor, values: Tensor | None, flags: tuple[b
 
 
 def register_undo(undo: contextlib.ExitStack, values: Iterable[Any]) -> list[Tensor]:
-    """Register the undo of each change in containers and objects. Return the tensors in them, which are left to the
-    caller."""
+    """Register the undo of each change in containers and objects. The tensors in them are returned instead."""
     tensors: list[Tensor] = []
     visited: set[int] = set()
     queue = [(value, 0) for value in values]

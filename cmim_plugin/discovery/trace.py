@@ -26,10 +26,8 @@ from .functions import RANDOM, SHAPE_ONLY, plain_name, writes
 from .inputs import Inputs, Path, is_strided, tensors_in
 from .state import register_undo, same
 
-# Elements that a snapshot keeps.
-_KEPT = 2048
-# A tensor with at most so many different values is quantized.
-MAX_QUANTIZED_VALUES = 16
+_KEPT = 2048  # elements of a snapshot
+MAX_QUANTIZED_VALUES = 16  # different values of a tensor that counts as quantized
 
 
 @dataclass(frozen=True)
@@ -164,21 +162,16 @@ class Trace:
 
         def counted(sighting: Sighting, other: str) -> Site:
             site = sighting.site
-            return replace(
-                site,
-                module_calls=self.calls[site.module],
-                function_calls=self.functions[site.module, site.call][site.function, True],
-                other_calls=sum(seq <= sighting.seq for seq in self.begun[other]),
-            )
+            functions = self.functions[site.module, site.call][site.function, True]
+            others = sum(seq <= sighting.seq for seq in self.begun[other])
+            return replace(site, module_calls=self.calls[site.module], function_calls=functions, other_calls=others)
 
         return counted(binary, latent.site.module), counted(latent, binary.site.module)
 
 
 def record(model: nn.Module, inputs: Inputs, batch: int, twins: bool = False) -> Trace:
-    """Run a model on a batch of so many samples, and record every tensor.
-
-    ``twins``: whether the last two samples are equal. Then dropout is off, and both get the same random numbers.
-    """
+    """Run a model on a batch of so many samples, and record every tensor. ``twins``: whether the last two samples are
+    equal. Then dropout is off, and both get the same random numbers."""
     recorder = _Recorder(model, batch, twins)
     states = _generator_states()
     with contextlib.ExitStack() as stack:
@@ -208,8 +201,7 @@ class _Recorder(TorchFunctionMode):
         self._twins = twins
         self._names = {module: name for name, module in model.named_modules()}
         self._parameters = {id(p) for p in model.parameters()}
-        # Modules being run, and the index of the call of each.
-        self._scopes: list[tuple[str, int]] = []
+        self._scopes: list[tuple[str, int]] = []  # modules being run, and the index of the call of each
         self._with_gradients = torch.is_grad_enabled()
         self._uncounted: Counter[str] = Counter()  # calls of each module with gradients unlike the pass
         # For each tensor object: whether it depends on the model's input, and its last snapshot.
@@ -231,8 +223,7 @@ class _Recorder(TorchFunctionMode):
         else:
             self._uncounted[name] += 1
             self._scopes.append((name, -self._uncounted[name]))
-        is_model = len(self._scopes) == 1
-        inputs = self._record_tensors((args, kwargs), "input", from_input=True if is_model else None)
+        inputs = self._record((args, kwargs), "input", from_input=True if len(self._scopes) == 1 else None)
         if not getattr(module, "batch_first", True):
             shape = next((s.snapshot.shape for s in inputs if len(s.snapshot.shape) == 3), None)
             if shape is not None and shape[0] == self.trace.batch != shape[1]:
@@ -240,7 +231,7 @@ class _Recorder(TorchFunctionMode):
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if module in self._names:
-            self._record_tensors(output, "output")
+            self._record(output, "output")
             self._scopes.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -259,7 +250,7 @@ class _Recorder(TorchFunctionMode):
             module=self._scopes[-1][0],
             parameters=len(tensors) - len(activations),
             has_gradient=len(tensors) > len(activations) or any(t.requires_grad for t in tensors),
-            arguments=self._record_tensors((args, kwargs), "argument", *function_call),
+            arguments=self._record((args, kwargs), "argument", *function_call),
             equation=args[0] if args and isinstance(args[0], str) else "",
         )
         from_input = name not in SHAPE_ONLY and any(self._from_input[t] for t in activations)
@@ -274,10 +265,9 @@ class _Recorder(TorchFunctionMode):
         if name in RANDOM:
             self._note_draw(result)
         self._from_input.update(dict.fromkeys(written, True))
-        event.results = self._record_tensors(result, "result", *function_call, from_input=from_input)
+        event.results = self._record(result, "result", *function_call, from_input=from_input)
         # `x[mask] = 1` returns nothing: look at what it wrote into.
-        changed = self._record_tensors(written, "written", *function_call)
-        changed = [s for s in changed if s.snapshot not in overwritten]
+        changed = [s for s in self._record(written, "written", *function_call) if s.snapshot not in overwritten]
         event.writes = bool(changed)
         event.results += [s for s in changed if s.snapshot not in [r.snapshot for r in event.results]]
         for sighting in event.results:
@@ -295,13 +285,9 @@ class _Recorder(TorchFunctionMode):
             with _compat.unseen():
                 numbers.data[-rows:] = numbers.data[-2 * rows : -rows].clone()
 
-    def _record_tensors(
-        self, tree: Any, kind: str, *function_call: Any, from_input: bool | None = None
-    ) -> list[Sighting]:
-        """Record the tensors of a tree. ``function_call``: the function, and the two indices of the call.
-
-        ``from_input``: whether new tensors depend on the input; None if that is not known.
-        """
+    def _record(self, tree: Any, kind: str, *function_call: Any, from_input: bool | None = None) -> list[Sighting]:
+        """Record the tensors of a tree. ``function_call``: the function and both indices of its call. ``from_input``:
+        whether new tensors depend on the input, None if that is not known."""
         sightings, is_in_graph = [], torch.is_grad_enabled() and not _compat.is_transformed()
         with _compat.unseen():
             for path, tensor in tensors_in(tree):
@@ -360,8 +346,7 @@ class _Recorder(TorchFunctionMode):
         index = self._kept_indices(size, tensor.device)
         samples = self.trace.batch - 1, self.trace.batch - 2, 0
         last, twin, first = (tensor.take(index + size * sample).double() for sample in samples)
-        different = (last - first).abs().mean()
-        # None if different samples give the same.
+        different = (last - first).abs().mean()  # zero, up to rounding, if all samples give the same
         return float((last - twin).abs().mean() / different) if different > 1e-6 * last.abs().mean() else None
 
 
