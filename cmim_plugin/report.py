@@ -110,7 +110,7 @@ class Report:
         }
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write a line a tap: the attributes of :class:`TapReport`, empty where unknown."""
+        """Write a line a tap: the attributes of :class:`TapReport`, empty if unknown."""
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(TapReport.__dataclass_fields__))
             writer.writeheader()

@@ -21,7 +21,7 @@ _QUICK_TEST, _REPORT_ROWS = 64, 64  # elements of a group for the quick test; ro
 
 
 def sign_pattern(x: Tensor, index: Tensor) -> Tensor | None:
-    """int8 at ``index`` of the flattened tensor: -1 for the smaller of two values, +1 for the larger; None if others.
+    """int8 at ``index`` of the flattened tensor: -1 for the smaller of its two values, +1 for the larger; or None.
 
     The two values may be those of the whole tensor or differ by sample, channel, sample and channel, token or pixel.
     Zeros between ``-a`` and ``a``, from dropout, padding or ``sign(0)``, are 0 in the pattern. In a group with a single

@@ -33,9 +33,9 @@ def is_dry_run() -> bool:
 def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:
     """Traces of the model in training mode, and where the number of samples is read.
 
-    The first pass runs the example as it is. Its trace is kept unless a tensor of the example is constant, as zeros for
-    its shape. All others are made of varied inputs, or of the example again if the model refuses these. From the second
-    trace on, the last two samples are equal. There are two traces, or ten if layers may be skipped at random.
+    The first pass runs the example as it is. Its trace is kept if no tensor of the example is constant, and its number
+    of samples was taken right. All others are made of varied inputs, or of the example if the model refuses these. From
+    the second one on, the last two samples are equal. There are two traces, ten if layers may be skipped at random.
     """
     inputs = as_inputs(example)
     _check(model, inputs)

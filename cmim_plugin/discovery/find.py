@@ -44,7 +44,7 @@ class BinaryActivation:
         reason: why it cannot be tapped, or None.
         module, call: qualified name of that module, "" for the model itself, and the index of the call of it.
         binary, latent: the sites at which a_B and a_F are captured. ``latent`` is None if a teacher takes its place.
-        layouts, latent_channels: of a_B and a_F; the number of channels of a_F or of the teacher's activation.
+        layouts, latent_channels: those of a_B and a_F; the number of channels of a_F or of the teacher's activation.
         aligned: whether both have the same number of positions.
         mixed: why its rows are not those of one sample after another, or None. Its positions can be contrasted all the
             same; whole images cannot, and labels and masks do not apply.
@@ -235,9 +235,9 @@ def _why_mixed(history: History, binary: Sighting, latent: Sighting, spatial: in
     for side in (binary, latent):
         rows = side.snapshot.shape[0] if side.snapshot.shape else 0
         shapes = f"{tuple(side.snapshot.shape)} for {batch} samples"
-        seen = [(trace.batch, s.snapshot.shape[:1].numel()) for trace, s in history.in_all_traces(side)]
+        counts = [(trace.batch, s.snapshot.shape[:1].numel()) for trace, s in history.in_all_traces(side)]
         # The number of rows has to grow with the batch.
-        if not rows or rows % batch or any(n * batch != rows * samples for samples, n in seen if samples != batch):
+        if not rows or rows % batch or any(n * batch != rows * samples for samples, n in counts if samples != batch):
             return f"the batch is not its first dimension, or is mixed with another: {shapes}"
         if rows == batch:
             continue
@@ -253,7 +253,7 @@ def _why_mixed(history: History, binary: Sighting, latent: Sighting, spatial: in
 
 
 def _has_positions(history: History, b: Binarization, binary: Sighting, layout: Layout) -> bool:
-    """Whether a_B has positions to contrast although its samples are mixed: not if its channels come first."""
+    """Whether a_B has positions to contrast although its samples are mixed: not without a batch, or channels first."""
     shapes = [(trace.batch, s.snapshot.shape) for trace, s in history.in_all_traces(binary)]
     if len({layout.positions(shape) for _, shape in shapes}) > 1:
         return True  # the batch is among the positions
@@ -291,9 +291,9 @@ def _child(history: History, latent: Sighting, site: Site) -> str:
 
 
 def _cheapest(binaries: Sequence[Sighting], latents: Sequence[Sighting], module: str) -> tuple[Sighting, Sighting]:
-    """The sightings at whose sites a_B and a_F are captured: few function calls, in the module that binarizes, early.
+    """The sightings at whose sites both are captured: few watched function calls, in the binarizing module, early.
 
-    Before all that: not a function call unless both are in one module call. Otherwise they may not belong together: a
+    Before all that: no function call unless both are in one module call. Otherwise they may not belong together: a
     layer that is skipped shifts the count of function calls on one side only.
     """
 

@@ -202,8 +202,8 @@ def _binary_parents(sighting: Sighting, is_binary: Callable[[Sighting], bool]) -
         # Codes may change sign if there are no others: by bit errors, or by a scale of both signs.
         only_codes = event.name in functions.GATES and len({a.snapshot.pattern_key for a in full_size}) == 1
         had_codes = [a for a in had_codes if _keeps_codes(sighting, a) or (only_codes and a in full_size)]
-    gates = {a for a in full_size if a.snapshot.two_valued} - set(had_codes)
     # `sign(x) * (|x| > t)` has three values.
+    gates = {a for a in full_size if a.snapshot.two_valued} - set(had_codes)
     return [] if event.name in functions.SCALINGS and gates else had_codes
 
 

@@ -62,7 +62,7 @@ class Snapshot:
     values: Tensor  # (n,), at kept_indices(): comparable between tensors of one size
     pattern: Tensor | None = None  # (n,) sign_pattern() there; None if not two-valued or independent of the input
     constant: bool = False  # all elements are equal
-    num_values: int = 0  # number of different values, if 3 to MAX_QUANTIZED_VALUES; otherwise 0
+    num_values: int = 0  # number of different values if they are few; 0 if constant, two-valued or many
     one_hot: bool = False  # along some dimension, a single element is not zero
     twin_distance: float | None = None  # between two equal samples, divided by that between two different ones
     sightings: list[Sighting] = field(default_factory=list)  # of the tensor with these values, in order
@@ -81,7 +81,7 @@ class Snapshot:
 
     @property
     def first_in_graph(self) -> Sighting | None:
-        """The first sighting in the graph: there is none if all are within the forward of an autograd.Function."""
+        """The first sighting in the graph. The forward of an autograd.Function is not in it: it has no gradients."""
         return next((s for s in self.sightings if s.in_graph), None)
 
     @cached_property
@@ -151,7 +151,7 @@ class Trace:
     #: (module, its call) -> number of calls of each (function, whether with gradients) there
     functions: dict[tuple[str, int], Counter[Any]] = field(default_factory=lambda: defaultdict(Counter))
     draws_scalars: bool = False  # single random numbers were drawn, as by a model that skips layers at random
-    time_major: str = ""  # a module without batch_first whose input has the batch in its second dimension, "" if none
+    time_major: str = ""  # a module that takes a dimension as long as the batch for time: it has no batch_first
 
     @cached_property
     def by_site(self) -> dict[Site, Sighting]:
