@@ -8,8 +8,7 @@ import weakref
 
 import torch
 
-# Object -> the messages that it gave already.
-_given: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()
+_issued: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()  # owner -> warnings so far
 
 
 class CMIMError(RuntimeError):
@@ -21,14 +20,14 @@ class CMIMWarning(UserWarning):
 
 
 def warn_once(owner: object, *messages: str) -> None:
-    """Warn of each message once for each object; of those that come together, in one warning."""
+    """Issue each message once for each owner; several new ones in one warning."""
     if torch.compiler.is_compiling():
         return
-    given = _given.setdefault(owner, set())
-    message = "\n".join(message for message in messages if message not in given)
+    issued = _issued.setdefault(owner, set())
+    message = "\n".join(message for message in messages if message not in issued)
     if message:
-        given.update(messages)
-        # At the line of the user's that led here.
+        issued.update(messages)
+        # Point at the user's line: skip the frames of torch and of this package.
         level, frame = 2, sys._getframe(1)
         while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "cmim_plugin"):
             level, frame = level + 1, frame.f_back

@@ -95,8 +95,12 @@ class Call(TorchFunctionMode):
             return func(*args, **kwargs)
         nth = self._counts.get(func, 0)
         self._counts[func] = nth + 1
-        pickups = [p for p in self.pickups if p.site.function == func]
-        pickups = [p for p in pickups if (p.site.nth if self._with_gradients else p.site.nth_of_all) == nth]
+        pickups = [
+            p
+            for p in self.pickups
+            if p.site.function == func
+            and nth == (p.site.function_call if self._with_gradients else p.site.function_call_of_all)
+        ]
         self._running.pick_up(pickups, "argument", (args, kwargs))
         result = func(*args, **kwargs)
         self._running.pick_up(pickups, "result", result)
@@ -109,7 +113,7 @@ class Call(TorchFunctionMode):
     def miscounted(self) -> list[int]:
         """The taps of which a function was called more or less often than in the dry run."""
         pickups = [p for p in self.pickups if p.site.function is not None]
-        return [p.k for p in pickups if self._counts.get(p.site.function, 0) != p.site.times]
+        return [p.k for p in pickups if self._counts.get(p.site.function, 0) != p.site.function_calls]
 
 
 @dataclass(eq=False, repr=False)
@@ -182,7 +186,7 @@ class Pass:
         places would pair the codes of one with the latent of the other."""
         tap = self.taps[pickup.k]
         other = tap.latent if pickup.side == BINARY else tap.binary
-        if tap.in_one_call or other is None or self.calls.get(other.module, 0) == pickup.site.others:
+        if tap.in_one_call or other is None or self.calls.get(other.module, 0) == pickup.site.other_calls:
             return True
         self.leave_out(pickup.k, ABSENT, _MISCOUNTED)
         return False
@@ -243,7 +247,7 @@ class Pass:
         dry run; or a module was, and the sides are of two calls, or the tap failed (on another call's activation)."""
         for k, pair in self.pairs.items():
             sites = [site for site in (pair.tap.binary, pair.tap.latent) if site is not None]
-            calls_differ = any(self.calls.get(site.module, 0) != site.calls for site in sites)
+            calls_differ = any(self.calls.get(site.module, 0) != site.module_calls for site in sites)
             failed = pair.left_out is not None and pair.left_out[0] == ERROR
             if k in self.miscounted or (calls_differ and (failed or not pair.tap.in_one_call)):
                 pair.rows = [None, None]

@@ -1,4 +1,4 @@
-"""The variant that the code published with the paper runs: teacher, last layer, memory bank indexed by the sample."""
+"""The variant of the authors' published code: teacher, last layer, memory bank with an entry for each sample."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from .passes import Pass
 from .plugin import CMIM, Rules, check
 from .sampling import advance_draws, new_draws, seeded_generator, upper_half
 
-# As in the code of CRD (arXiv 1910.10699), which the published code took over.
-_EPSILON = 1e-7
+_EPSILON = 1e-7  # as in the code of CRD (arXiv 1910.10699), which the published code took over
 
 
 class PublishedCMIM(CMIM):
@@ -38,7 +37,7 @@ class PublishedCMIM(CMIM):
         targets: ``(M,)`` integer classes of the training set, in its order.
         taps: as for :class:`CMIM`; None for the last one.
         weight, temperature, embed_dim: as for :class:`CMIM`, with that code's values.
-        num_negatives: ``N``.
+        num_negatives: ``N``, the negatives of each anchor.
         momentum: of the bank: an entry becomes ``momentum * entry + (1 - momentum) * embedding``, of unit length.
         train_heads: False, as published, leaves the heads as they were drawn.
 
@@ -95,7 +94,7 @@ class PublishedCMIM(CMIM):
         except BaseException:  # out of memory, an interrupt
             self.remove()
             raise
-        # Again, with the bank.
+        # CMIM.__init__ did this before there was a bank.
         self._synced = False
         self._sync()
 
@@ -109,7 +108,7 @@ class PublishedCMIM(CMIM):
 
         Args:
             model: as for :class:`CMIM`.
-            indices: ``(B,)`` integers: where each sample of the batch stands in the training set.
+            indices: ``(B,)`` integers, the index of each sample of the batch in the training set.
 
         Raises:
             CMIMError: as in :meth:`CMIM.forward`, and for indices of another number or outside of the training set.
@@ -130,10 +129,10 @@ class MemoryBank(nn.Module):
 
     entries: Tensor  # (taps, 2, M, D), of the binary and of the full-precision side; of unit length once updated
     normalizers: Tensor  # (taps, 2), the constants Z in place of the partition functions: from the first batch
-    draws: Tensor  # (N,) int64, a random sequence for each negative; a batch of any size reads on from it
+    draws: Tensor  # (N,) int64, states of random sequences: each anchor of a batch advances them once
     targets: Tensor
-    order: Tensor  # the samples, class by class,
-    classes: Tensor  # and the class of each in that order
+    order: Tensor  # indices of the samples, sorted by class
+    classes: Tensor  # their classes, sorted
 
     def __init__(self, contrast: Contrast, targets: Tensor, num_negatives: int, momentum: float) -> None:
         super().__init__()
@@ -152,7 +151,7 @@ class MemoryBank(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MemoryBank:
         super()._apply(fn, recurse)
-        for name in ("entries", "normalizers"):  # as the heads: half precision would round what momentum adds
+        for name in ("entries", "normalizers"):  # half precision would lose small updates
             buffer = getattr(self, name)
             setattr(self, name, buffer.to(torch.promote_types(buffer.dtype, torch.float32)))
         return self
@@ -160,7 +159,7 @@ class MemoryBank(nn.Module):
     def forward(self, contrast: Contrast, captured: Pass, indices: Tensor) -> Tensor:
         """The weighted sum of the losses of all taps, 0-d."""
         indices = self._checked(captured, indices)
-        # In the place of labels: embed() brings them to the rows, in the order of all ranks.
+        # Passed as labels: embed() gathers them from all ranks and gives each row its own.
         rows = contrast.embed(captured, indices, None)
         total = zero_of(rows)
         for k, (z_b, z_f, of_rows, _) in rows.items():
@@ -174,7 +173,7 @@ class MemoryBank(nn.Module):
         return total
 
     def _checked(self, captured: Pass, indices: Tensor) -> Tensor:
-        """Indices of the batch of a pass, int64, on the device of the bank."""
+        """The indices, int64, on the device of the bank."""
         is_list = isinstance(indices, Tensor) and indices.ndim == 1
         if not is_list or not holds_integers(indices) or indices.dtype == torch.bool:
             raise CMIMError("indices must be a tensor of (B,) integers: where the samples stand in the training set.")
@@ -209,12 +208,13 @@ class MemoryBank(nn.Module):
         return loss
 
     def negatives(self, indices: Tensor) -> Tensor:
-        """Samples of other classes, drawn with replacement: ``(n, num_negatives)``."""
+        """``(n, N)``: indices of samples of other classes, drawn with replacement."""
         drawn = []
         for _ in range(len(indices)):
             advance_draws(self.draws)
             drawn.append(upper_half(self.draws))
         own = self.targets[indices][:, None]
+        # The samples of the own class are a block of `order`: draw among the others, and skip the block.
         first, end = (torch.searchsorted(self.classes, own, right=right) for right in (False, True))
         place = torch.stack(drawn).remainder(len(self.order) - (end - first))
         return self.order[torch.where(place < first, place, place + end - first)]

@@ -1,4 +1,4 @@
-"""A look inside: what every binary activation of a network keeps of its latent, over held-out data."""
+"""A look inside: how much each binary activation keeps of its latent, measured on held-out data."""
 
 from __future__ import annotations
 
@@ -28,9 +28,8 @@ from .passes import BINARY, Pass
 from .sampling import Schedule
 from .text import table
 
-# Scores this close are a tie: clipping makes many latents the very same.
-_NOISE = 1e-6
-# Heading -> what of a tap is below it, and how it is written.
+_NOISE = 1e-6  # scores this close are a tie: clipping makes many latents the very same
+# Column heading -> attribute of TapReport, and its format.
 # fmt: off
 _COLUMNS = {
     "tap": ("name", "{}"), "channels": ("channels", "{}"), "bound": ("bound", "{:.2f}"),
@@ -42,20 +41,20 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class TapReport:
-    """One tap, over everything that a report saw.
+    """The figures of one tap, over all batches of a report.
 
     Attributes:
         name: of the tap.
         channels: of a_B.
         bound: lower bound on the mutual information of a_B and what it is contrasted with, in nats: the mean over the
-            batches, each counted by its instances. None for an objective without one.
-        ceiling: what the bound can be at most, in nats: the logarithm of the number of candidates.
+            batches, weighted by their numbers of instances. None for an objective without one.
+        ceiling: the largest bound that is possible, in nats: the logarithm of the number of candidates.
         retrieval: how often the embedding of an a_B is nearest to that of its own a_F among those of the batch, in
             [0, 1]; a tie of ``k`` of them counts ``1 / k``.
         plus: share of the higher code, of all positions and channels, in [0, 1].
         dead, saturated: channels whose code was always the lower, always the higher one.
 
-    ``bound``, ``ceiling`` and ``retrieval`` are None where no batch had two instances to tell apart.
+    ``bound``, ``ceiling`` and ``retrieval`` are None if no batch had two instances to tell apart.
     """
 
     name: str
@@ -80,10 +79,10 @@ class Report:
     Attributes:
         taps: the figures, one entry a tap.
         samples, batches: how many were seen.
-        instances: what one sample of the contrast was, "position" or "image".
-        rank, ranks: whose data this is.
-        heads_trained: False where the heads' own Adam has taken no step yet: bound and retrieval then say nothing. True
-            with ``heads_lr=0``: whether somebody else trained the heads is not known.
+        instances: what was contrasted, "position" or "image".
+        rank, ranks: the rank whose data was measured, and the number of ranks.
+        heads_trained: False if the heads' own Adam has taken no step yet: bound and retrieval then say nothing. True
+            with ``heads_lr=0``: others may have trained the heads.
     """
 
     taps: tuple[TapReport, ...]
@@ -96,10 +95,7 @@ class Report:
 
     @property
     def worst(self) -> str:
-        """The tap that loses the most, which keeps the least of what its bound could reach.
-
-        By the retrieval where the objective gives no bound, "" where there is neither.
-        """
+        """The tap with the lowest ``kept``; with the lowest ``retrieval`` if there is no bound; "" without either."""
         kept = {tap.name: tap.kept for tap in self.taps if tap.kept is not None}
         figures = kept or {tap.name: tap.retrieval for tap in self.taps if tap.retrieval is not None}
         return min(figures, key=lambda name: figures[name], default="")
@@ -114,14 +110,14 @@ class Report:
         }
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write a line a tap: the attributes of :class:`TapReport`, empty where unknown."""
+        """Write a line a tap: the attributes of :class:`TapReport`, empty if unknown."""
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(TapReport.__dataclass_fields__))
             writer.writeheader()
             writer.writerows(asdict(tap) for tap in self.taps)
 
     def plot(self, path: str | os.PathLike[str], before: Report | None = None) -> Any:
-        """Draw the figures of all taps side by side into a file, whose ending says which format. Needs matplotlib.
+        """Draw the figures of all taps side by side into a file; its ending gives the format. Needs matplotlib.
 
         ``before``: another report of the same taps, drawn beside this one.
 
@@ -189,7 +185,7 @@ def measure(
     inputs: Callable[[Any], Any] | None,
     max_batches: int | None,
 ) -> Report:
-    """:meth:`cmim_plugin.CMIM.report`, of the model inside any wrapper, whose passes ``training`` captures."""
+    """:meth:`cmim_plugin.CMIM.report`. ``model``: without wrappers; ``training``: its capture."""
     if max_batches is not None and (not isinstance(max_batches, numbers.Integral) or max_batches < 1):
         raise CMIMError(f"max_batches must be an integer, 1 or more, or None for all; found {max_batches!r}.")
     if isinstance(loader, Tensor):
@@ -206,7 +202,7 @@ def measure(
     source, teacher, modules = training.batch_source, training.teacher, training.modules
     capture = Capture(model, contrast.taps, schedule, source, observer, teacher, modules)
     troubles: list[str] = []
-    # A loader that shuffles or augments draws from the generators, too: they are kept around all of it.
+    # A loader that shuffles or augments draws from the generators, too.
     with preserve_generators(model.parameters()), torch.no_grad(), _evaluating(model), force_eager():
         capture.attach()
         try:
@@ -216,8 +212,8 @@ def measure(
                 try:
                     model(*args, **kwargs)
                 except TypeError as error:  # an argument is missing
-                    what = "" if inputs else " Of a batch, the first element alone is its input: pass inputs= for more."
-                    raise CMIMError(f"The model's forward raised TypeError: {error}.{what}") from error
+                    hint = "" if inputs else " Of a batch, the first element alone is its input: pass inputs= for more."
+                    raise CMIMError(f"The model's forward raised TypeError: {error}.{hint}") from error
                 captured = capture.pop()
                 troubles += captured.troubles()
                 for tally in tallies:
@@ -228,13 +224,13 @@ def measure(
             capture.detach()
     if not batches:
         raise CMIMError("The loader gave no batch: nothing to report on. (A generator that was used up does that.)")
-    found = [tally for tally in tallies if tally.positions and not tally.astray]
+    found = [tally for tally in tallies if tally.positions and not tally.mismatched]
     why = troubles[0] if troubles else "In eval mode the model takes another way than in training."
     if not found:
         raise CMIMError(f"In eval mode no tap had both its binary activation and its latent. {why}")
     if len(found) < len(tallies):
-        astray = [tally.tap.name for tally in tallies if tally not in found]
-        message = f"The report leaves out these taps, whose pairs were not found in eval mode: {astray}. {why}"
+        missing = [tally.tap.name for tally in tallies if tally not in found]
+        message = f"The report leaves out these taps, whose pairs were not found in eval mode: {missing}. {why}"
         warnings.warn(message, CMIMWarning, stacklevel=3)
     return Report(
         taps=tuple(tally.result() for tally in found),
@@ -250,37 +246,36 @@ def measure(
 class _Tally:
     """The sums of one tap over the batches."""
 
-    astray = False  # another tensor was found where the binary activation is in training, or one side only
-    positions = instances = 0
-    bound = ceiling = retrieved = 0.0
-
     def __init__(self, contrast: Contrast, k: int) -> None:
         self.contrast = contrast
         self.k = k
         self.tap = contrast.taps[k]
-        #: Of each channel, how many positions have the higher code.
+        self.mismatched = False  # in eval mode, the site of a_B holds another tensor, or one side is missing
+        self.positions = self.instances = 0
+        self.bound = self.ceiling = self.retrieved = 0.0
+        #: For each channel, the number of positions with the higher code.
         self.higher = torch.zeros(self.tap.channels, dtype=torch.int64, device="cpu")
         self.bound_of = getattr(contrast.objective, "bound", None)
 
     def count_codes(self, activation: Tensor, mask: Tensor | None) -> None:
-        """Count the codes of a_B, all of them but those of padding."""
+        """Count the codes of a_B, without padding."""
         if not activation.numel():
             return
         layout = self.tap.layouts[BINARY]
         if not self.positions and not is_two_valued(activation, layout):
-            self.astray = True
+            self.mismatched = True
         codes = layout.rows(_is_higher(activation))
         if mask is not None and mask.shape == (len(activation), layout.tokens(activation.shape)):
-            # Heads of attention, as other dimensions before the tokens, repeat the sequence within a sample.
+            # Repeat the mask for each attention head, or other entry of a dimension before the tokens.
             codes = codes[mask.repeat(1, len(codes) // max(mask.numel(), 1)).flatten().to(codes.device) != 0]
         self.positions += len(codes)
         self.higher += codes.sum(0).cpu()
 
     def contrast_rows(self, captured: Pass) -> None:
-        """Bound and retrieval of one batch."""
+        """Add the bound and the retrieval of one batch."""
         pair = captured.pairs[self.k]
         if not pair.complete:
-            self.astray = self.astray or any(rows is not None for rows in pair.rows)
+            self.mismatched = self.mismatched or any(rows is not None for rows in pair.rows)
             return
         binary, latent = pair.sides
         if pair.unpadded is not None:
@@ -315,12 +310,11 @@ class _Tally:
 
 
 def _retrieved(z_b: Tensor, z_f: Tensor) -> float:
-    """How many rows of ``z_b`` are nearest to their own row of ``z_f``; one in ``k`` where ``k`` are equally near."""
+    """How many rows of ``z_b`` are nearest to their own row of ``z_f``; ``1 / k`` each if ``k`` are equally near."""
     with torch.autocast(z_b.device.type, enabled=False):
         scores = z_b @ z_f.mT
     own = scores.diagonal()[:, None]
-    # NaN compares false: it finds nothing.
-    nearest = (scores <= own + _NOISE).all(1)
+    nearest = (scores <= own + _NOISE).all(1)  # NaN compares false
     equally_near = (scores >= own - _NOISE).sum(1).clamp_min(1)
     return float((nearest / equally_near).sum())
 
@@ -328,7 +322,7 @@ def _retrieved(z_b: Tensor, z_f: Tensor) -> float:
 def _is_higher(activation: Tensor) -> Tensor:
     """Which codes are the higher of the two: bool, shaped like the activation.
 
-    Above zero, which also holds where each channel or sample has a scale of its own; between the two where both are of
+    The threshold is zero, which fits if each channel or sample has a scale of its own; the middle if all values have
     one sign. A constant tensor has its sign for a code.
     """
     low, high = activation.amin(), activation.amax()
@@ -362,7 +356,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        model.train(modes[model])  # a module may do more than to keep its mode
+        model.train(modes[model])  # a module may override train() to do more
         for module, training in modes.items():
             module.training = training
 

@@ -1,4 +1,4 @@
-"""The second form of the contrast: a full-precision network's activation in place of the latent one."""
+"""The second form of the contrast: a full-precision network's activation in place of a_F."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .wrappers import unwrapped
 class Teacher:
     """A full-precision network that runs beside the binary one, without gradients, on the same input.
 
-    It has the binary network's modules, by name. What stands in for the latent of a tap is what the teacher's
-    convolution or matrix product receives in the place of a_B: in the module of that name, the product of the same
-    number. It is the module's output where no product runs within it, as in a ReLU in the place of a sign.
+    It has modules of the same names. Its activation for a tap is what a convolution or matrix product receives there in
+    place of a_B: in the module of that name, the operand with the same index. If no product runs in that module,
+    as in a ReLU in place of a sign, it is the module's output.
 
     The arguments are those of :class:`cmim_plugin.CMIM`; ``modules`` are its ``teacher_modules``.
     """
@@ -32,7 +32,7 @@ class Teacher:
     def __init__(
         self, model: nn.Module, example_input: Any, taps: tuple[Tap, ...], modules: Mapping[str, str] | None
     ) -> None:
-        self.model = model = unwrapped(model).eval()  # here and nowhere else
+        self.model = model = unwrapped(model).eval()  # only here: deliver() refuses training mode
         names = {tap.name: (modules or {}).get(tap.name, tap.module) for tap in taps}
         unknown = sorted(set(modules or ()) - names.keys())
         if unknown:
@@ -48,22 +48,24 @@ class Teacher:
         try:
             with torch.no_grad(), force_eager():
                 try:
-                    trace = record(model, varied(inputs, 0), 0)  # zeros show two values where there are more
+                    # An example of zeros may look binary. (The batch size serves twins only, of which there are none.)
+                    trace = record(model, varied(inputs, 0), batch=0)
                 except Exception:  # it may take no other values
-                    trace = record(model, inputs, 0)
+                    trace = record(model, inputs, batch=0)
         except Exception as error:
             raise CMIMError(f"The teacher's forward raised {type(error).__name__} on example_input: {error}") from error
+        # The trace knows a shared module by the first of its names.
         first_names = {module: name for name, module in model.named_modules()}
-        found = [_in_place_of(tap, first_names[known[names[tap.name]]], trace) for tap in taps]
-        binary = [tap.name for tap, activation in zip(taps, found, strict=True) if activation.held.two_valued]
+        found = [_counterpart(tap, first_names[known[names[tap.name]]], trace) for tap in taps]
+        binary = [tap.name for tap, activation in zip(taps, found, strict=True) if activation.snapshot.two_valued]
         if binary:
             warn_once(self, f"The teacher's activations for these taps are binary themselves: {binary}.")
         self._pickups = [Pickup(k, LATENT, activation.site) for k, activation in enumerate(found)]
-        #: The taps, with the teacher's activation in the latent's place.
-        self.taps = tuple(_taught(tap, activation.held.shape) for tap, activation in zip(taps, found, strict=True))
+        #: The taps, with the teacher's activation in place of the latent.
+        self.taps = tuple(_with_teacher(tap, s.snapshot.shape) for tap, s in zip(taps, found, strict=True))
 
     def described(self, k: int) -> str:
-        """What stands in for the latent of a tap, in words."""
+        """The teacher's activation for a tap, in words."""
         site, tap = self._pickups[k].site, self.taps[k]
         return f"the teacher's {site.kind}" + ("" if site.module == tap.module else f" of {site.module}")
 
@@ -71,11 +73,11 @@ class Teacher:
         """Run the teacher on a batch and hand its activations over as the latent side."""
         if self.model.training:
             raise CMIMError("The teacher is in training mode: leave it out of model.train(), or call teacher.eval().")
-        calls = [0] * len(self.taps)
+        calls = [0] * len(self.taps)  # so far, of the module of each tap
 
-        def pick(k: int, site: Site, *seen: Any) -> None:
+        def pick(k: int, site: Site, *hooked: Any) -> None:  # (args, kwargs) or (args, kwargs, output)
             if calls[k] == site.call:
-                to.pick_up(self._pickups[k : k + 1], site.kind, seen if site.kind == "input" else seen[-1])
+                to.pick_up(self._pickups[k : k + 1], site.kind, hooked if site.kind == "input" else hooked[-1])
             calls[k] += 1
 
         handles = []
@@ -83,7 +85,7 @@ class Teacher:
             site = self._pickups[k].site
             module = self.model.get_submodule(site.module)
             register: Any = module.register_forward_pre_hook if site.kind == "input" else module.register_forward_hook
-            handles.append(register(lambda _, *seen, k=k, site=site: pick(k, site, *seen), with_kwargs=True))
+            handles.append(register(lambda _, *hooked, k=k, site=site: pick(k, site, *hooked), with_kwargs=True))
         try:
             with torch.no_grad():
                 self.model(*_copied(args), **_copied(kwargs))
@@ -101,28 +103,28 @@ def _copied(inputs: Any) -> Any:
     return type(inputs)(map(_copied, inputs)) if type(inputs) in (list, tuple) else inputs
 
 
-def _in_place_of(tap: Tap, module: str, trace: Trace) -> Sighting:
-    """What the teacher has in the place of a_B, where a hook can pick it up."""
+def _counterpart(tap: Tap, module: str, trace: Trace) -> Sighting:
+    """The teacher's activation for a tap, at the input or output of a module, where a hook captures it."""
     products = [s for _, s in operands(trace, module) if s.from_input]
     if products:
-        number = 0 if len(products) == 1 else tap.product
-        received = products[number].held.sightings if number < len(products) else []
-        # The last one before the product: an earlier one may be written over, which an example of zeros does not show.
-        found = [s for s in received if s.site.kind in ("input", "output") and s.seq <= products[number].seq][-1:]
-        why = (
+        index = 0 if len(products) == 1 else tap.product
+        received = products[index].snapshot.sightings if index < len(products) else []
+        # The last one before the product: an earlier one may be overwritten, which an example of zeros does not show.
+        found = [s for s in received if s.site.kind in ("input", "output") and s.seq <= products[index].seq][-1:]
+        trouble = (
             f"has nothing in the place of tap {tap.name}, which no module is given or returns. Name another module "
             "with teacher_modules={tap name: teacher module name}, or leave the tap out with taps="
         )
     else:
         outputs = [s for s in trace.sightings if (s.site.module, s.site.kind) == (module, "output")]
         found = [s for s in outputs if s.site.call == tap.call] or outputs
-        why = "did not run in its forward"
+        trouble = "did not run in its forward"
     if not found:
-        raise CMIMError(f"The teacher's module {module or '(model)'!r} {why}.")
+        raise CMIMError(f"The teacher's module {module or '(model)'!r} {trouble}.")
     return found[0]
 
 
-def _taught(tap: Tap, shape: torch.Size) -> Tap:
+def _with_teacher(tap: Tap, shape: torch.Size) -> Tap:
     layout = tap.layouts[BINARY]
     if layout.spatial is not None and len(shape) <= layout.spatial:
         raise CMIMError(

@@ -11,7 +11,7 @@ _NUMBERS = re.compile(r"(?<!\d)(?:0|[1-9]\d*)(?!\d)")
 
 
 def table(rows: Sequence[Sequence[str]], right: bool = False) -> str:
-    """Rows of cells as aligned text, the first row as the heading. ``right``: all columns but the first."""
+    """Rows of cells as aligned text, the first row as the heading. ``right``: right-align all columns but the first."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     justified = str.rjust if right else str.ljust
     lines = ["  ".join([row[0].ljust(widths[0]), *map(justified, row[1:], widths[1:])]) for row in rows]
@@ -19,20 +19,20 @@ def table(rows: Sequence[Sequence[str]], right: bool = False) -> str:
 
 
 def folded(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Rows that differ in counting numbers of their first cell alone become one: ``layer3.0-5.conv1-2``."""
-    alike: dict[tuple[str, ...], list[list[int]]] = {}
+    """Join rows that differ in consecutive numbers in their first cell only: ``layer3.0-5.conv1-2``."""
+    by_template: dict[tuple[str, ...], list[list[int]]] = {}
     for name, *rest in rows:
         template = _NUMBERS.sub("{}", name.replace("{", "{{").replace("}", "}}"))
-        alike.setdefault((template, *rest), []).append([int(n) for n in _NUMBERS.findall(name)])
+        by_template.setdefault((template, *rest), []).append([int(n) for n in _NUMBERS.findall(name)])
     found: list[tuple[str, ...]] = []
-    for (template, *rest), of_rows in alike.items():
+    for (template, *rest), of_rows in by_template.items():
         names = [template.format(*(f"{a}-{b}" if a < b else f"{a}" for a, b in box)) for box in _boxes(of_rows)]
         found += [(name, *rest) for name in names]
     return found
 
 
 def _boxes(rows: list[list[int]], column: int = 0) -> list[list[tuple[int, int]]]:
-    """The first and last number of each column, where the rows are all combinations; else those of parts of them."""
+    """Split rows of numbers into boxes: (first, last) of each column. The rows in a box are all combinations."""
     ranges = [(min(numbers), max(numbers)) for numbers in zip(*rows, strict=True)]
     if len(rows) == math.prod(last - first + 1 for first, last in ranges):
         return [ranges]

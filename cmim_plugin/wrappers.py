@@ -6,7 +6,7 @@ from torch import nn
 
 from .errors import CMIMError
 
-# Where wrappers keep the module that they run: Lightning Fabric, whose `module` is the model without wrappers; DDP,
+# Where wrappers keep their module. Lightning Fabric comes first: its `module` is the model without wrappers. Then DDP,
 # DataParallel and FSDP1; torch.compile; opacus; FSDP1; torch's checkpoint_wrapper.
 _INNER = ("_forward_module", "module", "_orig_mod", "_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -23,7 +23,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _refuse_replicas(model: nn.Module) -> None:
-    """DataParallel on several devices runs copies of the model in threads, which no hook of ours follows."""
+    """Refuse DataParallel on several devices: it runs copies of the model in threads, without our hooks."""
     if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
         raise CMIMError(
             f"nn.DataParallel on {len(model.device_ids)} devices runs copies of the model, which cannot be captured. "

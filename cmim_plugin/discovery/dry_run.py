@@ -17,34 +17,33 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from .._compat import force_eager
 from ..errors import CMIMError
-from .inputs import BatchSource, Inputs, as_inputs, batch_sources, levels, resampled, tensors_in, varied
+from .inputs import BatchSource, Inputs, as_inputs, batch_sources, kind_of_values, resampled, tensors_in, varied
 from .state import preserve_state
 from .trace import Trace, record
 
-# Passes where layers are skipped at random.
-_PASSES = 10
+_MAX_PASSES = 10  # if layers may be skipped at random
 _running = threading.local()
 
 
 def is_dry_run() -> bool:
-    """Whether this thread is in a dry run, whose passes are none of a training step."""
+    """Whether this thread runs a dry run: its passes are not captured."""
     return getattr(_running, "here", False)
 
 
 def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:
     """Traces of the model in training mode, and where the number of samples is read.
 
-    The first pass runs the example as it is. It is the first trace, unless the example says nothing but its shape. All
-    other traces are made on inputs that are varied; where the model does not take these, on the example. From the
-    second pass on, the last two samples are equal. Where the passes may differ in the modules that they call, there are
-    ten, two otherwise.
+    The first pass runs the example as it is. Its trace is kept if no tensor of the example is constant, and its number
+    of samples was taken right. All others are made of varied inputs, or of the example if the model refuses these. From
+    the second one on, the last two samples are equal. There are two traces, ten if layers may be skipped at random.
     """
     inputs = as_inputs(example)
     _check(model, inputs)
-    asked: list[None] = []
+    gradient_asked = False
 
     def not_kept(nothing: None) -> Tensor:
-        asked.append(nothing)
+        nonlocal gradient_asked
+        gradient_asked = True
         raise CMIMError(
             "A gradient was asked for an activation that the model computed while CMIM was attached to it. Hooks of "
             "yours have collected it: clear what they collected then, or register them after CMIM."
@@ -55,13 +54,13 @@ def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[lis
     try:
         with contextlib.suppress(CMIMError), saved_tensors_hooks(lambda tensor: None, not_kept):
             found = _dry_run(model, inputs, batch_size)
-            if not asked:
+            if not gradient_asked:
                 return found
-        # There is an error to tell, or the forward itself takes a gradient.
+        # To raise the error, or because the forward itself takes a gradient.
         return _dry_run(model, inputs, batch_size)
     finally:
         _running.here = outer
-        torch.clear_autocast_cache()  # of the weights that were noise for the dry run
+        torch.clear_autocast_cache()  # it has weights that were noise for the dry run
 
 
 def _check(model: nn.Module, inputs: Inputs) -> None:
@@ -77,7 +76,7 @@ def _check(model: nn.Module, inputs: Inputs) -> None:
         raise CMIMError(
             "The model or its example is on the meta device, without values: attach after to_empty() and loading."
         )
-    # Its state is in objects of its own, which a dry run would disturb.
+    # A dry run would disturb the state of FSDP, which is in objects of its own.
     if any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__):
         raise CMIMError("The model is sharded already: attach CMIM first, then call fully_shard().")
     if any(nn.parameter.is_lazy(p) for p in parameters):
@@ -91,32 +90,31 @@ def _check(model: nn.Module, inputs: Inputs) -> None:
 
 def _dry_run(model: nn.Module, inputs: Inputs, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:
     with preserve_state(model, inputs), torch.enable_grad(), force_eager():
-        # The result is to depend on the model alone.
-        torch.default_generator.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # the same model gives the same taps
         random.seed(0)
         if (numpy := sys.modules.get("numpy")) is not None:
             numpy.random.seed(0)
         model.train()
-        _awaken(model)
+        _fill_zero_weights(model)
         sources = batch_sources(model, inputs, batch_size)
         sizes = list(sources) if batch_size is None else [batch_size]
         first: Trace | None = None
         try:
             first = record(model, inputs, sizes[0] if sizes else 0)
         except Exception as error:
-            if set(sources) != {1}:  # batch normalization of single values needs two samples
+            if set(sources) != {1}:  # batch normalization may need two samples: the attempts below have them
                 several = " A tuple is several inputs: pass a single one as a tensor." if len(inputs[0]) > 1 else ""
                 raise CMIMError(
                     f"The dry run failed: the model's forward raised {type(error).__name__}: {error}. Pass an "
                     f"example_input that the model accepts in training mode, on its device (zeros will do).{several}"
                 ) from error
-        batch = _clear_size(sizes, first)
-        stand_in = any(levels(t) == 1 for _, t in tensors_in(inputs))
-        made = [first] if first is not None and not stand_in and first.batch == batch > 1 else []
+        batch = _number_of_samples(sizes, first)
+        stand_in = any(kind_of_values(t) == "constant" for _, t in tensors_in(inputs))
+        kept = [first] if first is not None and not stand_in and first.batch == batch > 1 else []
         failure: Exception | None = None
         for inputs_of in _attempts(inputs, batch, sources.get(batch)):
             try:
-                return _traces(model, inputs_of, made, partial(record, model, inputs, batch)), sources.get(batch)
+                return _traces(model, inputs_of, kept, partial(record, model, inputs, batch)), sources.get(batch)
             except Exception as error:
                 failure = error
         raise CMIMError(
@@ -126,11 +124,9 @@ def _dry_run(model: nn.Module, inputs: Inputs, batch_size: int | None) -> tuple[
 
 
 @torch.no_grad()
-def _awaken(model: nn.Module) -> None:
-    """Noise for weights of products and norms that are all zero: a branch that starts as zero hides its signs.
-
-    Not for thresholds and shifts, which are no matrices and belong to no norm.
-    """
+def _fill_zero_weights(model: nn.Module) -> None:
+    """Fill all-zero weights of products and norms with noise: a branch that starts as zero hides its signs. Thresholds
+    and shifts stay zero: they are no matrices, and not in a norm, which has ``eps``."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
@@ -140,10 +136,10 @@ def _awaken(model: nn.Module) -> None:
                 p.data.copy_(torch.randn(p.shape, generator=generator, device="cpu"))
 
 
-def _clear_size(sizes: list[int], first: Trace | None) -> int:
+def _number_of_samples(sizes: list[int], first: Trace | None) -> int:
     """The number of samples: the only one possible, or the rows that most convolutions and matrix products receive."""
-    received = [e.arguments[0] for e in first.events if e.weighted and e.arguments] if first is not None else []
-    rows = Counter(s.held.shape[0] for s in received if len(s.held.shape) > 1 and s.from_input)
+    received = [e.arguments[0] for e in first.events if e.has_gradient and e.arguments] if first is not None else []
+    rows = Counter(s.snapshot.shape[0] for s in received if len(s.snapshot.shape) > 1 and s.from_input)
     for size in sizes:
         if len(sizes) == 1 or 2 * rows[size] > sum(rows[other] for other in sizes):
             return size
@@ -158,34 +154,35 @@ _InputsOf = Callable[[int], tuple[Inputs, int, bool]]
 
 
 def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_InputsOf]:
-    """What to run, the best first."""
+    """The inputs to try, the best first."""
     as_given: list[_InputsOf] = [lambda n: (varied(inputs, n, source), batch, False), lambda n: (inputs, batch, False)]
     if source is None:
         return as_given
+    samples = max(batch, 2)  # batch normalization needs two
 
     def with_twins(different: int, n: int) -> tuple[Inputs, int, bool]:
-        """From the second pass on, so many different samples, and the last of them again."""
+        """All samples in pass 0. Then so many different ones, and the last of them again."""
         some = varied(inputs if batch > 1 else resampled(inputs, source, [0, 0]), n, source)
-        twins = [*range(different), different - 1]
-        return (resampled(some, source, twins), len(twins), True) if n else (some, every, False)
+        if n == 0:
+            return some, samples, False
+        return resampled(some, source, [*range(different), different - 1]), different + 1, True
 
-    every = max(batch, 2)  # batch normalization needs two samples
-    # With one sample more, what is as long as the batch by accident then is not. A model may take no other number.
-    return [partial(with_twins, every), partial(with_twins, max(every - 1, 2)), *as_given]
+    # One sample more tells the batch from what is as long by accident. A model may take no other number.
+    return [partial(with_twins, samples), partial(with_twins, max(samples - 1, 2)), *as_given]
 
 
-def _traces(model: nn.Module, inputs_of: _InputsOf, made: list[Trace], again: Callable[[], Trace]) -> list[Trace]:
-    traces = list(made) or [record(model, *inputs_of(0))]
-    if made:
+def _traces(model: nn.Module, inputs_of: _InputsOf, kept: list[Trace], rerun: Callable[[], Trace]) -> list[Trace]:
+    traces = list(kept) or [record(model, *inputs_of(0))]
+    if kept:
         traces.append(record(model, *inputs_of(1)))
         if traces[0].functions != traces[1].functions:  # the first pass may have set something up, as a scale
-            traces[0] = again()
-    while len(traces) < 2 or (len(traces) < _PASSES and _are_random(traces)):
+            traces[0] = rerun()
+    while len(traces) < 2 or (len(traces) < _MAX_PASSES and _are_random(traces)):
         traces.append(record(model, *inputs_of(len(traces))))
     return traces
 
 
 def _are_random(traces: list[Trace]) -> bool:
-    """Whether the passes may differ in the modules that they call, as where layers are skipped at random."""
-    alike = traces[1:] if len(traces) > 2 else traces  # the first has another number of samples
-    return any(t.draws_scalars or t.calls != alike[0].calls for t in alike)
+    """Whether the passes may differ in the modules that they call, as if layers are skipped at random."""
+    same_batch = traces[1:] if len(traces) > 2 else traces  # the first trace has another number of samples
+    return any(t.draws_scalars or t.calls != same_batch[0].calls for t in same_batch)

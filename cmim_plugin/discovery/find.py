@@ -1,9 +1,9 @@
-"""Find every binary activation of a model, the latent that it was made from, and where to pick both up in training.
+"""Find every binary activation of a model, the latent that it was made from, and where to capture both in training.
 
-Convolutions and matrix products receive operands. In some traces of the model, each is followed back (``history.py``)
-to two-valued tensors, a_B, and from these to the call that binarized something continuous, a_F. The module whose
-forward it is in names the tap. Then it is decided where to pick both up, and which dimensions of them are the channels
-(``channels.py``).
+The dry run records a few forward passes. In each of these traces, every operand of a convolution or matrix product is
+followed back to its binary tensors, a_B, and from a_B to a_F, the continuous tensor that was binarized
+(``history.py``). The innermost module whose forward binarizes names the tap. Last, it is decided at which sites to
+capture both, and which dimensions of them are the channels (``channels.py``).
 """
 
 from __future__ import annotations
@@ -11,46 +11,45 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from .channels import has_weight, is_of_activations, spatial_dims
+from .channels import has_weight, is_attention_like, spatial_dims
 from .dry_run import dry_run
-from .functions import CONVOLUTIONS, LAYERS, LOOKUPS, PRODUCTS
-from .history import Binarization, History, followed, is_one_call, is_sign_of, operands
+from .functions import PRODUCTS, TRAINED
+from .history import Binarization, History, is_sign_of, operands, walk_back
 from .inputs import BatchSource
 from .layout import Layout
-from .trace import FEW_LEVELS, Event, Sighting, Site, Snapshot, Trace
+from .trace import MAX_QUANTIZED_VALUES, Event, Sighting, Site, Snapshot, Trace
 
-# An operand of at most a few values among so many elements is listed as quantized to more than one bit.
-_FEW_AMONG = 256
+_MIN_QUANTIZED = 256  # operands with fewer elements are not listed as quantized: they have few values anyway
 _FROZEN = "everything before it is frozen: no gradient reaches it"
 _NO_GRADIENT = (
     "it is made without a gradient: under no_grad, detached, in an autograd.Function, or in a reentrant checkpoint"
 )
-# How far equal samples are apart at most, in distances between different ones: a rounding error flips some signs.
-_ALIKE = 0.4
+_MAX_TWIN_DISTANCE = 0.4  # of equal samples (see Snapshot). Not zero: rounding errors flip some signs
 
 
 @dataclass(frozen=True)
 class BinaryActivation:
-    """One distinct binary activation tensor of a model's forward pass; a *tap*, where it is contrasted.
+    """One distinct binary activation tensor of a model's forward pass; a *tap* if it can be contrasted.
 
     Attributes:
         name: qualified name of the innermost module in whose forward the binarization happens ("(model)" for the
-            model itself). Where several happen in one module, ": child" is appended, for the child module whose output
-            is binarized. "#2", "#3", ... tell apart what this does not: further calls of a shared module.
-        channels: of the binary tensor, 0 where unknown.
-        reason: why it cannot be tapped, None where it can.
-        module, call: qualified name of that module, "" for the model itself, and which call of it, from 0.
-        binary, latent: where a_B and a_F are picked up; no latent where a teacher stands in for it.
-        layouts, latent_channels: how both are read, and the channels of a_F or of the teacher's activation.
+            model itself). If several happen in one module, ": child" is appended, for the child module whose output
+            is binarized. Names that are still equal, as of further calls of a shared module, get "#2", "#3", ...
+        channels: number of channels of a_B, 0 if it has a ``reason``.
+        reason: why it cannot be tapped, or None.
+        module, call: qualified name of that module, "" for the model itself, and the index of the call of it.
+        binary, latent: the sites at which a_B and a_F are captured. ``latent`` is None if a teacher takes its place.
+        layouts, latent_channels: those of a_B and a_F; the number of channels of a_F or of the teacher's activation.
         aligned: whether both have the same number of positions.
-        mixed: why its rows are not those of one sample after another, None where they are. Its positions can be
-            contrasted all the same; whole images cannot, and labels and masks do not apply.
-        skipped: whether a pass of the dry run did not call its module, as where layers are skipped at random.
-        product: which of the operands of products within the module a_B is, 0 where none of them is.
+        mixed: why its rows are not those of one sample after another, or None. Its positions can be contrasted all the
+            same; whole images cannot, and labels and masks do not apply.
+        skipped: whether a pass of the dry run did not call its module, as if layers are skipped at random.
+        product: index of a_B among the operands of the module's products, for a teacher; 0 if a_B is none of them.
     """
 
     name: str
@@ -74,22 +73,22 @@ class BinaryActivation:
 
     @property
     def in_one_call(self) -> bool:
-        """Whether both sides are picked up in one call of a module: then they belong together in every pass."""
-        return self.binary is None or self.latent is None or is_one_call(self.binary, self.latent)
+        """Whether a_B and a_F are captured in the same module call: then they belong together in every pass."""
+        return self.binary is None or self.latent is None or self.binary.in_same_call(self.latent)
 
 
-#: One that is contrasted: everything about it was decided in the dry run.
+#: A binary activation without a ``reason``: the same class, a name for signatures.
 Tap = BinaryActivation
 
 
 def discover(
     model: nn.Module, example_input: Any, batch_size: int | None = None
 ) -> tuple[tuple[BinaryActivation, ...], BatchSource | None]:
-    """:func:`find_binary_activations`, and where the number of samples is read off the inputs: None where the user
-    stated it and no input has that size."""
+    """The binary activations, and where the number of samples is read off the inputs, if they tell it."""
     traces, source = dry_run(model, example_input, batch_size)
-    found: list[_Placed] = []
+    found: list[_Keyed] = []
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    # A trace that called the same modules as the first one shows the same activations.
     for trace in traces[:1] + [t for t in traces[1:] if t.calls != traces[0].calls]:
         _merge(order, found, _found_in(trace, [other for other in traces if other is not trace]))
     return tuple(replace(f, skipped=not all(t.calls[f.module] for t in traces)) for f in _named(found)), source
@@ -104,7 +103,7 @@ def find_binary_activations(
         model: any module. It is run a few times in training mode, first on the example, then on inputs like it, and
             left exactly as it was (``preserve_state`` in discovery/state.py says what that covers).
         example_input: a tensor, a tuple of positional inputs or a dict of keyword inputs.
-        batch_size: the number of samples in the example, where its inputs do not tell.
+        batch_size: the number of samples in the example, if its inputs do not tell.
 
     Raises:
         CMIMError: the example is of another type, the forward fails on it, the number of samples is not clear, or no
@@ -113,61 +112,65 @@ def find_binary_activations(
     return list(discover(model, example_input, batch_size)[0])
 
 
-# A binary activation without its final name, behind what tells it from others in all traces.
-_Placed = tuple[tuple[str, Site], BinaryActivation]
+# (module, site of the first sighting), the same in all traces; and the activation, without its final name.
+_Keyed = tuple[tuple[str, Site], BinaryActivation]
 
 
-def _found_in(trace: Trace, others: list[Trace]) -> list[_Placed]:
-    """What one trace shows, in forward order."""
+def _found_in(trace: Trace, others: list[Trace]) -> list[_Keyed]:
+    """The binary activations of one trace, in forward order."""
     history = History(trace, others)
     found: dict[Snapshot, BinaryActivation] = {}
     pairs: set[Any] = set()
     for event, operand in operands(trace):
         binarizations = history.binarizations(event, operand)
         for b in binarizations:
-            codes = b.source.held
-            seen = found.get(codes)
-            if (seen and seen.tapped) or not (b.latent or operand).from_input:
+            snapshot = b.source.snapshot
+            earlier = found.get(snapshot)
+            if earlier and earlier.tapped:
+                continue
+            if not (b.latent or operand).from_input:
                 continue  # a weight, a mask or a learned token
             activation = _described(history, b)
-            if seen and not activation.tapped:
-                continue  # another product may read channels where the first one does not
-            pair = codes.code, b.latent and b.latent.held
-            if activation.tapped and codes.two_valued:
+            # One that was refused may be tapped here: this product may show channels that the first one did not.
+            if earlier and not activation.tapped:
+                continue
+            pair = snapshot.pattern_key, b.latent and b.latent.snapshot
+            if activation.tapped and snapshot.two_valued:  # not a dead sign: all those have equal codes
                 if pair in pairs:
-                    continue  # query, key and value binarize one latent to the same codes
+                    continue  # query, key and value binarize one latent to the same codes: one tap
                 pairs.add(pair)
-            found[codes] = activation
-        few = 2 < operand.held.levels <= FEW_LEVELS and operand.held.numel >= _FEW_AMONG
-        if few and operand.requires_grad and operand.from_input and not binarizations:
-            reason = f"a {event.name} receives {operand.held.levels} values, not two"
-            found[operand.held] = BinaryActivation("", 0, reason, operand.site.module)
-    firsts = sorted(((held.sightings[0], f) for held, f in found.items()), key=lambda entry: entry[0].seq)
+            found[snapshot] = activation
+        values = operand.snapshot.num_values
+        is_quantized = 2 < values <= MAX_QUANTIZED_VALUES and operand.snapshot.numel >= _MIN_QUANTIZED
+        if is_quantized and operand.requires_grad and operand.from_input and not binarizations:
+            reason = f"a {event.name} receives {values} values, not two"
+            found[operand.snapshot] = BinaryActivation("", 0, reason, operand.site.module)
+    firsts = sorted(((snapshot.sightings[0], f) for snapshot, f in found.items()), key=lambda entry: entry[0].seq)
     return [((f.module, first.site), f) for first, f in firsts]
 
 
 def _described(history: History, b: Binarization) -> BinaryActivation:
-    """What is to be known of it for a tap, or why it is none; the child for its name in the place of the name."""
-    site, batch = _binarized_at(history, b), history.trace.batch
-    refused = BinaryActivation("", 0, _reason_against(history, b), site.module, site.call)
-    if refused.reason is not None or b.latent is None:
-        return refused
-    binary, latent = _cheapest(b.source.held.sightings, b.latent.held.sightings, site.module)
-    shape, latent_shape = binary.held.shape, latent.held.shape
+    """The activation as a tap, or with the reason why it is none. Its name is that of the child for now."""
+    site, batch = _site_of_binarization(history, b), history.trace.batch
+    refused = partial(BinaryActivation, "", 0, module=site.module, call=site.call)
+    reason = _reason_against(history, b)
+    if reason is not None or b.latent is None:
+        return refused(reason=reason)
+    binary, latent = _cheapest(b.source.snapshot.sightings, b.latent.snapshot.sightings, site.module)
+    shape, latent_shape = binary.snapshot.shape, latent.snapshot.shape
     spatial, reason = spatial_dims(b)
-    mixed = _mixed(history, binary, latent, spatial)
+    mixed = _why_mixed(history, binary, latent, spatial)
     if mixed and (reason or not _has_positions(history, b, binary, Layout(spatial))):
-        reason = mixed
-    elif spatial is not None and spatial >= len(latent_shape):
-        reason = f"its latent has another rank: {tuple(latent_shape)} for {tuple(shape)}"
-    elif history.pair_differs(binary, latent, Layout(spatial)):
+        return refused(reason=mixed)
+    if spatial is not None and spatial >= len(latent_shape):
+        return refused(reason=f"its latent has another rank: {tuple(latent_shape)} for {tuple(shape)}")
+    if history.pair_differs(binary, latent, Layout(spatial)):
         reason = "its latent or its number of channels changes from pass to pass, as where layers are skipped at random"
     if reason is not None:
-        return replace(refused, reason=reason)
-    scores = is_of_activations(b.consumer, b.operand)
-    layout, latent_layout = (
-        Layout(spatial, not mixed and rows != batch, scores, bool(mixed)) for rows in (shape[0], latent_shape[0])
-    )
+        return refused(reason=reason)
+    common = Layout(spatial, scores=is_attention_like(b.consumer, b.operand), mixed=bool(mixed))
+    layout = replace(common, windowed=not mixed and shape[0] != batch)
+    latent_layout = replace(common, windowed=not mixed and latent_shape[0] != batch)
     binary_site, latent_site = history.trace.sites_of(binary, latent)
     within = [s for _, s in operands(history.trace, site.module) if s.from_input]
     return BinaryActivation(
@@ -187,143 +190,142 @@ def _described(history: History, b: Binarization) -> BinaryActivation:
 
 
 def _reason_against(history: History, b: Binarization) -> str | None:
-    """Why this is nothing to tap, None where it is."""
-    codes, made_of = b.source.held, list(followed([b.source], Sighting.given))
-    sites = [s.held.sightings[0].site for s in made_of]
-    behind_layer = any(s.producer and _is_layer(s.producer) for s in made_of)
-    if not behind_layer and any(site.module == "" and site.kind == "input" for site in sites):
+    """The reason why a binarization cannot be tapped, whatever its layout, or None."""
+    snapshot, ancestors = b.source.snapshot, list(walk_back([b.source], Sighting.parents))
+    first_sites = [s.snapshot.sightings[0].site for s in ancestors]
+    behind_layer = any(s.producer and _is_layer(s.producer) for s in ancestors)
+    if not behind_layer and any(site.module == "" and site.kind == "input" for site in first_sites):
         return "it is the network's input that is binarized, not an activation"
-    if not codes.first_in_graph and b.operand.requires_grad:
-        return "one autograd.Function passes it straight to another: put a module between the two, as nn.Identity()"
-    called = b.source.site.call >= 0  # with gradients, not in a reentrant checkpoint
-    if (
-        not codes.first_in_graph
-        and called
-        and any(not r.in_graph and r.held.first_in_graph for r in b.consumer.results)
-    ):
-        return "its sign and its product are in one autograd.Function: take the sign in a Function of its own"
-    if not codes.first_in_graph:
-        return _NO_GRADIENT if any(s.requires_grad and s.from_input for s in made_of) else _FROZEN
-    if codes.one_hot and all(s.held.one_hot for _, s in history.again(b.source)):
+    if not snapshot.first_in_graph:  # seen within an autograd.Function only, or without gradients
+        if b.operand.requires_grad:
+            return "one autograd.Function passes it straight to another: put a module between the two, as nn.Identity()"
+        is_counted = b.source.site.call >= 0  # not in a reentrant checkpoint, which is without gradients
+        # The product's result enters the graph as that of the Function.
+        if is_counted and any(not r.in_graph and r.snapshot.first_in_graph for r in b.consumer.results):
+            return "its sign and its product are in one autograd.Function: take the sign in a Function of its own"
+        return _NO_GRADIENT if any(s.requires_grad and s.from_input for s in ancestors) else _FROZEN
+    if all(s.snapshot.one_hot for _, s in history.in_all_traces(b.source)):
         return "it is one-hot: a choice, not a code"
-    if b.latent is None and codes.constant:
+    if b.latent is None and snapshot.constant:
         return "it was constant in the dry run, and no call that binarizes was found: a dead sign or layer"
     if b.latent is None:
         return "no tensor in the graph was found that it is the sign of"
-    latent = b.latent.held
-    if latent.numel == codes.numel and codes.pattern is not None and bool(latent.values[codes.pattern == 0].any()):
+    latent, pattern = b.latent.snapshot, snapshot.pattern
+    if latent.numel == snapshot.numel and pattern is not None and bool(latent.values[pattern == 0].any()):
         return "it has three values: its zeros are not only signs of zero"
-    if codes.two_valued and not is_sign_of(history.trace, b.event.results[0] if b.event else b.source, b.latent):
+    if snapshot.two_valued and not is_sign_of(history.trace, b.binarized, b.latent):
         return "no threshold splits its latent into its two values"
     return None
 
 
 def _is_layer(event: Event) -> bool:
-    """Whether it is a trained product, or a table that the input is looked up in."""
-    if event.name in ("getitem", "index_select"):  # not a slice
-        return event.weighted and any(a.from_input and not a.held.values.is_floating_point() for a in event.arguments)
-    return event.weighted and (event.name in CONVOLUTIONS or event.name in PRODUCTS | LAYERS | LOOKUPS)
+    """Whether a call is a trained product, or looks the input up in a table."""
+    if event.name in ("getitem", "index_select"):  # by integers that depend on the input: not a slice
+        indices = [a for a in event.arguments if a.from_input and not a.snapshot.values.is_floating_point()]
+        return event.has_gradient and bool(indices)
+    return event.has_gradient and event.name in TRAINED
 
 
-def _mixed(history: History, binary: Sighting, latent: Sighting, spatial: int | None) -> str | None:
-    """Why both sides, where they are picked up, cannot be read sample by sample, None where they can."""
+def _why_mixed(history: History, binary: Sighting, latent: Sighting, spatial: int | None) -> str | None:
+    """Why the rows of a_B or a_F, as they are captured, are not those of one sample after another, or None."""
     batch = history.trace.batch
     time_major = next((t.time_major for t in (history.trace, *history.others) if t.time_major), None)
     if time_major and spatial is None:
         return f"its first dimension is time, not the batch: {time_major}, without batch_first, takes it so"
     for side in (binary, latent):
-        rows = side.held.shape[0] if side.held.shape else 0
-        shapes = f"{tuple(side.held.shape)} for {batch} samples"
-        again = [(t.batch, s.held.shape[:1].numel()) for t, s in history.again(side) if t.batch != batch]
-        if not rows or rows % batch or any(n * batch != rows * samples for samples, n in again):
+        rows = side.snapshot.shape[0] if side.snapshot.shape else 0
+        shapes = f"{tuple(side.snapshot.shape)} for {batch} samples"
+        counts = [(trace.batch, s.snapshot.shape[:1].numel()) for trace, s in history.in_all_traces(side)]
+        # The number of rows has to grow with the batch.
+        if not rows or rows % batch or any(n * batch != rows * samples for samples, n in counts if samples != batch):
             return f"the batch is not its first dimension, or is mixed with another: {shapes}"
         if rows == batch:
             continue
-        alike = [s for s in (binary, latent) if s.held.shape[:1].numel() == rows]  # one may be constant
-        shown = [s.held for one in alike for _, s in [(None, one), *history.again(one)]]
-        apart = [held.twin_distance for held in shown if held.twin_distance is not None]
-        if not apart:
+        # Both sides if they have these rows: one of them may be constant.
+        sides = [s for s in (binary, latent) if s.snapshot.shape[:1].numel() == rows]
+        snapshots = [s.snapshot for one in sides for _, s in history.in_all_traces(one)]
+        distances = [s.twin_distance for s in snapshots if s.twin_distance is not None]
+        if not distances:
             return f"which rows belong to one sample could not be seen: {shapes}; try an example of random values"
-        if min(apart) >= _ALIKE:
+        if min(distances) >= _MAX_TWIN_DISTANCE:
             return f"the rows of one sample do not follow each other in its first dimension: {shapes}"
     return None
 
 
 def _has_positions(history: History, b: Binarization, binary: Sighting, layout: Layout) -> bool:
-    """Whether what mixes the samples can be read by position. It may have no batch at all, or its channels first."""
-    shapes = [(trace.batch, s.held.shape) for trace, s in [(history.trace, binary), *history.again(binary)]]
+    """Whether a_B has positions to contrast although its samples are mixed: not without a batch, or channels first."""
+    shapes = [(trace.batch, s.snapshot.shape) for trace, s in history.in_all_traces(binary)]
     if len({layout.positions(shape) for _, shape in shapes}) > 1:
-        return True
-    # A weight that sums over the last dimension says that its channels are there, if that is not the batch.
+        return True  # the batch is among the positions
+    # A weight that contracts the last dimension shows that it is the channels, unless it is the batch.
     last_is_channels = layout.spatial is None and has_weight(b.consumer, b.operand)
     last_is_batch = all(shape[-1:] == (batch,) for batch, shape in shapes)
-    return last_is_channels and not last_is_batch and binary.held.shape[:-1].numel() > 1
+    return last_is_channels and not last_is_batch and binary.snapshot.shape[:-1].numel() > 1
 
 
-def _binarized_at(history: History, b: Binarization) -> Site:
-    """A site in the module in whose forward it happens."""
-    site = b.source.site if b.event is None else b.event.results[0].site
+def _site_of_binarization(history: History, b: Binarization) -> Site:
+    """A site in the module whose forward binarizes."""
+    site = b.binarized.site
     if b.event is None and site.kind == "input":
-        # What comes in was made by the module around: BiBERT's attention assigns to a mask, and a dropout gets it.
-        before = (s.site for s in reversed(history.trace.sightings[: b.source.seq]))
-        around = (s for s in before if not s.module or site.module.startswith(f"{s.module}."))
-        return next(around, site)
+        # The module around made what comes in: BiBERT's attention writes the codes into a mask, a dropout gets it.
+        earlier = (s.site for s in reversed(history.trace.sightings[: b.source.seq]))
+        return next((s for s in earlier if not s.module or site.module.startswith(f"{s.module}.")), site)
     return site
 
 
-def _child(history: History, latent: Sighting, at: Site) -> str:
-    """The child of a module whose output in this call the latent is, up to elementwise functions and views."""
-    prefix = f"{at.module}." if at.module else ""
-    since = next(s.seq for s in history.trace.sightings if (s.site.module, s.site.call) == (at.module, at.call))
+def _child(history: History, latent: Sighting, site: Site) -> str:
+    """The child module whose output in this call is the latent, up to elementwise functions and views; "" if none."""
+    prefix = f"{site.module}." if site.module else ""
+    start_of_call = next(s.seq for s in history.trace.sightings if s.site.in_same_call(site))
 
-    def before(s: Sighting) -> list[Sighting]:
-        given = [a for a in s.given() if a.held.numel >= s.held.numel and a.requires_grad]
-        return given[:1] if s.producer and s.producer.name not in PRODUCTS else []
+    def parents(s: Sighting) -> list[Sighting]:
+        found = [a for a in s.parents() if a.snapshot.numel >= s.snapshot.numel and a.requires_grad]
+        return found[:1] if s.producer and s.producer.name not in PRODUCTS else []
 
-    for current in followed([latent], before):
-        outputs = [s.site.module for s in current.held.sightings if s.site.kind == "output" and s.seq > since]
-        names = [name for name in outputs if name.startswith(prefix) and name != at.module]
+    for current in walk_back([latent], parents):
+        outputs = [s.site for s in current.snapshot.sightings if s.site.kind == "output" and s.seq > start_of_call]
+        names = [s.module for s in outputs if s.module.startswith(prefix) and s.module != site.module]
         if names:
             return min(names, key=len).removeprefix(prefix)
     return ""
 
 
 def _cheapest(binaries: Sequence[Sighting], latents: Sequence[Sighting], module: str) -> tuple[Sighting, Sighting]:
-    """Where to pick a_B and a_F up: at the fewest function calls, in the module that binarizes, early.
+    """The sightings at whose sites both are captured: few watched function calls, in the binarizing module, early.
 
-    Rather not in two calls of modules where one is a function call. Then they may not belong together: a layer that is
-    skipped shifts the count of function calls on one side only.
+    Before all that: no function call unless both are in one module call. Otherwise they may not belong together: a
+    layer that is skipped shifts the count of function calls on one side only.
     """
 
     def cost(pair: tuple[Sighting, Sighting]) -> tuple[Any, ...]:
         sites = [s.site for s in pair]
-        calls = sum(site.function is not None for site in sites)
+        watched = sum(site.function is not None for site in sites)
         elsewhere = sum(site.module != module for site in sites)
-        return calls > 0 and not is_one_call(*sites), calls, elsewhere, [s.seq for s in pair]
+        return watched > 0 and not sites[0].in_same_call(sites[1]), watched, elsewhere, [s.seq for s in pair]
 
     return min(((b, f) for b in binaries for f in latents if b.in_graph and f.in_graph), key=cost)
 
 
-def _merge(order: dict[str, int], found: list[_Placed], more: list[_Placed]) -> None:
-    """Insert what another pass showed behind its predecessor there, in the order of the modules."""
-    at = 0
-    for place, activation in more:
-        places = [place for place, _ in found]
-        if place in places:
-            at = places.index(place)
+def _merge(order: dict[str, int], found: list[_Keyed], more: list[_Keyed]) -> None:
+    """Add the activations of another trace: behind the one before them there, and in the order of the modules."""
+    i = 0
+    for key, activation in more:
+        keys = [key for key, _ in found]
+        if key in keys:
+            i = keys.index(key)
             if activation.tapped:
-                found[at] = place, activation
+                found[i] = key, activation
         else:
-            while at < len(found) and order.get(found[at][1].module, 0) < order.get(activation.module, 0):
-                at += 1
-            found.insert(at, (place, activation))
-        at += 1
+            while i < len(found) and order.get(found[i][1].module, 0) < order.get(activation.module, 0):
+                i += 1
+            found.insert(i, (key, activation))
+        i += 1
 
 
-def _named(found: list[_Placed]) -> list[BinaryActivation]:
-    """The activations with their names: those that are tapped get the plain ones."""
+def _named(found: list[_Keyed]) -> list[BinaryActivation]:
+    """The activations with their final names: taps first, they get those without a number."""
     taps = Counter(f.module for _, f in found if f.tapped)
-    # Without a gradient in one call of a module, with one in another: nothing is missed.
+    # A module call without a gradient is not listed if another call of the module is tapped.
     listed = [f for _, f in found if f.reason not in (_FROZEN, _NO_GRADIENT) or f.module not in taps]
     used: Counter[str] = Counter()
     for i in sorted(range(len(listed)), key=lambda i: not listed[i].tapped):

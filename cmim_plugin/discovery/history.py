@@ -1,10 +1,10 @@
 """What an operand of a product was made of: its binary tensors, the call that binarized each, and the latent.
 
 A sighting is followed back from result to arguments, one function call at a time. For example, in
-``conv(scale * pad(ste(bn(x))))`` the operand is a scaling of a move of codes. The first tensor in the graph that holds
-these codes is the output of ``ste``: that is a_B, whose gradient is the user's own straight-through estimator
-(``_sources``). Within ``ste``, ``sign`` made the codes out of something continuous (``_maker``), a detached tensor. Its
-first sighting in the graph, the output of ``bn``, is a_F (``_latent``).
+``conv(scale * pad(ste(bn(x))))`` the operand is a scaling of a move of codes (here ``scale *`` and ``pad``). The first
+tensor in the graph with these codes is the output of ``ste``: that is a_B, whose gradient is the user's own
+straight-through estimator (``_sources``). Within ``ste``, ``sign`` made the codes (``_binarizing_call``). Its argument
+is a detached tensor, whose first sighting in the graph, the output of ``bn``, is a_F (``_latent``).
 """
 
 from __future__ import annotations
@@ -18,18 +18,23 @@ from torch import Tensor
 from . import functions
 from .codes import is_constant, is_split_by_threshold
 from .layout import Layout
-from .trace import Event, Sighting, Site, Trace, kept_positions
+from .trace import Event, Sighting, Snapshot, Trace, kept_indices
 
 
 @dataclass(frozen=True)
 class Binarization:
     """A binary tensor that a product receives, as it is or moved, scaled, joined or added up."""
 
-    source: Sighting  # its first
-    event: Event | None  # the function call that made its two values out of something continuous, where it is known
-    latent: Sighting | None  # the first of a_F in the graph
+    source: Sighting  # the first sighting of a_B
+    event: Event | None  # the call that binarizes: it made the two values; None if it is not known
+    latent: Sighting | None  # the first sighting of a_F in the graph
     consumer: Event  # the product
-    operand: Sighting  # the argument of it
+    operand: Sighting  # the argument of the product that is made of a_B
+
+    @property
+    def binarized(self) -> Sighting:
+        """The result of the call that binarizes; a_B if that call is not known."""
+        return self.event.results[0] if self.event else self.source
 
 
 class History:
@@ -38,217 +43,219 @@ class History:
     def __init__(self, trace: Trace, others: list[Trace]) -> None:
         self.trace = trace
         self.others = others
-        #: Code -> calls that made it out of something that is not two-valued.
-        self._binarizing: dict[tuple[int, bytes] | None, list[Event]] = defaultdict(list)
+        #: Pattern key -> the calls that made such codes out of something that is not binary.
+        self._binarizing_calls: dict[tuple[int, bytes] | None, list[Event]] = defaultdict(list)
         for event in trace.events:
-            for result in (r for r in event.results if self.is_code(r)):
-                given = [a for a in event.arguments if a.held.numel == result.held.numel and a.held is not result.held]
-                # A step makes codes of a latent that has two values, too: that of two labels, or of two times.
-                is_step = event.name in functions.STEPS
-                if given and not any(self.is_code(a) and (not is_step or _keeps(result, a)) for a in given):
-                    self._binarizing[result.held.code].append(event)
+            is_step = event.name in functions.STEPS
+            for result in (r for r in event.results if self.is_binary(r)):
+                arguments = [a for a in event.arguments if a.snapshot is not result.snapshot]
+                latents = [a for a in arguments if a.snapshot.numel == result.snapshot.numel]
+                # A latent may have two values, too, as labels or the times 0 and 1: a step makes new codes of them.
+                has_codes = any(self.is_binary(a) and (not is_step or _keeps_codes(result, a)) for a in latents)
+                if latents and not has_codes:
+                    self._binarizing_calls[result.snapshot.pattern_key].append(event)
 
-    def again(self, sighting: Sighting) -> list[tuple[Trace, Sighting]]:
-        """What other traces show at its site."""
-        return [(trace, trace.at[sighting.site]) for trace in self.others if sighting.site in trace.at]
+    def in_all_traces(self, sighting: Sighting) -> list[tuple[Trace, Sighting]]:
+        """This trace and the sighting; then each other trace that has its site, and the sighting there."""
+        others = [(trace, trace.by_site[sighting.site]) for trace in self.others if sighting.site in trace.by_site]
+        return [(self.trace, sighting), *others]
 
-    def is_code(self, sighting: Sighting) -> bool:
-        """Whether it has two values in all passes, not by chance in this one. Codes may be constant in some."""
-        return sighting.held.two_valued and all(s.held.two_valued or s.held.constant for _, s in self.again(sighting))
+    def is_binary(self, sighting: Sighting) -> bool:
+        """Whether a tensor has two values in this trace, and two or one in each other trace."""
+        if not sighting.snapshot.two_valued:
+            return False
+        return all(s.snapshot.two_valued or s.snapshot.constant for _, s in self.in_all_traces(sighting))
 
     def binarizations(self, consumer: Event, operand: Sighting) -> list[Binarization]:
-        """What was binarized to make an operand."""
-        made = [(source, self._maker(source)) for source in _sources(operand, self.is_code)]
-        # A norm over two numbers gives -1 and 1, and is no binarization.
+        """The binary tensors that an operand is made of, each with the call that binarized it and its latent."""
+        made = [(source, self._binarizing_call(source)) for source in _sources(operand, self.is_binary)]
+        # Not a norm: over two elements it gives -1 and 1.
         made = [(source, event) for source, event in made if event is None or event.name not in functions.NORMS]
-        if not made and operand.held.constant and operand.from_input and operand.requires_grad:
-            constants = _sources(operand, lambda s: s.held.constant and s.held.numel > 1)
-            made = [(source, _step(operand)) for source in constants[:1]]
+        # A dead sign is constant: no pattern shows that it is binary.
+        if not made and operand.snapshot.constant and operand.from_input and operand.requires_grad:
+            constants = _sources(operand, lambda s: s.snapshot.constant and s.snapshot.numel > 1)
+            made = [(source, _binarizing_call_of_constant(operand)) for source in constants[:1]]
         return [Binarization(source, event, self._latent(source, event), consumer, operand) for source, event in made]
 
-    def _maker(self, source: Sighting) -> Event | None:
+    def _binarizing_call(self, source: Sighting) -> Event | None:
         """The last call before the source that made its codes."""
-        events = [e for e in self._binarizing.get(source.held.code, ()) if e.results[0].seq <= source.seq]
-        # Sums rebuild codes in the detach trick (`sign(x).detach() - f(x).detach() + f(x)`); they do not make them.
-        made = [e for e in events if e.name not in functions.SUMS] or events[-1:]
-        # `o[o >= 0] = 1; o[o < 0] = -1` compares twice, the second time what is overwritten in part.
-        for event in reversed(made):
-            written = [a for a in event.arguments if a.producer and a.producer.writes]
-            before = {b.held for a in written for b in a.given()}
-            if not any(a.held in before for e in made if e is not event for a in e.arguments):
-                return event
+        key = source.snapshot.pattern_key
+        calls = [call for call in self._binarizing_calls.get(key, ()) if call.results[0].seq <= source.seq]
+        # A sum rebuilds codes, as in the detach trick `sign(x).detach() - f(x).detach() + f(x)`: the last resort.
+        calls = [call for call in calls if call.name not in functions.SUMS] or calls[-1:]
+        # `o[o >= 0] = 1; o[o < 0] = -1` compares twice, the second time what is half overwritten: the first one counts.
+        for call in reversed(calls):
+            written = [a for a in call.arguments if a.producer and a.producer.writes]
+            overwritten = {parent.snapshot for a in written for parent in a.parents()}
+            if not any(a.snapshot in overwritten for other in calls if other is not call for a in other.arguments):
+                return call
         return None
 
     def _latent(self, source: Sighting, event: Event | None) -> Sighting | None:
         """The first sighting of a_F in the graph."""
         if event is None or event.name in functions.SUMS:
-            return self._separable(source)
-        codes = event.results[0]
-        given = [a for a in event.arguments if a.held.numel == codes.held.numel and a.held.continuous]
-        outside = followed(given, lambda s: [] if s.held.first_in_graph else s.given(same_size=True))
-        found = [s.held.first_in_graph for s in outside if s.held.first_in_graph]
-        # Not a threshold or a scale that was expanded to its size.
-        found.sort(key=lambda latent: latent.distinct < latent.held.numel)
-        signed = [latent for latent in found if is_sign_of(self.trace, codes, latent)]
-        return self._before_rounding(codes, (signed or found)[0]) if found else self._separable(source)
+            return self._latent_by_values(source)
+        binarized = event.results[0]
+        continuous = [a for a in event.arguments if a.snapshot.continuous]
+        arguments = [a for a in continuous if a.snapshot.numel == binarized.snapshot.numel]
+        walk = walk_back(arguments, lambda s: [] if s.snapshot.first_in_graph else s.parents(same_size=True))
+        found = [s.snapshot.first_in_graph for s in walk if s.snapshot.first_in_graph]
+        # Thresholds and scales that are expanded to this size come last.
+        found.sort(key=lambda latent: latent.distinct < latent.snapshot.numel)
+        signed = [latent for latent in found if is_sign_of(self.trace, binarized, latent)]
+        return self._before_rounding(binarized, (signed or found)[0]) if found else self._latent_by_values(source)
 
-    def _before_rounding(self, codes: Sighting, latent: Sighting) -> Sighting:
+    def _before_rounding(self, binarized: Sighting, latent: Sighting) -> Sighting:
         """What was rounded to make a latent of few values, as in ``clamp(round(x), 0, 1)``; else the latent."""
-        made_of = followed([latent], lambda s: s.given(same_size=True) if s.held.levels else [])
-        firsts = [s.held.first_in_graph for s in made_of if s.held.continuous]
-        finer = [f for f in firsts if f and not f.held.levels and not f.held.two_valued]
-        return next((f for f in finer if is_sign_of(self.trace, codes, f)), latent)
+        walk = walk_back([latent], lambda s: s.parents(same_size=True) if s.snapshot.num_values else [])
+        firsts = [s.snapshot.first_in_graph for s in walk if s.snapshot.continuous]
+        finer = [f for f in firsts if f and not f.snapshot.num_values and not f.snapshot.two_valued]
+        return next((f for f in finer if is_sign_of(self.trace, binarized, f)), latent)
 
-    def _separable(self, source: Sighting) -> Sighting | None:
+    def _latent_by_values(self, source: Sighting) -> Sighting | None:
         """The last tensor before the source that a threshold splits into its codes.
 
         For codes that no call returned: they were assigned to a mask (BiBERT), or made outside torch.
         """
-        pattern, numel = source.held.pattern, source.held.numel
+        pattern, numel = source.snapshot.pattern, source.snapshot.numel
         for s in reversed(self.trace.sightings[: source.seq]):
-            fits = s.in_graph and s.held.continuous and not s.held.two_valued and s.held.numel == numel
-            if pattern is None or not fits or not _splits(s, pattern):
+            latent = s.snapshot
+            fits = s.in_graph and latent.continuous and not latent.two_valued and latent.numel == numel
+            if pattern is None or not fits or not _is_split(latent, pattern):
                 continue
-            # Not `codes + x` of the estimator `codes + x - x.detach()`.
-            values = [a.held.values for a in s.given(same_size=True) if a.held.continuous]
-            levels = [(v[pattern > 0], v[pattern < 0]) for v in values]
-            if not any(all(len(v) > 0 and is_constant(v) for v in pair) for pair in levels):
-                return s.held.first_in_graph
+            # Not `codes + x` of the estimator `codes + x - x.detach()`: an addend of it is constant for each code.
+            addends = [a.snapshot.values for a in s.parents(same_size=True) if a.snapshot.continuous]
+            by_code = [(values[pattern > 0], values[pattern < 0]) for values in addends]
+            if not any(all(len(v) > 0 and is_constant(v) for v in pair) for pair in by_code):
+                return latent.first_in_graph
         return None
 
-    def pair_differs(self, codes: Sighting, latent: Sighting, layout: Layout) -> bool:
-        """Whether, at the sites of a_B and a_F, another trace has other channels, or codes of another latent.
+    def pair_differs(self, binary: Sighting, latent: Sighting, layout: Layout) -> bool:
+        """Whether another trace has, at the sites of a_B and a_F, other channels, or an a_B that is not a_F's sign.
 
         Traces that call the modules and functions of the sites another number of times, or in another order, say
         nothing: in training, such a pass is left out.
         """
-        is_sign = is_sign_of(self.trace, codes, latent)
-        sites = self.trace.sites_of(codes, latent)
-        for trace, other in self.again(codes):
-            other_latent = trace.at.get(latent.site)
-            if other_latent and (is_one_call(*sites) or trace.sites_of(other, other_latent) == sites):
-                if layout.channels(other.held.shape) != layout.channels(codes.held.shape):
+        is_sign = is_sign_of(self.trace, binary, latent)
+        sites = self.trace.sites_of(binary, latent)
+        same_call = binary.site.in_same_call(latent.site)
+        for trace, other in self.in_all_traces(binary)[1:]:
+            other_latent = trace.by_site.get(latent.site)
+            if other_latent and (same_call or trace.sites_of(other, other_latent) == sites):
+                if layout.channels(other.snapshot.shape) != layout.channels(binary.snapshot.shape):
                     return True
-                if is_sign and other.held.two_valued and not is_sign_of(trace, other, other_latent):
+                if is_sign and other.snapshot.two_valued and not is_sign_of(trace, other, other_latent):
                     return True
         return False
 
 
-def followed(line: list[Sighting], before: Callable[[Sighting], list[Sighting]]) -> Iterator[Sighting]:
-    """Sightings, and what they were made of, each tensor once: the nearest first."""
-    seen = {s.held for s in line}
-    for sighting in line:
+def walk_back(start: list[Sighting], parents: Callable[[Sighting], list[Sighting]]) -> Iterator[Sighting]:
+    """Sightings, their parents, the parents of these, and so on: each tensor once, the nearest first."""
+    queue, visited = list(start), {s.snapshot for s in start}
+    for sighting in queue:
         yield sighting
-        for argument in before(sighting):
-            if argument.held not in seen:
-                seen.add(argument.held)
-                line.append(argument)
+        for parent in parents(sighting):
+            if parent.snapshot not in visited:
+                visited.add(parent.snapshot)
+                queue.append(parent)
 
 
-def _sources(operand: Sighting, is_code: Callable[[Sighting], bool]) -> list[Sighting]:
-    """The first tensor in the graph that holds the codes of an operand; of several that it joins or adds up, one of
-    each. None where something else is among these."""
+def _sources(operand: Sighting, is_binary: Callable[[Sighting], bool]) -> list[Sighting]:
+    """The first sighting of each a_B that an operand is made of; none if it also holds something else."""
 
-    def before(s: Sighting) -> list[Sighting]:
-        return _with_its_codes(s, is_code) if is_code(s) else _parts(s)
+    def parents(s: Sighting) -> list[Sighting]:
+        return _binary_parents(s, is_binary) if is_binary(s) else _parts(s)
 
-    ends = [s for s in followed([operand], before) if not before(s)]
-    # A trained shift, or what is expanded, may be added.
-    if any(not is_code(s) and s.from_input and s.distinct * 8 > operand.held.numel for s in ends):
+    ends = [s for s in walk_back([operand], parents) if not parents(s)]
+    # A trained shift may be added, or something of at most an eighth of the size that is expanded.
+    if any(not is_binary(s) and s.from_input and s.distinct * 8 > operand.snapshot.numel for s in ends):
         return []
-    return [s.held.sightings[0] for s in ends if is_code(s)]
+    return [s.snapshot.sightings[0] for s in ends if is_binary(s)]
 
 
 def _parts(sighting: Sighting) -> list[Sighting]:
-    """What was moved, scaled, joined or added up."""
-    name, given = sighting.producer.name if sighting.producer else "", sighting.given()
+    """The parents whose values a move, a scaling, a sum or a join passes on."""
+    name, parents = sighting.producer.name if sighting.producer else "", sighting.parents()
     if name in functions.MOVES:
-        return given[:1]
+        return parents[:1]
     if name in functions.SCALINGS:
-        full = [a for a in given if a.distinct == sighting.held.numel]
-        return full if len(full) == 1 else []
-    return given if name in functions.SUMS | functions.JOINS else []
+        full_size = [a for a in parents if a.distinct == sighting.snapshot.numel]
+        return full_size if len(full_size) == 1 else []
+    return parents if name in functions.SUMS | functions.JOINS else []
 
 
-def _with_its_codes(sighting: Sighting, is_code: Callable[[Sighting], bool]) -> list[Sighting]:
-    """The arguments of the call that made a tensor which have its codes already."""
-    event, given = sighting.producer, sighting.given()
+def _binary_parents(sighting: Sighting, is_binary: Callable[[Sighting], bool]) -> list[Sighting]:
+    """The parents that have the codes of a binary tensor already: the search for a_B goes on to them."""
+    event, parents = sighting.producer, sighting.parents()
     if event is None or (event.name in functions.DETACHES and any(a.in_graph for a in event.arguments)):
-        return []  # cut off the graph: what it was made of gets no gradient from here
-    outside = sighting.held.first_in_graph is None
-    # `sign(x) + (x - x.detach())`: the zeros bring the gradient.
-    differences = [
-        a for a in given if a.in_graph and a.held.constant and a.producer and a.producer.name in functions.SUMS
-    ]
-    if event.name in functions.SUMS and any(not bool(a.held.values.any()) for a in differences):
-        return []
-    before = [a for a in given if is_code(a) and (outside or a.held.first_in_graph)]
-    full = [a for a in given if a.from_input and a.distinct == sighting.held.numel]
-    # Not a latent, a scale or a gate that has two values, too.
-    if sighting.held.two_valued and event.name in functions.SUMS | functions.SCALINGS | functions.STEPS | {"where"}:
-        # Codes that are the only ones may change sign: by bit errors, or by a scale of both signs.
-        alone = event.name in functions.SCALINGS | {"where"} and len({a.held.code for a in full}) == 1
-        before = [a for a in before if _keeps(sighting, a) or (alone and a in full)]
-    gates = {a for a in full if a.held.two_valued}
-    # `sign(x) * (|x| > t)` has three values.
-    return [] if event.name in functions.SCALINGS and gates - set(before) else before
-
-
-def _keeps(result: Sighting, codes: Sighting) -> bool:
-    """Whether a tensor has the codes of another one, or zeros in their places."""
-    after, before = result.held.pattern, codes.held.pattern
-    if after is None or before is None or result.held.numel != codes.held.numel:
-        return False
-    return any(bool(((after == 0) | (after == side * before)).all()) for side in (1, -1))
-
-
-def _splits(latent: Sighting, pattern: Tensor) -> bool:
-    """Whether thresholds split a latent into the two codes of a pattern."""
-    index = kept_positions(latent.held.numel, latent.held.values.device)
-    return is_split_by_threshold(latent.held.values, pattern, index, latent.held.shape)
-
-
-def _step(operand: Sighting) -> Event | None:
-    """The call that made a constant operand out of something that is not constant."""
-
-    def is_of_latent(s: Sighting) -> bool:
-        return any(a.held.continuous for a in s.given(same_size=True))
-
-    def before(s: Sighting) -> list[Sighting]:
-        name = s.producer.name if s.producer else ""
-        # `where(mask, x, 0)` and `x * (x > t)` hold more than two values where they are not all zero.
-        if name in functions.SCALINGS | {"where"} and is_of_latent(s):
+        return []  # detached: no gradient goes on to the parents
+    if event.name in functions.SUMS:
+        # `sign(x) + (x - x.detach())`: the zeros bring the gradient.
+        zeros = [a for a in parents if a.in_graph and a.snapshot.constant and not bool(a.snapshot.values.any())]
+        if any(a.producer and a.producer.name in functions.SUMS for a in zeros):
             return []
-        through = name in functions.SUMS | functions.DETACHES
-        return [a for a in s.given(same_size=True) if through or a.held.constant]
+    in_graph = sighting.snapshot.first_in_graph is not None
+    had_codes = [a for a in parents if is_binary(a) and (a.snapshot.first_in_graph or not in_graph)]
+    full_size = [a for a in parents if a.from_input and a.distinct == sighting.snapshot.numel]
+    # A latent, a scale or a gate may have two values, too. Only a parent whose codes the result keeps counts.
+    if sighting.snapshot.two_valued and event.name in functions.SUMS | functions.STEPS | functions.GATES:
+        # Codes may change sign if there are no others: by bit errors, or by a scale of both signs.
+        only_codes = event.name in functions.GATES and len({a.snapshot.pattern_key for a in full_size}) == 1
+        had_codes = [a for a in had_codes if _keeps_codes(sighting, a) or (only_codes and a in full_size)]
+    # `sign(x) * (|x| > t)` has three values.
+    gates = {a for a in full_size if a.snapshot.two_valued} - set(had_codes)
+    return [] if event.name in functions.SCALINGS and gates else had_codes
 
-    made = (s.producer for s in followed([operand], before) if is_of_latent(s))
-    return next((event for event in made if event and event.name in functions.STEPS), None)
+
+def _keeps_codes(result: Sighting, argument: Sighting) -> bool:
+    """Whether a result has the codes of an argument, up to their common sign and to zeros."""
+    new, old = result.snapshot.pattern, argument.snapshot.pattern
+    if new is None or old is None or result.snapshot.numel != argument.snapshot.numel:
+        return False
+    return any(bool(((new == 0) | (new == sign * old)).all()) for sign in (1, -1))
 
 
-def is_one_call(binary: Site, latent: Site) -> bool:
-    """Whether both sides are picked up in one call of a module."""
-    return (binary.module, binary.call) == (latent.module, latent.call)
+def _is_split(latent: Snapshot, pattern: Tensor) -> bool:
+    """Whether thresholds split a latent into the two codes of a pattern."""
+    index = kept_indices(latent.numel, latent.values.device)
+    return is_split_by_threshold(latent.values, pattern, index, latent.shape)
+
+
+def _binarizing_call_of_constant(operand: Sighting) -> Event | None:
+    """The sign or comparison that made a constant operand out of something that is not constant."""
+
+    def has_latent(s: Sighting) -> bool:
+        return any(a.snapshot.continuous for a in s.parents(same_size=True))
+
+    def parents(s: Sighting) -> list[Sighting]:
+        name = s.producer.name if s.producer else ""
+        # `where(mask, x, 0)` and `x * (x > t)` have more than two values if they are not all zero.
+        if name in functions.GATES and has_latent(s):
+            return []
+        passes_on = name in functions.SUMS | functions.DETACHES
+        return [a for a in s.parents(same_size=True) if passes_on or a.snapshot.constant]
+
+    calls = (s.producer for s in walk_back([operand], parents) if has_latent(s))
+    return next((call for call in calls if call and call.name in functions.STEPS), None)
 
 
 def operands(trace: Trace, module: str = "") -> Iterator[tuple[Event, Sighting]]:
-    """The products of a trace within a module, with each argument that may be an activation."""
+    """(product, argument): the products of a trace within a module, with each argument that may be an activation."""
     for event in trace.events:
         name = event.name
         if module and not f"{event.module}.".startswith(f"{module}."):
             continue
         if name in functions.CONVOLUTIONS or name in functions.LAYERS:
-            # The input and the hidden state. The first tensor of each where it is a tuple: a value with its scale
+            # The input and the hidden state. The first tensor of each if it is a tuple: a value with its scale
             # (brevitas). A packed sequence has its lengths, which are integers, in second place.
-            floats = [s for s in reversed(event.arguments) if s.held.values.is_floating_point()]
+            floats = [s for s in reversed(event.arguments) if s.snapshot.values.is_floating_point()]
             first = {s.site.path[1]: s for s in floats}
-            is_recurrent = name in functions.LAYERS and name != "linear"
-            wanted = (0, "input", 1, 2, "hx") if is_recurrent else (0, "input")
+            wanted = (0, "input", 1, 2, "hx") if name in functions.RECURRENT else (0, "input")
             yield from ((event, first[key]) for key in wanted if key in first)
         elif name in functions.PRODUCTS:
             for s in event.arguments:
                 slot = s.site.path[1]
-                is_addend = name.startswith(("addm", "addb", "badd")) and slot in (0, "input")
+                is_addend = name in functions.WITH_ADDEND and slot in (0, "input")
                 is_mask = "attention" in name and slot not in (0, 1, 2, "query", "key", "value")
                 if not is_addend and not is_mask:
                     yield event, s
@@ -256,28 +263,29 @@ def operands(trace: Trace, module: str = "") -> Iterator[tuple[Event, Sighting]]
 
 def _is_draw(event: Event) -> bool:
     """Whether a call makes codes at random, or by a comparison with random numbers."""
-    made = {a.producer.name for a in event.arguments if a.producer}
-    return event.name == "bernoulli" or (event.name in functions.STEPS and not made.isdisjoint(functions.RANDOM))
+    producers = {a.producer.name for a in event.arguments if a.producer}
+    return event.name == "bernoulli" or (event.name in functions.STEPS and not producers.isdisjoint(functions.RANDOM))
 
 
-def is_sign_of(trace: Trace, codes: Sighting, latent: Sighting) -> bool:
-    """Whether thresholds split the latent into the two codes; or, of codes that were drawn, tell more than nothing.
+def is_sign_of(trace: Trace, binary: Sighting, latent: Sighting) -> bool:
+    """Whether thresholds split the latent into the two codes; or, for drawn codes, whether they depend on the latent.
 
-    Drawn codes are accepted where the latent's mean rank differs between the two by 5 % of all ranks. For 2,048 codes
+    Drawn codes are accepted if the latent's mean rank differs between the two by 5 % of all ranks. For 2,048 codes
     that have nothing to do with the latent, it differs by 1.3 % (standard deviation).
     """
-    values, pattern, numel = latent.held.values, codes.held.pattern, latent.held.numel
-    if pattern is None or codes.held.numel != numel:
+    values, pattern, numel = latent.snapshot.values, binary.snapshot.pattern, latent.snapshot.numel
+    if pattern is None or binary.snapshot.numel != numel:
         return False
-    if _splits(latent, pattern):
+    if _is_split(latent.snapshot, pattern):
         return True
-    between = [e for e in trace.events if latent.seq <= e.seq <= codes.seq]
-    drawn = any(r.held.numel == numel for e in between if e.name in functions.RANDOM for r in e.results)
-    # Drawn from the latent itself, as by `rand_like(p) < p`: little may be seen of that in few codes.
-    makers = [e for e in between if any(r.held.code == codes.held.code for r in e.results) and _is_draw(e)]
-    if any(a.held.numel == numel and bool((a.held.values == values).all()) for e in makers for a in e.arguments):
+    between = [e for e in trace.events if latent.seq <= e.seq <= binary.seq]
+    # Drawn from the latent itself, as by `rand_like(p) < p`: accepted, for the ranks of few codes show little.
+    key = binary.snapshot.pattern_key
+    draws = [e for e in between if any(r.snapshot.pattern_key == key for r in e.results) and _is_draw(e)]
+    if any(a.snapshot.numel == numel and bool((a.snapshot.values == values).all()) for e in draws for a in e.arguments):
         return True
     ranks = values.argsort().argsort() / len(values)
-    # Of no ranks, the mean is NaN.
-    apart = (ranks[pattern > 0].mean() - ranks[pattern < 0].mean()).abs()
-    return drawn and bool(apart > 0.05)
+    # NaN if one of the codes does not occur: that compares false.
+    difference = (ranks[pattern > 0].mean() - ranks[pattern < 0].mean()).abs()
+    is_drawn = any(r.snapshot.numel == numel for e in between if e.name in functions.RANDOM for r in e.results)
+    return is_drawn and bool(difference > 0.05)

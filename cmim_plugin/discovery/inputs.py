@@ -65,19 +65,21 @@ class BatchSource:
     places: tuple[tuple[Path, int | None], ...]
 
     def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-        """The number of samples in these inputs, None where it cannot be read."""
+        """The number of samples in these inputs, or None."""
         for path, dim in self.places:
             try:
                 found = part_of((args, kwargs), path)
-                if isinstance(found, Tensor) != (dim is None):
-                    return len(found) if dim is None else int(found.size(dim))
+                if dim is None and not isinstance(found, Tensor):
+                    return len(found)
+                if dim is not None and isinstance(found, Tensor):
+                    return int(found.size(dim))
             except Exception:  # not contextlib.suppress: torch 2.6 does not compile it
                 continue
         return None
 
 
 def positional_names(model: nn.Module) -> list[str]:
-    """Names of the inputs that a model's forward takes by position, in order; none where they cannot be told."""
+    """Names of the inputs that a model's forward takes by position, in order; [] if they are not known."""
     try:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):
@@ -86,14 +88,12 @@ def positional_names(model: nn.Module) -> list[str]:
 
 
 def batch_sources(model: nn.Module, inputs: Inputs, stated: int | None = None) -> dict[int, BatchSource]:
-    """The numbers of samples that the inputs may have, most likely first, each with where it is read.
-
-    They are lengths of lists and first dimensions; the number that the user stated may be one of another dimension.
-    """
+    """The numbers of samples that the inputs may have, each with where it is read: lengths of lists, then first
+    dimensions. If the user states a number that is none of them, other dimensions count, too."""
     places: dict[int, list[tuple[Path, int | None]]] = defaultdict(list)
     for side, tree in enumerate(inputs):
         for key, value in _entries(tree):
-            # As detectors take them: a list of images, or of a dict of targets for each.
+            # Detectors take a list of images, and a list of dicts of their targets.
             if isinstance(value, (list, tuple)) and value and isinstance(value[0], (Tensor, Mapping)):
                 places[len(value)].append(((side, key), None))
     tensors = [(path, t) for path, t in tensors_in(inputs) if t.ndim]
@@ -105,7 +105,7 @@ def batch_sources(model: nn.Module, inputs: Inputs, stated: int | None = None) -
     names = positional_names(model)
     sources = {}
     for size, found in places.items():
-        # In training an input may come by keyword that came by position in the example, and the reverse.
+        # In training, an input may come by keyword that the example had by position, or the reverse.
         ways = [(way, dim) for path, dim in found for way in (path, _other_way(path, names)) if way]
         if size and ways:
             sources[size] = BatchSource(tuple(ways))
@@ -113,6 +113,7 @@ def batch_sources(model: nn.Module, inputs: Inputs, stated: int | None = None) -
 
 
 def _other_way(path: Path, names: list[str]) -> Path:
+    """The path by keyword of an input by position, or the reverse; () if there is none."""
     side, key, *rest = path
     if side == 0:
         return (1, names[key], *rest) if key < len(names) else ()
@@ -120,7 +121,7 @@ def _other_way(path: Path, names: list[str]) -> Path:
 
 
 def resampled(inputs: Inputs, source: BatchSource, samples: Sequence[int]) -> Inputs:
-    """The inputs with these samples of the batch: all that has one entry a sample is indexed."""
+    """The inputs with these samples of the batch: everything at ``source.places`` is indexed."""
     places = dict(source.places)
 
     def pick(path: Path, value: Any) -> Any:
@@ -133,41 +134,41 @@ def resampled(inputs: Inputs, source: BatchSource, samples: Sequence[int]) -> In
     return mapped(inputs, pick)
 
 
-def levels(tensor: Tensor) -> int:
-    """How many values an input has that may be varied, a dense one of a floating-point type: 1, 2, or 3 if they are
-    more. 0 for all other inputs. A mask has two, and an additive one holds minus infinity, so this counts as two."""
+def kind_of_values(tensor: Tensor) -> str | None:
+    """Of a dense floating-point tensor: "constant", "mask" (two values, or some infinite) or "varied"; else None."""
     if not tensor.is_floating_point() or not is_strided(tensor) or tensor.numel() < 2:
-        return 0
+        return None
     low, high = tensor.detach().aminmax()
     if low == high:
-        return 1
+        return "constant"
     more = tensor.isfinite().all() and ((tensor > low) & (tensor < high)).any()
-    return 3 if more else 2
+    return "varied" if more else "mask"
 
 
 def varied(inputs: Inputs, seed: int, source: BatchSource | None = None) -> Inputs:
     """The inputs with other values in the dense floating-point ones, everything else as it is.
 
-    The values of a tensor change places. Noise comes in place of a constant: an example of zeros is a stand-in.
-    Masks, token ids, lengths, sparse, nested and complex tensors stay. So does what has not one entry a sample, where
-    something has: regions hold the numbers of their images.
+    The values of a tensor change places. Noise replaces a constant: an example of zeros is a stand-in. Masks, token
+    ids, lengths, sparse, nested and complex tensors stay. So do tensors without an entry for each sample, if others
+    have one: regions hold the numbers of their images.
     """
     places = dict(source.places) if source is not None else {}
     tensors = list(tensors_in(inputs))
-    count = {path: levels(t) for path, t in tensors}
-    dense = [(path, t) for path, t in tensors if count[path]]
-    dense = [(path, t) for path, t in dense if path in places or path[:-1] in places] or dense
-    dense = [(path, t) for path, t in dense if t.ndim > 1] or dense
-    dense = [(path, t) for path, t in dense if count[path] > 2] or dense
-    # Beside token ids, zeros or ones of their shape are a mask; beside a map of labels, zeros with channels are images.
+    kinds = {path: kind_of_values(t) for path, t in tensors}
+    chosen = [(path, t) for path, t in tensors if kinds[path]]
+    chosen = [(path, t) for path, t in chosen if path in places or path[:-1] in places] or chosen
+    chosen = [(path, t) for path, t in chosen if t.ndim > 1] or chosen
+    chosen = [(path, t) for path, t in chosen if kinds[path] == "varied"] or chosen
+    # Beside token ids, a constant is a mask; beside a map of labels, one with more dimensions is an image.
     rank = max((t.ndim for _, t in tensors if not t.is_floating_point()), default=0)
-    chosen = {path for path, t in dense if count[path] > 2 or rank < 2 or (count[path] == 1 and t.ndim > rank)}
+    images = [path for path, t in chosen if kinds[path] == "constant" and t.ndim > rank]
+    paths = [path for path, _ in chosen if rank < 2 or kinds[path] == "varied" or path in images]
     generator = torch.Generator().manual_seed(seed)
 
     def vary(path: Path, value: Any) -> Any:
-        if path not in chosen:
+        if path not in paths:
             return value
-        if count[path] == 1:
+        if kinds[path] == "constant":
             return torch.randn(value.shape, generator=generator, device="cpu").to(value)
         order = torch.randperm(value.numel(), generator=generator, device="cpu").to(value.device)
         return value.detach().flatten()[order].view(value.shape)
@@ -176,7 +177,7 @@ def varied(inputs: Inputs, seed: int, source: BatchSource | None = None) -> Inpu
 
 
 def mapped(tree: Tree, function: Callable[[Path, Any], Any], path: Path = ()) -> Tree:
-    """The tree with a function of (path, value) applied from the leaves up; parts without a change are kept."""
+    """The tree with a function of (path, value) applied from the leaves up; unchanged parts are the same objects."""
     new: Any = {key: mapped(value, function, (*path, key)) for key, value in _entries(tree)}
     if all(new[key] is value for key, value in _entries(tree)):
         new = tree

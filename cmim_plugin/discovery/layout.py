@@ -12,11 +12,11 @@ from torch import Tensor
 class Layout:
     """How an activation is read as channel vectors, one for each position."""
 
-    #: Spatial dimensions behind the channels (convolution). None: the channels are last, all dimensions between the
-    #: first and them are positions (linear layer, tokens).
+    #: Number of spatial dimensions behind the channels (convolution). None: the channels are last, all dimensions
+    #: between the first and the last are positions (linear layer, tokens).
     spatial: int | None
     windowed: bool = False  # a sample takes several rows, as in window attention: ``(B * windows, tokens, C)``
-    scores: bool = False  # multiplied with another activation, as attention maps are: as many channels as tokens
+    scores: bool = False  # attention scores: as many channels as tokens, a number that may change from batch to batch
     mixed: bool = False  # its rows are not those of one sample after another
 
     def channels(self, shape: torch.Size) -> int:
@@ -24,11 +24,11 @@ class Layout:
         return shape[-1] if self.spatial is None else shape[1 : len(shape) - self.spatial].numel()
 
     def spatial_shape(self, shape: torch.Size) -> torch.Size:
-        """The dimensions over which the positions of one row of the first dimension are counted."""
+        """The shape of the positions of one row, an entry of the first dimension."""
         return shape[1:-1] if self.spatial is None else shape[len(shape) - self.spatial :]
 
     def tokens(self, shape: torch.Size) -> int:
-        """The length of the sequence that the positions of a sample are; 0 where they are none."""
+        """Tokens of a sample, if its positions are a sequence; otherwise 0."""
         spatial = self.spatial_shape(shape)
         is_sequence = self.spatial in (None, 1) and not self.windowed and not self.mixed
         return spatial[-1] if spatial and is_sequence else 0
@@ -38,8 +38,8 @@ class Layout:
         return shape[0] * self.spatial_shape(shape).numel()
 
     def elements(self, index: Tensor, shape: torch.Size, numbers: Tensor) -> Tensor:
-        """``(..., n, C)`` int64, for ``activation.take``: the channels at positions ``index``, ``(..., n)``, which are
-        counted over the batch. ``numbers``: int64, 0, 1, 2, ..., one for each channel or more."""
+        """``(..., n, C)`` int64, for ``activation.take``: all channels at positions ``index``, ``(..., n)``, which are
+        counted over the batch. ``numbers``: ``arange`` of the number of channels, or longer, on the device."""
         channels = self.channels(shape)
         if self.spatial is None:
             first, step = index * channels, 1
@@ -57,14 +57,14 @@ class Layout:
         return x.reshape(len(x), channels, positions).mT
 
     def rows(self, x: Tensor) -> Tensor:
-        """``(all positions, C)``: a view of an activation that holds its channels last, as channels_last does."""
+        """``(all positions, C)``: a view if the channels are last in memory, as with channels_last."""
         return self.channel_vectors(x).flatten(0, 1)
 
     def pooled(self, x: Tensor, batch: int | None = None) -> Tensor:
-        """The mean over the positions of each sample, ``(B, C)``; ``batch``: samples, needed where it is windowed."""
+        """The mean over the positions of each sample, ``(B, C)``; ``batch``: samples, needed if windowed."""
         sums = self.channel_vectors(x).sum(1)
         if self.windowed:
             assert batch is not None
             sums = sums.unflatten(0, (batch, len(x) // max(batch, 1))).sum(1)
-        # Divided after the sum: its gradient is a view, that of a mean another tensor of x's size.
+        # Not mean(): its gradient takes a tensor of x's size, that of a sum is a view.
         return sums / (self.positions(x.shape) // max(len(sums), 1))

@@ -1,4 +1,4 @@
-"""Run a model without a trace: everything that a forward pass can change is put back."""
+"""Undo everything that a forward pass changes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from .. import _compat
 from .inputs import is_strided
 
-# How far containers and objects are followed into each other. Longer ones, as the items of a data set, are not.
-_DEPTH, _LENGTH = 4, 4096
-# A module in a list of a module is as far away; one that a trainer's callback holds is farther, and not ours to copy.
-_MODULES_DEPTH = 2
-_OF_THREADS = ("threading", "queue", "concurrent", "multiprocessing", "asyncio", "logging")
+_MAX_DEPTH, _MAX_LENGTH = 4, 4096  # of nested containers and objects; the items of a data set are more
+_MAX_MODULE_DEPTH = 2  # that of a module in a list attribute; a trainer's callback has deeper ones, which are not ours
+_THREADING_PACKAGES = ("threading", "queue", "concurrent", "multiprocessing", "asyncio", "logging")
 _HOLD_NOTHING = {str, int, float, bool, bytes, type(None), *weakref.ProxyTypes}
 
 
@@ -44,14 +42,14 @@ def preserve_state(model: nn.Module, inputs: Any) -> Iterator[None]:
     elements of containers of more than 4,096 that are within others, and state of C++ extensions.
     """
     parameters = list(model.parameters())
-    # BinaryNet keeps the real weight in an attribute of the parameter. TorchScript keeps its state in no attribute.
+    # BinaryNet keeps the real weight in an attribute of the parameter. TorchScript has no state in attributes.
     holders = map(vars, [*model.modules(), *parameters])
     with contextlib.ExitStack() as undo:
-        tensors = note_changes(undo, [*holders, *parameters, *model.buffers(), *(p.grad for p in parameters), inputs])
+        tensors = register_undo(undo, [*holders, *parameters, *model.buffers(), *(p.grad for p in parameters), inputs])
         for module in model.modules():
             undo.callback(setattr, module, "training", module.training)
         for t in tensors:
-            plain = type(t.data) is Tensor  # others may not be comparable
+            plain = type(t.data) is Tensor  # subclasses may not support comparisons
             flags = (t.requires_grad, t.grad) if t.is_leaf else None
             undo.callback(_restore, t, t.data, t.detach().clone() if plain else None, flags)
         with preserve_generators(tensors):
@@ -71,9 +69,9 @@ def preserve_generators(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 def _restore(tensor: Tensor, data: Tensor, values: Tensor | None, flags: tuple[bool, Tensor | None] | None) -> None:
-    """``flags``: of a leaf, whether it required a gradient, and its gradient."""
+    """``flags``: (requires_grad, grad) of a leaf."""
     if flags and not tensor.is_leaf and _compat.base_of(tensor) is None:
-        tensor.detach_()  # the forward wrote something trained into its input
+        tensor.detach_()  # the forward wrote something with a gradient into its input
     if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape:
         tensor.data = data
     if values is not None and not same(tensor.detach(), values):
@@ -83,49 +81,49 @@ def _restore(tensor: Tensor, data: Tensor, values: Tensor | None, flags: tuple[b
         tensor.grad = flags[1]
 
 
-def note_changes(undo: contextlib.ExitStack, values: Iterable[Any]) -> list[Tensor]:
-    """Note how to undo each change of what containers and objects hold. The tensors among it are returned instead."""
+def register_undo(undo: contextlib.ExitStack, values: Iterable[Any]) -> list[Tensor]:
+    """Register the undo of each change in containers and objects. The tensors in them are returned instead."""
     tensors: list[Tensor] = []
-    seen: set[int] = set()
-    line = [(value, 0) for value in values]
-    for value, depth in line:
-        if id(value) in seen:
+    visited: set[int] = set()
+    queue = [(value, 0) for value in values]
+    for value, depth in queue:
+        if id(value) in visited:
             continue
-        seen.add(id(value))
+        visited.add(id(value))
         if isinstance(value, Tensor):
             if is_strided(value) and not nn.parameter.is_lazy(value):
                 tensors.append(value)
         elif isinstance(value, nn.Module):
-            # One in a list or tuple is none of the model's modules.
-            line += [(vars(module), 0) for module in value.modules()] if depth <= _MODULES_DEPTH else []
-        elif depth <= _DEPTH:
+            # modules() of the model does not list one in a list or tuple.
+            queue += [(vars(module), 0) for module in value.modules()] if depth <= _MAX_MODULE_DEPTH else []
+        elif depth <= _MAX_DEPTH:
             containers: list[Any] = [value] if isinstance(value, (dict, list, set, deque, bytearray)) else []
             containers += [vars(value)] if _has_state(value) else []
             fixed = isinstance(value, (tuple, types.MethodType, functools.partial))
-            inner = gc.get_referents(value) if fixed else []
+            items = gc.get_referents(value) if fixed else []
             for container in containers:
-                before = _content(container)
-                undo.callback(_refill, container, before)
-                inner += before
-            _keep_state(undo, value)
-            if depth < 2 or len(inner) <= _LENGTH:
-                line += [(item, depth + 1) for item in inner if type(item) not in _HOLD_NOTHING]
+                content = _content(container)
+                undo.callback(_refill, container, content)
+                items += content
+            _register_undo_of_leaf(undo, value)
+            if depth < 2 or len(items) <= _MAX_LENGTH:
+                queue += [(item, depth + 1) for item in items if type(item) not in _HOLD_NOTHING]
     return tensors
 
 
 def _has_state(value: Any) -> bool:
-    """Whether it has attributes that a forward may change. Torch's own functions keep what they have looked up in
-    theirs, threads wait for what queues and locks hold."""
+    """Whether a value has attributes to undo. Not torch's own functions, which cache in them, and not queues and locks,
+    for whose content threads wait."""
     package = type(value).__module__.partition(".")[0]
-    passed_over = package in _OF_THREADS or (callable(value) and package == "torch")
+    excluded = package in _THREADING_PACKAGES or (callable(value) and package == "torch")
     no_object = isinstance(value, (type, types.ModuleType, types.FunctionType, types.MethodType))
-    return hasattr(value, "__dict__") and not passed_over and not no_object
+    return hasattr(value, "__dict__") and not excluded and not no_object
 
 
-def _keep_state(undo: contextlib.ExitStack, value: Any) -> None:
-    """Of random generators and arrays."""
+def _register_undo_of_leaf(undo: contextlib.ExitStack, value: Any) -> None:
+    """Register the undo of a random generator or a numpy array."""
     numpy: Any = sys.modules.get("numpy")
-    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):  # that one has no state
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):  # has no state
         undo.callback(value.setstate, value.getstate())
     elif isinstance(value, torch.Generator) or (numpy and isinstance(value, numpy.random.RandomState)):
         undo.callback(value.set_state, value.get_state())
@@ -136,19 +134,19 @@ def _keep_state(undo: contextlib.ExitStack, value: Any) -> None:
 
 
 def _content(container: Any) -> list[Any]:
-    """The elements of a container; keys and values in turn of a dictionary."""
+    """The elements of a container; of a dictionary, keys and values in turn."""
     return [x for item in container.items() for x in item] if isinstance(container, dict) else list(container)
 
 
-def _refill(container: Any, before: list[Any]) -> None:
-    """In place: handles of the user's hooks point at the very dictionaries."""
-    if list(map(id, _content(container))) == list(map(id, before)):
+def _refill(container: Any, content: list[Any]) -> None:
+    """Put the content back into the same container: handles of hooks refer to it."""
+    if list(map(id, _content(container))) == list(map(id, content)):
         return
     container.clear()
     if isinstance(container, dict):
-        for key, value in zip(before[::2], before[1::2], strict=True):  # not update(): a Counter would add
+        for key, value in zip(content[::2], content[1::2], strict=True):  # not update(): a Counter would add
             container[key] = value
     elif isinstance(container, set):
-        container.update(before)
+        container.update(content)
     else:
-        container.extend(before)
+        container.extend(content)

@@ -1,8 +1,7 @@
-"""What is seen of one forward pass: every tensor that passes a module boundary or a torch function.
+"""Record one forward pass: every tensor at a module boundary or a torch function.
 
-Of each there is a :class:`Snapshot` of its values at that moment and the :class:`Site` where a hook can pick it up
-again in training. From a :class:`Sighting` one can go back to what its tensor was made of. No tensor of the model is
-kept.
+A :class:`Sighting` is one tensor at one moment: a :class:`Snapshot` of its values, and the :class:`Site` where a hook
+can capture it in training. Its parents are the arguments of the call that made it. No tensor of the model is kept.
 """
 
 from __future__ import annotations
@@ -25,46 +24,48 @@ from .. import _compat
 from .codes import is_constant, sign_pattern
 from .functions import RANDOM, SHAPE_ONLY, plain_name, writes
 from .inputs import Inputs, Path, is_strided, tensors_in
-from .state import note_changes, same
+from .state import register_undo, same
 
-# Values kept of each tensor.
-_VALUES = 2048
-# A tensor of at most so many values is quantized.
-FEW_LEVELS = 16
+_KEPT = 2048  # elements of a snapshot
+MAX_QUANTIZED_VALUES = 16  # different values of a tensor that counts as quantized
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where, within one forward pass of the model, a tensor can be picked up."""
+    """The place of a tensor within a forward pass of the model."""
 
-    module: str  # qualified name of the module whose forward it is in ("" for the model itself)
-    call: int  # which of its calls in this pass, from 0; one with other gradients than the pass counts from -1 down
+    module: str  # qualified name of the module whose forward it is in, "" for the model itself
+    call: int  # index among its calls in this pass; those with gradients unlike the pass count from -1 down
     kind: str  # "input" or "output" of the module; "argument", "result" or "written" of a torch function in it
     path: Path  # keys that lead to the tensor within the (args, kwargs) pair or the output
     function: Callable[..., Any] | None = None  # of the last three kinds
-    nth: int = 0  # which call of the function with gradients since the module was entered,
-    nth_of_all: int = 0  # and which of all of them: the forward of an autograd.Function has none
-    calls: int = 0  # how often the dry run called the module in a pass,
-    times: int = 0  # and the function in this call of the module
-    others: int = 0  # how many calls of the module of the other side had begun when the tensor was seen
+    function_call: int = 0  # index among the calls of the function with gradients in this module call
+    function_call_of_all: int = 0  # index among all its calls: for passes without gradients, as in a report
+    module_calls: int = 0  # how often the module is called in a pass
+    function_calls: int = 0  # how often the function is called with gradients in this module call
+    other_calls: int = 0  # calls of the other side's module that begin before the tensor is seen
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy picks nothing up, and some functions cannot be pickled.
+        # A copied plug-in captures nothing, and some functions cannot be pickled.
         return Site, tuple({**vars(self), "function": None}.values())
+
+    def in_same_call(self, other: Site) -> bool:
+        """Whether both sites are in the same module call."""
+        return (self.module, self.call) == (other.module, other.call)
 
 
 @dataclass(eq=False)
 class Snapshot:
-    """What a tensor held at one moment."""
+    """The values of a tensor while they stay the same."""
 
     shape: torch.Size
-    values: Tensor  # (n,), from the same positions for all tensors of as many elements
-    pattern: Tensor | None = None  # (n,) its sign_pattern() there; None if it has more values, or is not of the input
-    constant: bool = False  # all its elements are equal
-    levels: int = 0  # how many values it has, if they are few; 0 where it is constant, two-valued, or has many
-    one_hot: bool = False  # along some dimension it is zero but for a single element
-    twin_distance: float | None = None  # of two samples of equal input, divided by that of two different ones
-    sightings: list[Sighting] = field(default_factory=list)  # all of the tensor while it held this, in order
+    values: Tensor  # (n,), at kept_indices(): comparable between tensors of one size
+    pattern: Tensor | None = None  # (n,) sign_pattern() there; None if not two-valued or independent of the input
+    constant: bool = False  # all elements are equal
+    num_values: int = 0  # number of different values if they are few; 0 if constant, two-valued or many
+    one_hot: bool = False  # along some dimension, a single element is not zero
+    twin_distance: float | None = None  # between two equal samples, divided by that between two different ones
+    sightings: list[Sighting] = field(default_factory=list)  # of the tensor with these values, in order
 
     @property
     def numel(self) -> int:
@@ -80,12 +81,12 @@ class Snapshot:
 
     @property
     def first_in_graph(self) -> Sighting | None:
-        """The first sighting in the graph; within the forward of a custom autograd function gradients are disabled."""
+        """The first sighting in the graph. The forward of an autograd.Function is not in it: it has no gradients."""
         return next((s for s in self.sightings if s.in_graph), None)
 
     @cached_property
-    def code(self) -> tuple[int, bytes] | None:
-        """Equal where the patterns are, whatever the shapes, also where the two codes changed places."""
+    def pattern_key(self) -> tuple[int, bytes] | None:
+        """A dict key: equal for equal patterns, also if the two codes are swapped or the shapes differ."""
         if self.pattern is None:
             return None
         first = next((sign for sign in self.pattern.tolist() if sign), 1)
@@ -96,41 +97,41 @@ class Snapshot:
 class Sighting:
     """One tensor at one moment."""
 
-    seq: int  # its place in the trace
+    seq: int  # index in Trace.sightings
     site: Site
-    held: Snapshot
+    snapshot: Snapshot
     requires_grad: bool
     in_graph: bool  # it required a gradient, with gradients enabled
     from_input: bool  # it depends on the model's input
     strides: tuple[int, ...]
-    event: Event | None = None  # the function call that returned it
+    event: Event | None = None  # the function call that returned it at this sighting
 
     @property
     def distinct(self) -> int:
-        """Elements that are not repeated by expansion."""
-        return torch.Size(n for n, step in zip(self.held.shape, self.strides, strict=True) if step).numel()
+        """Number of elements that are not repeated by expansion."""
+        return torch.Size(n for n, step in zip(self.snapshot.shape, self.strides, strict=True) if step).numel()
 
     @property
     def producer(self) -> Event | None:
-        """The function call that returned this tensor with this value."""
-        return next((s.event for s in self.held.sightings if s.event and s.seq <= self.seq), None)
+        """The function call that first returned the tensor with these values."""
+        return next((s.event for s in self.snapshot.sightings if s.event and s.seq <= self.seq), None)
 
-    def given(self, same_size: bool = False) -> list[Sighting]:
-        """What that call was given; not the tensor itself, as a function in place is given it."""
+    def parents(self, same_size: bool = False) -> list[Sighting]:
+        """The producer's arguments, without the tensor itself, which an in-place function takes."""
         event = self.producer
-        arguments = [a for a in (event.arguments if event else ()) if a.held is not self.held]
-        return [a for a in arguments if a.held.numel == self.held.numel] if same_size else arguments
+        arguments = [a for a in (event.arguments if event else ()) if a.snapshot is not self.snapshot]
+        return [a for a in arguments if a.snapshot.numel == self.snapshot.numel] if same_size else arguments
 
 
 @dataclass(eq=False)
 class Event:
     """One torch function call."""
 
-    seq: int
+    seq: int  # number of sightings before it
     name: str
     module: str  # qualified name of the module whose forward called it
-    parameters: int  # of the model, among its arguments
-    weighted: bool  # a parameter, or what requires a gradient, is among them
+    parameters: int  # number of the model's parameters among the arguments
+    has_gradient: bool  # a parameter, or another tensor that requires a gradient, is an argument
     arguments: list[Sighting]  # without parameters
     equation: str = ""  # of torch.einsum
     results: list[Sighting] = field(default_factory=list)
@@ -145,56 +146,54 @@ class Trace:
     sightings: list[Sighting] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)  # of each module, with gradients as the pass has them
-    #: When each of these calls began: the number of sightings before it.
+    #: For each module: the number of sightings before each of these calls.
     begun: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
-    #: (module, call of it) -> how often each (function, whether with gradients) was called there
+    #: (module, its call) -> number of calls of each (function, whether with gradients) there
     functions: dict[tuple[str, int], Counter[Any]] = field(default_factory=lambda: defaultdict(Counter))
-    draws_scalars: bool = False  # single random numbers were drawn, as a model that skips layers at random does
-    time_major: str = ""  # a recurrent layer or attention that takes for time what is as long as the batch
+    draws_scalars: bool = False  # single random numbers were drawn, as by a model that skips layers at random
+    time_major: str = ""  # a module that takes a dimension as long as the batch for time: it has no batch_first
 
     @cached_property
-    def at(self) -> dict[Site, Sighting]:
+    def by_site(self) -> dict[Site, Sighting]:
         return {s.site: s for s in self.sightings}
 
     def sites_of(self, binary: Sighting, latent: Sighting) -> tuple[Site, Site]:
-        """Where both sides of a tap are picked up, with how often modules and functions are called here."""
+        """The sites of both sides of a tap, with the numbers of calls in this trace."""
 
         def counted(sighting: Sighting, other: str) -> Site:
             site = sighting.site
-            times = self.functions[site.module, site.call][site.function, True]
+            functions = self.functions[site.module, site.call][site.function, True]
             others = sum(seq <= sighting.seq for seq in self.begun[other])
-            return replace(site, calls=self.calls[site.module], times=times, others=others)
+            return replace(site, module_calls=self.calls[site.module], function_calls=functions, other_calls=others)
 
         return counted(binary, latent.site.module), counted(latent, binary.site.module)
 
 
 def record(model: nn.Module, inputs: Inputs, batch: int, twins: bool = False) -> Trace:
-    """Run a model on a batch of so many samples, and write down what passes.
-
-    ``twins``: whether the last two samples are equal. Dropout then rests, and both get the same random numbers.
-    """
+    """Run a model on a batch of so many samples, and record every tensor. ``twins``: whether the last two samples are
+    equal. Then dropout is off, and both get the same random numbers."""
     recorder = _Recorder(model, batch, twins)
-    before = _positions()
+    states = _generator_states()
     with contextlib.ExitStack() as stack:
         for module in model.modules():
-            if not isinstance(module, torch.jit.ScriptModule):  # that one takes no hooks
+            if not isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
                 stack.callback(module.register_forward_pre_hook(recorder.enter, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(recorder.leave, always_call=True).remove)
-        note_changes(stack, [inputs])  # a forward may take things out of a dictionary
+        register_undo(stack, [inputs])  # a forward may take things out of a dictionary
         stack.enter_context(recorder)
         model(*inputs[0], **inputs[1])
-    recorder.trace.draws_scalars |= before != _positions()
+    recorder.trace.draws_scalars |= states != _generator_states()
     return recorder.trace
 
 
-def _positions() -> tuple[Any, Any]:
-    """Where the generators stand that draw single numbers: Python's and numpy's."""
+def _generator_states() -> tuple[Any, Any]:
+    """The states of the generators of Python and numpy, which draw single numbers."""
     numpy = sys.modules.get("numpy")
     return random.getstate(), None if numpy is None else numpy.random.get_state()[2]
 
 
 class _Recorder(TorchFunctionMode):
-    """Writes down one pass."""
+    """Records one pass."""
 
     def __init__(self, model: nn.Module, batch: int, twins: bool) -> None:
         super().__init__()
@@ -202,14 +201,13 @@ class _Recorder(TorchFunctionMode):
         self._twins = twins
         self._names = {module: name for name, module in model.named_modules()}
         self._parameters = {id(p) for p in model.parameters()}
-        # Modules being run, and which call of each.
-        self._scopes: list[tuple[str, int]] = []
+        self._scopes: list[tuple[str, int]] = []  # modules being run, and the index of the call of each
         self._with_gradients = torch.is_grad_enabled()
-        self._uncounted: Counter[str] = Counter()  # calls of each module with other gradients than the pass
-        # Whether each tensor object depends on the model's input, and what it held last.
+        self._uncounted: Counter[str] = Counter()  # calls of each module with gradients unlike the pass
+        # For each tensor object: whether it depends on the model's input, and its last snapshot.
         self._from_input: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
         self._last: MutableMapping[Tensor, Snapshot] = WeakTensorKeyDictionary()
-        self._kept_positions = cache(kept_positions)
+        self._kept_indices = cache(kept_indices)
 
     def __deepcopy__(self, memo: Any) -> _Recorder:
         return self  # a forward may copy modules, with their hooks
@@ -225,23 +223,23 @@ class _Recorder(TorchFunctionMode):
         else:
             self._uncounted[name] += 1
             self._scopes.append((name, -self._uncounted[name]))
-        seen = self._see((args, kwargs), "input", from_input=True if len(self._scopes) == 1 else None)
+        inputs = self._record((args, kwargs), "input", from_input=True if len(self._scopes) == 1 else None)
         if not getattr(module, "batch_first", True):
-            shape = next((s.held.shape for s in seen if len(s.held.shape) == 3), None)
+            shape = next((s.snapshot.shape for s in inputs if len(s.snapshot.shape) == 3), None)
             if shape is not None and shape[0] == self.trace.batch != shape[1]:
                 self.trace.time_major = f"{type(module).__name__} {name}"
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if module in self._names:
-            self._see(output, "output")
+            self._record(output, "output")
             self._scopes.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if not self._scopes or func is Tensor.__deepcopy__:  # its memo holds all that was copied so far
             return func(*args, **kwargs)
-        name, calls = plain_name(func), self.trace.functions[self._scopes[-1]]
-        call = func, calls[func, True], calls[func, True] + calls[func, False]
+        name, counts = plain_name(func), self.trace.functions[self._scopes[-1]]
+        function_call = func, counts[func, True], counts[func, True] + counts[func, False]
         for scope in self._scopes:
             self.trace.functions[scope][func, torch.is_grad_enabled()] += 1
         tensors = [tensor for _, tensor in tensors_in((args, kwargs))]
@@ -251,34 +249,34 @@ class _Recorder(TorchFunctionMode):
             name=name,
             module=self._scopes[-1][0],
             parameters=len(tensors) - len(activations),
-            weighted=len(tensors) > len(activations) or any(t.requires_grad for t in tensors),
-            arguments=self._see((args, kwargs), "argument", *call),
+            has_gradient=len(tensors) > len(activations) or any(t.requires_grad for t in tensors),
+            arguments=self._record((args, kwargs), "argument", *function_call),
             equation=args[0] if args and isinstance(args[0], str) else "",
         )
         from_input = name not in SHAPE_ONLY and any(self._from_input[t] for t in activations)
         if self._twins:
-            rest = {"dropout_p": 0.0} | ({"training": False} if "drop" in name else {})
-            kwargs |= {key: rest[key] for key in rest.keys() & kwargs}
-        into = kwargs.get("out", activations[0]) if from_input and writes(func, kwargs) else None
+            off = {"dropout_p": 0.0} | ({"training": False} if "drop" in name else {})
+            kwargs |= {key: off[key] for key in off.keys() & kwargs}
+        target = kwargs.get("out", activations[0]) if from_input and writes(func, kwargs) else None
         # A write into a view changes all of the tensor.
-        written = [t for t in (into, _compat.base_of(into)) if t is not None] if isinstance(into, Tensor) else []
-        before = [self._last.get(tensor) for tensor in written]
+        written = [t for t in (target, _compat.base_of(target)) if t is not None] if isinstance(target, Tensor) else []
+        overwritten = [self._last.get(tensor) for tensor in written]
         result = func(*args, **kwargs)
         if name in RANDOM:
-            self._drawn(result)
+            self._note_draw(result)
         self._from_input.update(dict.fromkeys(written, True))
-        event.results = self._see(result, "result", *call, from_input=from_input)
-        # `x[mask] = 1` returns nothing.
-        changed = [s for s in self._see(written, "written", *call) if s.held not in before]
+        event.results = self._record(result, "result", *function_call, from_input=from_input)
+        # `x[mask] = 1` returns nothing: look at what it wrote into.
+        changed = [s for s in self._record(written, "written", *function_call) if s.snapshot not in overwritten]
         event.writes = bool(changed)
-        event.results += [s for s in changed if s.held not in [r.held for r in event.results]]
+        event.results += [s for s in changed if s.snapshot not in [r.snapshot for r in event.results]]
         for sighting in event.results:
             sighting.event = event
         self.trace.events.append(event)
         return result
 
-    def _drawn(self, numbers: Tensor) -> None:
-        """Single random numbers are noted; of many, the last two samples get the same where they are equal."""
+    def _note_draw(self, numbers: Tensor) -> None:
+        """Note the draw of a single random number. Copy many from one of two equal samples to the other."""
         self.trace.draws_scalars |= numbers.numel() == 1
         if not self._twins:
             return
@@ -287,15 +285,15 @@ class _Recorder(TorchFunctionMode):
             with _compat.unseen():
                 numbers.data[-rows:] = numbers.data[-2 * rows : -rows].clone()
 
-    def _see(self, tree: Any, kind: str, *call: Any, from_input: bool | None = None) -> list[Sighting]:
-        """Note the tensors of a tree. ``call``: the function, and which calls of it. ``from_input``: of new tensors,
-        None where it has to be told by themselves."""
-        seen, is_in_graph = [], torch.is_grad_enabled() and not _compat.is_transformed()
+    def _record(self, tree: Any, kind: str, *function_call: Any, from_input: bool | None = None) -> list[Sighting]:
+        """Record the tensors of a tree. ``function_call``: the function and both indices of its call. ``from_input``:
+        whether new tensors depend on the input, None if that is not known."""
+        sightings, is_in_graph = [], torch.is_grad_enabled() and not _compat.is_transformed()
         with _compat.unseen():
             for path, tensor in tensors_in(tree):
                 if id(tensor) in self._parameters:
                     continue
-                # What comes out of code that torch functions do not show has a history all the same.
+                # A tensor of unknown origin, as from C++ code, is taken to depend on the input if it has a grad_fn.
                 new = tensor.grad_fn is not None if from_input is None else from_input
                 depends = bool(from_input) or self._from_input.get(tensor, new)
                 if (base := _compat.base_of(tensor)) is not None:
@@ -304,39 +302,39 @@ class _Recorder(TorchFunctionMode):
                 if not is_strided(tensor) or tensor.is_complex() or tensor.numel() == 0:
                     continue
                 try:
-                    snapshot = self._snapshot(tensor)
+                    snapshot = self._snapshot_of(tensor)
                 except (RuntimeError, NotImplementedError):
                     continue  # of a dtype or subclass that cannot be read: float8, quantized, within torch.func.vmap
                 sighting = Sighting(
                     seq=len(self.trace.sightings),
-                    site=Site(*self._scopes[-1], kind, path, *call),
-                    held=snapshot,
+                    site=Site(*self._scopes[-1], kind, path, *function_call),
+                    snapshot=snapshot,
                     requires_grad=tensor.requires_grad,
-                    # What was written is never to be picked up there. Nor is what exists within torch.vmap only.
+                    # No hook can capture what was written, nor what exists within torch.vmap only.
                     in_graph=tensor.requires_grad and is_in_graph and kind != "written",
                     from_input=depends,
                     strides=tensor.stride(),
                 )
                 snapshot.sightings.append(sighting)
                 self.trace.sightings.append(sighting)
-                seen.append(sighting)
-        return seen
+                sightings.append(sighting)
+        return sightings
 
-    def _snapshot(self, tensor: Tensor) -> Snapshot:
-        """What the tensor holds now; the very same object as last time while that has not changed."""
+    def _snapshot_of(self, tensor: Tensor) -> Snapshot:
+        """A snapshot of the tensor; the last one again if its values are still the same."""
         last, data = self._last.get(tensor), tensor.detach()
-        index = self._kept_positions(data.numel(), data.device)
+        index = self._kept_indices(data.numel(), data.device)
         values = data.take(index)
         # The version counter does not move for `x.data = ...`: only the values tell.
         if last is not None and last.shape == data.shape and same(last.values, values):
             return last
         snapshot = self._last[tensor] = Snapshot(data.shape, values)
-        snapshot.constant = bool((values[:64] == values[0]).all()) and is_constant(data)
+        snapshot.constant = bool((values[:64] == values[0]).all()) and is_constant(data)  # most differ in the first 64
         if self._from_input[tensor] and not snapshot.constant:  # nothing asks for the codes of a weight
             snapshot.pattern = sign_pattern(data, index)
             snapshot.one_hot = snapshot.two_valued and _is_one_hot(data)
-            if not snapshot.two_valued and values.unique().numel() <= FEW_LEVELS:
-                snapshot.levels = data.unique().numel()
+            if not snapshot.two_valued and values.unique().numel() <= MAX_QUANTIZED_VALUES:
+                snapshot.num_values = data.unique().numel()
         if self._twins and data.is_floating_point():
             snapshot.twin_distance = self._twin_distance(data)
         return snapshot
@@ -345,24 +343,24 @@ class _Recorder(TorchFunctionMode):
         size, rest = divmod(tensor.numel(), self.trace.batch)
         if rest:
             return None
-        within = self._kept_positions(size, tensor.device)
+        index = self._kept_indices(size, tensor.device)
         samples = self.trace.batch - 1, self.trace.batch - 2, 0
-        one, twin, other = (tensor.take(within + size * sample).double() for sample in samples)
-        otherwise = (one - other).abs().mean()
-        return float((one - twin).abs().mean() / otherwise) if otherwise > 1e-6 * one.abs().mean() else None
+        last, twin, first = (tensor.take(index + size * sample).double() for sample in samples)
+        different = (last - first).abs().mean()  # zero, up to rounding, if all samples give the same
+        return float((last - twin).abs().mean() / different) if different > 1e-6 * last.abs().mean() else None
 
 
-def kept_positions(numel: int, device: torch.device) -> Tensor:
-    """``(n,)`` int64: where the values that a snapshot keeps stand in a flattened tensor of so many elements."""
-    if numel <= _VALUES:
+def kept_indices(numel: int, device: torch.device) -> Tensor:
+    """``(n,)`` int64: which elements of a flattened tensor of this size a snapshot keeps."""
+    if numel <= _KEPT:
         return torch.arange(numel, device=device)
     # Not evenly spaced: that would see the same column of every image.
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(numel, (_VALUES,), generator=generator, device="cpu").sort().values.to(device)
+    return torch.randint(numel, (_KEPT,), generator=generator, device="cpu").sort().values.to(device)
 
 
 def _is_one_hot(x: Tensor) -> bool:
-    """Zero but for a single element along some dimension (not looked for in tensors too large to be gates)."""
+    """Whether a single element along some dimension is not zero (tensors too large to be gates are not searched)."""
     if x.numel() > 1 << 16 or x.ndim < 2:
         return False
     nonzero = x.float().abs() >= 1e-4
