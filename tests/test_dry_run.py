@@ -824,13 +824,13 @@ class DrawnAtOnce(Dropped):
     ids=["skipped", "skipped, drawn at once", "recurrent", "sum over time"],
 )
 def test_no_code_is_contrasted_with_the_latent_of_another_call(build, example, inputs, monkeypatch):
-    seen, take = {}, Pass.take
+    seen, take = {}, Pass._take
 
     def see(self, k, side, x):
         seen[k, side] = x.detach()
         take(self, k, side, x)
 
-    monkeypatch.setattr(Pass, "take", see)
+    monkeypatch.setattr(Pass, "_take", see)
     torch.manual_seed(0)
     random.seed(0)
     model = build()
