@@ -84,13 +84,13 @@ def codes(binary):
 def captured(monkeypatch):
     """Filled by a forward pass: {(tap index, side): the whole activation that the tap was handed}."""
     activations = {}
-    take = Pass.take
+    take = Pass._take
 
     def recording(self, k, side, activation):
         activations[k, side] = activation.detach().clone()
         take(self, k, side, activation)
 
-    monkeypatch.setattr(Pass, "take", recording)
+    monkeypatch.setattr(Pass, "_take", recording)
     return activations
 
 
