@@ -1690,6 +1690,18 @@ def test_noise_for_weights_of_zero_does_not_stay_in_the_cache_of_autocast():
         assert torch.equal(model(X), model[-1].bias.bfloat16().expand(6, 4))
 
 
+def test_a_multiple_of_the_identity_minus_a_flat_attention_map_is_no_code():
+    """As in Nystromformer: at the start the map is so flat that the difference looks two-valued."""
+
+    def forward(m, x):
+        scores = (m.q(x) @ m.k(x).mT * 1e-3).softmax(-1)
+        product = scores @ scores.mT
+        return product @ (15 * torch.eye(16) - product @ (7 * torch.eye(16) - product)) @ x
+
+    model = Of(forward, q=nn.Linear(16, 16), k=nn.Linear(16, 16))
+    assert set(reasons(model, torch.randn(4, 16, 16)).values()) == {"it is one-hot: a choice, not a code"}
+
+
 def test_sparse_codes_are_not_one_hot_by_chance():
     """In four samples each may have a single one."""
 

@@ -162,12 +162,15 @@ def _described(history: History, b: Binarization) -> BinaryActivation:
     mixed = _why_mixed(history, binary, latent, spatial)
     if mixed and (reason or not _has_positions(history, b, binary, Layout(spatial))):
         return refused(reason=mixed)
+    if reason is not None:
+        return refused(reason=reason)
     if spatial is not None and spatial >= len(latent_shape):
         return refused(reason=f"its latent has another rank: {tuple(latent_shape)} for {tuple(shape)}")
     if history.pair_differs(binary, latent, Layout(spatial)):
-        reason = "its latent or its number of channels changes from pass to pass, as where layers are skipped at random"
-    if reason is not None:
-        return refused(reason=reason)
+        changes = (
+            "its latent or its number of channels changes from pass to pass, as where layers are skipped at random"
+        )
+        return refused(reason=changes)
     common = Layout(spatial, scores=is_attention_like(b.consumer, b.operand), mixed=bool(mixed))
     layout = replace(common, windowed=not mixed and shape[0] != batch)
     latent_layout = replace(common, windowed=not mixed and latent_shape[0] != batch)

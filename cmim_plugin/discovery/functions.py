@@ -53,8 +53,6 @@ SHAPE_ONLY = _names(
 RANDOM = _names(
     "rand randn randint randperm rand_like randn_like randint_like bernoulli uniform normal random multinomial"
 )
-#: Whole names of functions that write into an argument, besides `__iadd__` and `add_` and the like.
-_WRITES = _names("__setitem__ batch_norm instance_norm numpy __array__ __dlpack__")
 
 
 def plain_name(function: Any) -> str:
@@ -69,4 +67,4 @@ def writes(function: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a torch function writes into one of its arguments."""
     name = getattr(function, "__name__", "")
     in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
-    return in_place or name in _WRITES or kwargs.get("out") is not None
+    return in_place or name == "__setitem__" or kwargs.get("out") is not None

@@ -360,8 +360,11 @@ def kept_indices(numel: int, device: torch.device) -> Tensor:
 
 
 def _is_one_hot(x: Tensor) -> bool:
-    """Whether a single element along some dimension is not zero (tensors too large to be gates are not searched)."""
+    """Whether a single element along some dimension stands out (tensors too large to be gates are not searched)."""
     if x.numel() > 1 << 16 or x.ndim < 2:
         return False
-    nonzero = x.float().abs() >= 1e-4
-    return any(x.shape[d] > 1 and bool((nonzero.sum(d) == 1).all()) for d in range(1, x.ndim))
+    x = x.float()
+    single = [x.shape[d] > 1 and bool(((x.abs() >= 1e-4).sum(d) == 1).all()) for d in range(1, x.ndim)]
+    # Of rows and of columns, as in `7 I - A` with an attention map A: a single one may be the larger, too.
+    larger = [x.shape[d] > 2 and bool(((x > x.mean()).sum(d) == 1).all()) for d in range(1, x.ndim)]
+    return any(single) or sum(larger) > 1
