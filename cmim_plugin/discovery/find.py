@@ -112,8 +112,8 @@ def find_binary_activations(
     return list(discover(model, example_input, batch_size)[0])
 
 
-# (module, site of the first sighting), the same in all traces; and the activation, without its final name.
-_Keyed = tuple[tuple[str, Site], BinaryActivation]
+# The site of the first sighting, the same in all traces, and the activation, without its final name.
+_Keyed = tuple[Site, BinaryActivation]
 
 
 def _found_in(trace: Trace, others: list[Trace]) -> list[_Keyed]:
@@ -146,7 +146,7 @@ def _found_in(trace: Trace, others: list[Trace]) -> list[_Keyed]:
             reason = f"a {event.name} receives {values} values, not two"
             found[operand.snapshot] = BinaryActivation("", 0, reason, operand.site.module)
     firsts = sorted(((snapshot.sightings[0], f) for snapshot, f in found.items()), key=lambda entry: entry[0].seq)
-    return [((f.module, first.site), f) for first, f in firsts]
+    return [(first.site, f) for first, f in firsts]
 
 
 def _described(history: History, b: Binarization) -> BinaryActivation:
@@ -226,7 +226,7 @@ def _is_layer(event: Event) -> bool:
     if event.name in ("getitem", "index_select"):  # by integers that depend on the input: not a slice
         indices = [a for a in event.arguments if a.from_input and not a.snapshot.values.is_floating_point()]
         return event.has_gradient and bool(indices)
-    return event.has_gradient and event.name in TRAINED
+    return event.name in TRAINED
 
 
 def _why_mixed(history: History, binary: Sighting, latent: Sighting, spatial: int | None) -> str | None:
