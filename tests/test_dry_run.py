@@ -1225,6 +1225,52 @@ def test_tokens_of_two_kinds_show_all_taps(padding):
     assert tapped(nn.Sequential(nn.Embedding(30, 16), *layers), ids) == ["2", "5", "8"]
 
 
+def test_a_latent_of_another_rank_is_named():
+    class Reshaped(Sign):
+        @staticmethod
+        def forward(ctx, x, shape):
+            return x.sign().view(shape)
+
+        @staticmethod
+        def backward(ctx, g):
+            return g.flatten(0, 1).flatten(1), None
+
+    def forward(m, x):
+        return m.last(Reshaped.apply(m.first(x).flatten(0, 1).flatten(1), (len(x), 8, 6, 6)))
+
+    first = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
+    model = Of(forward, first=first, last=nn.Conv2d(8, 4, 3))
+    assert list(reasons(model, torch.randn(4, 3, 6, 6)).values()) == [
+        "its latent has another rank: (32, 36) for (4, 8, 6, 6)"
+    ]
+
+
+def test_windows_of_a_dead_sign_are_told_by_their_latent():
+    """Its codes are constant: they do not show which rows are of one sample."""
+
+    def forward(m, x):
+        windows = m.first(x).unflatten(1, (3, 4)).flatten(0, 1)
+        return m.last(Sign.apply(windows + 10)).mean(1).unflatten(0, (-1, 3)).mean(1)
+
+    first = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8))
+    (tap,) = find_binary_activations(Of(forward, first=first, last=nn.Linear(8, 4)), torch.randn(4, 12, 5))
+    assert tap.tapped and tap.mixed is None
+
+
+def test_of_two_compared_tensors_the_latent_is_the_one_that_the_codes_follow():
+    def forward(m, x):
+        x, threshold = m.norm(m.first(x)), 0.01 * m.norm(m.other(x))
+        return m.last(torch.where(threshold < x, 1.0, -1.0) + x - x.detach())
+
+    layers = {"first": nn.Conv2d(3, 8, 1), "other": nn.Conv2d(3, 8, 1)}
+    model = Of(forward, norm=nn.BatchNorm2d(8), last=nn.Conv2d(8, 4, 3), **layers)
+    cmim = CMIM(model, X)
+    model(X)
+    (captured,) = cmim._capture._waiting.values()
+    binary, latent = captured.pairs[0].sides
+    assert ((binary > 0) == (latent > 0)).float().mean() > 0.95
+
+
 def test_a_reentrant_checkpoint_that_ends_with_its_product_is_no_function_of_both():
     body = nn.Sequential(nn.BatchNorm2d(8), Binary(), nn.Conv2d(8, 4, 1))
     model = Of(lambda m, x: checkpoint(m.body, m.first(x), use_reentrant=True), first=nn.Conv2d(3, 8, 1), body=body)

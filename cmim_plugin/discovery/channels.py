@@ -25,9 +25,7 @@ _OF_MATRICES = ("matmul", "bmm", "mm", "addmm", "baddbmm", "addbmm", "grouped_mm
 def spatial_dims(b: Binarization) -> tuple[int | None, str | None]:
     """(:attr:`Layout.spatial` of a_B, None), or (None, the reason why its channels cannot be read)."""
     consumer, operand, shape = b.consumer, b.operand, b.source.snapshot.shape
-    rank, last = len(operand.snapshot.shape), len(shape) - 1
-    if consumer.name in functions.CONVOLUTIONS and rank == 1 + functions.CONVOLUTIONS[consumer.name]:
-        return None, "the convolution receives a single sample, without a batch dimension"
+    last = len(shape) - 1
     if consumer.name == "tensordot":
         return None, "which dimensions a tensordot contracts is not known: use matmul, linear or einsum"
     contracted = _contracted(consumer, operand) if has_weight(consumer, operand) else set()

@@ -128,7 +128,7 @@ def _found_in(trace: Trace, others: list[Trace]) -> list[_Keyed]:
             earlier = found.get(snapshot)
             if earlier and earlier.tapped:
                 continue
-            if not (b.latent or operand).from_input:
+            if not b.source.from_input:
                 continue  # a weight, a mask or a learned token
             activation = _described(history, b)
             # One that was refused may be tapped here: this product may show channels that the first one did not.
@@ -304,8 +304,9 @@ def _cheapest(binaries: Sequence[Sighting], latents: Sequence[Sighting], module:
         sites = [s.site for s in pair]
         watched = sum(site.function is not None for site in sites)
         elsewhere = sum(site.module != module for site in sites)
-        return watched > 0 and not sites[0].in_same_call(sites[1]), watched, elsewhere, [s.seq for s in pair]
+        return watched > 0 and not sites[0].in_same_call(sites[1]), watched, elsewhere
 
+    # Of equals, min() takes the first.
     return min(((b, f) for b in binaries for f in latents if b.in_graph and f.in_graph), key=cost)
 
 

@@ -103,7 +103,7 @@ class History:
         # Thresholds and scales that are expanded to this size come last.
         found.sort(key=lambda latent: latent.distinct < latent.snapshot.numel)
         signed = [latent for latent in found if is_sign_of(self.trace, binarized, latent)]
-        return self._before_rounding(binarized, (signed or found)[0]) if found else self._latent_by_values(source)
+        return self._before_rounding(binarized, (signed or found)[0]) if found else None
 
     def _before_rounding(self, binarized: Sighting, latent: Sighting) -> Sighting:
         """What was rounded to make a latent of few values, as in ``clamp(round(x), 0, 1)``; else the latent."""
