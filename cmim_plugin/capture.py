@@ -1,8 +1,8 @@
 """Hooks on the model: one forward pass becomes rows of a_B and a_F, tap by tap.
 
 The hooks change nothing that the model returns, and raise nothing: the next cmim(model) raises what went wrong.
-Where each activation is picked up was decided in the dry run. A pass changes two things, for good: every pass captures
-all taps once a part of the model ran compiled, and our hooks move behind those that others added.
+Where each activation is picked up was decided in the dry run. Two things alone change in training: once a part of the
+model runs compiled, every pass captures all taps; and our hooks move behind those that others add.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Capture:
     #: The modules that get hooks, by their names in the dry run: later they may have others.
     modules: dict[str, weakref.ref[nn.Module]] = field(default_factory=dict)
 
-    passes_without_loss = 0  # passes captured since the last cmim(model)
+    passes_without_loss = 0  # eager passes in training mode since the last cmim(model)
     attached = False  # the hooks are on the model
     removed = False  # the hooks are off for good
     begin_error = ""  # the error that kept the last pass from being captured
@@ -137,7 +137,7 @@ class Capture:
         if not compiling:
             waiting = self._waiting.get(this_thread)
             # In eval mode a pass does not replace a training pass, unless a backward pass has used that one's graph.
-            if waiting is not None and (started.training or not waiting.training or waiting.backward_rule.network_only):
+            if waiting is not None and (started.training or not waiting.training or waiting.backward_rule.ran_without):
                 self.discard_waiting()  # at once: it keeps the activations of its graph alive
             if self._waiting.keys() - {this_thread}:  # discard what ended threads left
                 alive = sys._current_frames()
@@ -260,7 +260,7 @@ class _RootHook(_Hook):
         if capture is None:
             return
         running, compiling = capture.running.get(thread()), torch.compiler.is_compiling()
-        # Compiled code cannot walk the stack, and leaves an eager pass alone.
+        # What is compiled leaves an eager pass alone: its calls are not on the stack.
         if running is not None and (running.compiled or not compiling):
             if _compat.running_calls(module) > sum(call.hook is self for call in running.open_calls):
                 running.open_calls.append(Call(running, self))  # the forward calls the model again

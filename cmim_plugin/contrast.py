@@ -135,7 +135,7 @@ class Contrast(nn.Module):
         only some ranks loaded a state."""
         taps = list(embedded.values())
         flags = [any(e.labels is not None for e in taps), any(e.mask is not None for e in taps), self.loads]
-        # Padded to one length, whatever number of taps a rank contrasts.
+        # One length on all ranks: a collective hangs otherwise.
         own_counts = [*(len(e.z_b) for e in taps), *[0] * (len(self.taps) - len(taps))]
         by_rank = distributed.counts_of_all([*flags, *own_counts], taps[0].z_b.device)
         has_labels, has_mask, loaded, *_ = zip(*by_rank, strict=True)
@@ -233,7 +233,7 @@ class Contrast(nn.Module):
         shares, last = self.layer_weights, self.last
         if not last:
             return {}
-        # The weighted mean over the taps that were contrasted so far: an estimate until each had its turn.
+        # The weighted mean over the taps that had their turn; those without a loss count as zero.
         loss = sum(shares[k] * float(last[k].loss) for k in last)
         scalars = {"cmim/loss": float(weight) * loss / sum(shares[k] for k in self._scheduled_once | last.keys())}
         bounds = {name: float(m["bound"]) for name, m in self.metrics().items() if "bound" in m}
@@ -245,6 +245,7 @@ class Contrast(nn.Module):
         super()._load_from_state_dict(state, prefix, *args)  # type: ignore[arg-type]
         if prefix + "heads.weights" in state:  # with strict=False a state may be another module's
             self.last.clear()
+            self._scheduled_once.clear()
             self.loads += 1
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Contrast:

@@ -1,7 +1,8 @@
 """Contrastive objectives: the loss of two sets of embeddings, and the lower bound in nats that it gives.
 
 Row ``i`` of ``z_b`` (binary side) and row ``i`` of ``z_f`` (full-precision side) come from the same instance and
-form the positive pair; every other row is a negative. The critic is ``s_ij = <z_b^i, z_f^j> / temperature``.
+form the positive pair; the other rows are negatives, unless labels or a mask exclude them. The critic is
+``s_ij = <z_b^i, z_f^j> / temperature``.
 Both directions count: binary anchors against full-precision candidates, and the reverse.
 
 Dimensions before the last two are independent problems: several taps in one call.

@@ -36,7 +36,7 @@ _MASKED_SCORE = -5000.0
 
 
 class Pair:
-    """The rows of one tap in one forward pass, and where they come from. Both sides have as many positions."""
+    """The rows of one tap in one forward pass, and where they come from. Row i of both sides has the same origin."""
 
     index: Tensor | None = None  # (n,) the position of each row, counted over the batch; None for images
     spatial: torch.Size | None = None  # spatial shape of one entry of the first dimension
@@ -89,9 +89,9 @@ class Call(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # torch.compile runs the backward of an autograd.Function through here, too: without gradients.
-        in_backward = self._with_gradients and not torch.is_grad_enabled()
-        if self._running.muted or in_backward or func not in self._functions:
+        # The dry run counts calls with gradients. torch.compile runs the backward of an autograd.Function through here.
+        uncounted = self._with_gradients and not torch.is_grad_enabled()
+        if self._running.muted or uncounted or func not in self._functions:
             return func(*args, **kwargs)
         nth = self._counts.get(func, 0)
         self._counts[func] = nth + 1
@@ -126,7 +126,7 @@ class Pass:
     training: bool
     batch_size: int | None
     attention_mask: Tensor | None  # (B, ...), the model's own input
-    observer: Callable[[Pass, int, Tensor], None] | None  # gets the tap and the whole a_B
+    observer: Callable[[Pass, int, Tensor], None] | None  # gets the pass, the number of the tap, the whole a_B
 
     muted = False  # within a hook of ours: our own torch calls are not the model's
 
@@ -143,7 +143,7 @@ class Pass:
         self.miscounted: list[int] = []  # taps of which a function was not called as often as in the dry run
         self.open_calls: list[Call] = []  # the innermost last
         self.calls: dict[str, int] = {}  # module name -> its calls so far
-        #: Modules that were called without gradients in a pass with gradients. These calls do not count.
+        #: Modules that were called with other gradients than the pass: without, in training. These calls do not count.
         self.without_gradients: set[str] = set()
         self.with_gradients = torch.is_grad_enabled()
         self.backward_rule = BackwardRule()
@@ -243,8 +243,8 @@ class Pass:
         return [f"Tap {pair.tap.name}: {pair.left_out[1]}." for pair in self.pairs.values() if pair.left_out]
 
     def _check_counts(self) -> None:
-        """Leave out the taps whose sides may not belong together: a function was called more or less often than in the
-        dry run; or a module was, and the sides are of two calls, or the tap failed (on another call's activation)."""
+        """Leave out the taps whose sides may not belong together. That is so if a watched function was called more or
+        less often than in the dry run; or if a module was, and the sides come from two calls or the tap has failed."""
         for k, pair in self.pairs.items():
             sites = [site for site in (pair.tap.binary, pair.tap.latent) if site is not None]
             calls_differ = any(self.calls.get(site.module, 0) != site.module_calls for site in sites)

@@ -28,7 +28,7 @@ from .teacher import Teacher
 from .text import folded, table
 from .wrappers import path_to, unwrapped
 
-# The heads may hold a fifth of the network's number of parameters, or 250,000 where that is more: else D goes down.
+# Budget of the heads: a fifth of the network's parameters, but at least 250,000. Above it, embed_dim is halved.
 _BUDGET_SHARE, _BUDGET_MIN = 0.2, 250_000
 _NEW_HEADS = (
     "The model loaded a state_dict, this CMIM did not: its heads start anew. To resume exactly, save cmim.state_dict() "
@@ -148,7 +148,7 @@ class CMIM(nn.Module):
     def paper(cls, model: nn.Module, example_input: Any, num_samples: int, **settings: Any) -> CMIM:
         """The paper's plain reading: whole images, every layer, :class:`NCE`, weights that grow towards the output.
 
-        Weight and layer decay have values of ours. ``num_samples``: of the training set; ``settings`` replace these.
+        Weight and layer decay are our choice. ``num_samples``: size of the training set; ``settings`` override all.
         """
         reading = {"instances": "image", "objective": NCE(num_samples), "weight": 0.03, "layer_decay": 0.8}
         return cls(model, example_input, **{**reading, "taps_per_step": None, **settings})
@@ -169,8 +169,8 @@ class CMIM(nn.Module):
                 ``instances="image"`` the model's mask is ignored, and a mask passed here is an error.
 
         Returns:
-            0-d float32, with gradients to heads and network (none to the network for a weight of 0). Zero where the
-            batch has no negatives. On several ranks the loss over the batches of all of them.
+            0-d float32, with gradients to heads and network. A weight of 0 trains neither. Zero where the batch has
+            no negatives. On several ranks the loss over the batches of all of them.
 
         Raises:
             CMIMError: no forward pass was captured, or an activation could not be (the message says why); another

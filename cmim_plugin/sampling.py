@@ -122,12 +122,13 @@ def indices_among(random: Tensor, total: int, arange: Tensor) -> Tensor:
 
 
 class BackwardRule:
-    """What the gradient hooks of one forward pass share: a rule for its backward passes, and what one of them did."""
+    """What the gradient hooks of one forward pass share: whether contrast and network must have one backward pass, and
+    whether a backward pass ran without the contrast."""
 
     #: The graph node of a leaf that a tap was computed from. If set, the gradients of the contrast and of the network's
     #: loss must come in one backward pass; where they come in two, the second raises CMIMError.
     leaf: Any = None
-    network_only = False  # a backward pass ran without the contrast, and most likely freed the graph
+    ran_without = False  # a backward pass ran without the contrast, and most likely freed the graph
 
     def require_one_backward(self, x: Tensor) -> None:
         """Set the leaf: the first one found that ``x`` was computed from."""
@@ -158,7 +159,7 @@ class _WatchBackward:
 
     def __call__(self, grad: Tensor) -> None:
         with_contrast, self._with_contrast = self._with_contrast, False
-        self.rule.network_only |= not with_contrast
+        self.rule.ran_without |= not with_contrast
         if self.rule.leaf is not None and _compat.accumulates(self.rule.leaf):
             self._seen.add(with_contrast)
             if len(self._seen) > 1:

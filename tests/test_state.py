@@ -296,3 +296,15 @@ def test_a_plug_in_is_copied_wherever_its_taps_are_picked_up(copied):
     cmim = CMIM(Transposed(), torch.zeros(2, 5, 8))
     assert cmim.taps[0].latent.function is not None
     assert_same(copied(cmim).heads.state_dict(), cmim.heads.state_dict())
+
+
+def test_figures_after_a_state_was_loaded_are_those_of_the_taps_since():
+    model = network()
+    cmim = CMIM(model, X, taps_per_step=1, weight=1)
+    state = cmim.state_dict()
+    for _ in range(2):
+        a_loss(model, cmim)
+    cmim.load_state_dict(state)
+    a_loss(model, cmim)
+    ((_, of_tap),) = cmim.metrics.items()
+    assert cmim.scalars()["cmim/loss"] == pytest.approx(of_tap["loss"].item())

@@ -134,9 +134,9 @@ def _overlapping(
 ) -> set[int]:
     """The dimensions of a tensor that hold the same elements as ``dims`` of a view of it.
 
-    For ``(2, 16, 8, 8)``, flattened to ``(2, 1024)``, dimension 1 of the view gives 1, 2 and 3. A dimension counts if
-    it is in ``dims`` completely, as far as the view shows it; if there is none, one counts that is in them in part: it
-    was split, as pixels or time steps that are put side by side.
+    For ``(2, 16, 8, 8)``, flattened to ``(2, 1024)``, dimension 1 of the view gives 1, 2 and 3. Those that
+    lie wholly within ``dims`` are returned. If none does, those that lie partly within: the view split them, as pixels
+    or time steps that move into the channels.
     """
 
     def shared(d: int, dims: Iterable[int]) -> int:

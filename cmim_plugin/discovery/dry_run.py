@@ -33,9 +33,10 @@ def is_dry_run() -> bool:
 def dry_run(model: nn.Module, example: Any, batch_size: int | None) -> tuple[list[Trace], BatchSource | None]:
     """Traces of the model in training mode, and where the number of samples is read.
 
-    The first pass runs the example as it is. Its trace is kept if no tensor of the example is constant, and its number
-    of samples was taken right. All others are made of varied inputs, or of the example if the model refuses these. From
-    the second one on, the last two samples are equal. There are two traces, ten if layers may be skipped at random.
+    The first pass runs the example as it is. Its trace is kept if the example has several samples, no constant tensor,
+    and the number of samples that was guessed. All others are made of varied inputs, of which the last two samples are
+    equal from the second pass on; or of the example, if the model refuses these. There are two traces, ten if layers
+    may be skipped at random.
     """
     inputs = as_inputs(example)
     _check(model, inputs)
@@ -125,8 +126,8 @@ def _dry_run(model: nn.Module, inputs: Inputs, batch_size: int | None) -> tuple[
 
 @torch.no_grad()
 def _fill_zero_weights(model: nn.Module) -> None:
-    """Fill all-zero weights of products and norms with noise: a branch that starts as zero hides its signs. Thresholds
-    and shifts stay zero: they are no matrices, and not in a norm, which has ``eps``."""
+    """Fill all-zero weights of products and norms with noise: a branch that starts as zero hides its signs. Vectors are
+    filled in modules with ``eps`` alone, which are norms: learned thresholds and shifts stay zero."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
@@ -137,7 +138,7 @@ def _fill_zero_weights(model: nn.Module) -> None:
 
 
 def _number_of_samples(sizes: list[int], first: Trace | None) -> int:
-    """The number of samples: the only one possible, or the rows that most convolutions and matrix products receive."""
+    """The number of samples: the only one possible, or the first dimension of most calls with a gradient."""
     received = [e.arguments[0] for e in first.events if e.has_gradient and e.arguments] if first is not None else []
     rows = Counter(s.snapshot.shape[0] for s in received if len(s.snapshot.shape) > 1 and s.from_input)
     for size in sizes:

@@ -18,7 +18,7 @@ from torch import nn
 
 from .channels import has_weight, is_attention_like, spatial_dims
 from .dry_run import dry_run
-from .functions import PRODUCTS, TRAINED
+from .functions import TRAINED
 from .history import Binarization, History, is_sign_of, operands, walk_back
 from .inputs import BatchSource
 from .layout import Layout
@@ -40,13 +40,13 @@ class BinaryActivation:
         name: qualified name of the innermost module in whose forward the binarization happens ("(model)" for the
             model itself). If several happen in one module, ": child" is appended, for the child module whose output
             is binarized. Names that are still equal, as of further calls of a shared module, get "#2", "#3", ...
-        channels: number of channels of a_B, 0 if it has a ``reason``.
+        channels: number of channels of a_B, 0 if it was not read.
         reason: why it cannot be tapped, or None.
         module, call: qualified name of that module, "" for the model itself, and the index of the call of it.
         binary, latent: the sites at which a_B and a_F are captured. ``latent`` is None if a teacher takes its place.
         layouts, latent_channels: those of a_B and a_F; the number of channels of a_F or of the teacher's activation.
         aligned: whether both have the same number of positions.
-        mixed: why its rows are not those of one sample after another, or None. Its positions can be contrasted all the
+        mixed: why its rows are not grouped by sample, or None. Its positions can be contrasted all the
             same; whole images cannot, and labels and masks do not apply.
         skipped: whether a pass of the dry run did not call its module, as if layers are skipped at random.
         product: index of a_B among the operands of the module's products, for a teacher; 0 if a_B is none of them.
@@ -202,7 +202,7 @@ def _reason_against(history: History, b: Binarization) -> str | None:
     if not snapshot.first_in_graph:  # seen within an autograd.Function only, or without gradients
         if b.operand.requires_grad:
             return "one autograd.Function passes it straight to another: put a module between the two, as nn.Identity()"
-        is_counted = b.source.site.call >= 0  # not in a reentrant checkpoint, which is without gradients
+        is_counted = b.source.site.call >= 0  # not in a reentrant checkpoint or under no_grad
         # The product's result enters the graph as that of the Function.
         if is_counted and any(not r.in_graph and r.snapshot.first_in_graph for r in b.consumer.results):
             return "its sign and its product are in one autograd.Function: take the sign in a Function of its own"
@@ -226,11 +226,11 @@ def _is_layer(event: Event) -> bool:
     if event.name in ("getitem", "index_select"):  # by integers that depend on the input: not a slice
         indices = [a for a in event.arguments if a.from_input and not a.snapshot.values.is_floating_point()]
         return event.has_gradient and bool(indices)
-    return event.name in TRAINED
+    return event.has_gradient and event.name in TRAINED
 
 
 def _why_mixed(history: History, binary: Sighting, latent: Sighting, spatial: int | None) -> str | None:
-    """Why the rows of a_B or a_F, as they are captured, are not those of one sample after another, or None."""
+    """Why the rows of a_B or a_F, as they are captured, are not grouped by sample, or None."""
     batch = history.trace.batch
     time_major = next((t.time_major for t in (history.trace, *history.others) if t.time_major), None)
     if time_major and spatial is None:
@@ -270,7 +270,7 @@ def _site_of_binarization(history: History, b: Binarization) -> Site:
     """A site in the module whose forward binarizes."""
     site = b.binarized.site
     if b.event is None and site.kind == "input":
-        # The module around made what comes in: BiBERT's attention writes the codes into a mask, a dropout gets it.
+        # No call returned the codes, so the enclosing module made them: BiBERT writes them into a mask, for a dropout.
         earlier = (s.site for s in reversed(history.trace.sightings[: b.source.seq]))
         return next((s for s in earlier if not s.module or site.module.startswith(f"{s.module}.")), site)
     return site
@@ -283,7 +283,7 @@ def _child(history: History, latent: Sighting, site: Site) -> str:
 
     def parents(s: Sighting) -> list[Sighting]:
         found = [a for a in s.parents() if a.snapshot.numel >= s.snapshot.numel and a.requires_grad]
-        return found[:1] if s.producer and s.producer.name not in PRODUCTS else []
+        return found[:1] if s.producer and s.producer.name not in TRAINED else []
 
     for current in walk_back([latent], parents):
         outputs = [s.site for s in current.snapshot.sightings if s.site.kind == "output" and s.seq > start_of_call]
@@ -311,7 +311,7 @@ def _cheapest(binaries: Sequence[Sighting], latents: Sequence[Sighting], module:
 
 
 def _merge(order: dict[str, int], found: list[_Keyed], more: list[_Keyed]) -> None:
-    """Add the activations of another trace: behind the one before them there, and in the order of the modules."""
+    """Add the activations of another trace, each behind its predecessor there, then by the order of the modules."""
     i = 0
     for key, activation in more:
         keys = [key for key, _ in found]

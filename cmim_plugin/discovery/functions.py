@@ -9,8 +9,7 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-#: Convolution -> number of its spatial dimensions.
-CONVOLUTIONS = {f"conv{t}{d}d": d for t in ("", "_transpose") for d in (1, 2, 3)} | {"deform_conv2d": 2}
+CONVOLUTIONS = _names("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d deform_conv2d")
 #: Other products: each of their arguments may be an activation.
 PRODUCTS = _names(
     "matmul rmatmul bmm mm mv dot addmm addmv addbmm baddbmm einsum inner tensordot bilinear chain_matmul sparse_mm "
@@ -21,7 +20,7 @@ WITH_ADDEND = _names("addmm addmv addbmm baddbmm")
 RECURRENT = _names("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")
 #: Trained layers besides convolutions.
 LAYERS = _names("linear") | RECURRENT
-TRAINED = frozenset(CONVOLUTIONS) | PRODUCTS | LAYERS | _names("embedding embedding_bag")
+TRAINED = CONVOLUTIONS | PRODUCTS | LAYERS | _names("embedding embedding_bag")
 SUMS = _names("add radd iadd sub rsub isub")
 SCALINGS = _names("mul rmul imul multiply div divide true_divide truediv itruediv")
 GATES = SCALINGS | _names("where")

@@ -115,7 +115,7 @@ class History:
     def _latent_by_values(self, source: Sighting) -> Sighting | None:
         """The last tensor before the source that a threshold splits into its codes.
 
-        For codes that no call returned: they were assigned to a mask (BiBERT), or made outside torch.
+        For codes that no call, or a sum, returned: they were assigned to a mask (BiBERT), or made outside torch.
         """
         pattern, numel = source.snapshot.pattern, source.snapshot.numel
         for s in reversed(self.trace.sightings[: source.seq]):
@@ -199,10 +199,10 @@ def _binary_parents(sighting: Sighting, is_binary: Callable[[Sighting], bool]) -
     full_size = [a for a in parents if a.from_input and a.distinct == sighting.snapshot.numel]
     # A latent, a scale or a gate may have two values, too. Only a parent whose codes the result keeps counts.
     if sighting.snapshot.two_valued and event.name in functions.SUMS | functions.STEPS | functions.GATES:
-        # Codes may change sign if there are no others: by bit errors, or by a scale of both signs.
+        # Single codes may flip if all full arguments carry the same: by bit errors, or by a scale of both signs.
         only_codes = event.name in functions.GATES and len({a.snapshot.pattern_key for a in full_size}) == 1
         had_codes = [a for a in had_codes if _keeps_codes(sighting, a) or (only_codes and a in full_size)]
-    # `sign(x) * (|x| > t)` has three values.
+    # `sign(x) * (|x| > t)` has three values: the product itself is a_B.
     gates = {a for a in full_size if a.snapshot.two_valued} - set(had_codes)
     return [] if event.name in functions.SCALINGS and gates else had_codes
 

@@ -17,7 +17,7 @@ class Layout:
     spatial: int | None
     windowed: bool = False  # a sample takes several rows, as in window attention: ``(B * windows, tokens, C)``
     scores: bool = False  # attention scores: as many channels as tokens, a number that may change from batch to batch
-    mixed: bool = False  # its rows are not those of one sample after another
+    mixed: bool = False  # its rows are not grouped by sample
 
     def channels(self, shape: torch.Size) -> int:
         """Channels of an activation of this shape."""

@@ -63,7 +63,7 @@ class Snapshot:
     pattern: Tensor | None = None  # (n,) sign_pattern() there; None if not two-valued or independent of the input
     constant: bool = False  # all elements are equal
     num_values: int = 0  # number of different values if they are few; 0 if constant, two-valued or many
-    one_hot: bool = False  # along some dimension, a single element is not zero
+    one_hot: bool = False  # along a dimension, a single element stands out
     twin_distance: float | None = None  # between two equal samples, divided by that between two different ones
     sightings: list[Sighting] = field(default_factory=list)  # of the tensor with these values, in order
 
@@ -135,7 +135,7 @@ class Event:
     arguments: list[Sighting]  # without parameters
     equation: str = ""  # of torch.einsum
     results: list[Sighting] = field(default_factory=list)
-    writes: bool = False  # into its first argument
+    writes: bool = False  # into an argument, or what that is a view of
 
 
 @dataclass
@@ -151,7 +151,7 @@ class Trace:
     #: (module, its call) -> number of calls of each (function, whether with gradients) there
     functions: dict[tuple[str, int], Counter[Any]] = field(default_factory=lambda: defaultdict(Counter))
     draws_scalars: bool = False  # single random numbers were drawn, as by a model that skips layers at random
-    time_major: str = ""  # a module that takes a dimension as long as the batch for time: it has no batch_first
+    time_major: str = ""  # a module with batch_first=False whose input has a first dimension as long as the batch
 
     @cached_property
     def by_site(self) -> dict[Site, Sighting]:
@@ -360,11 +360,11 @@ def kept_indices(numel: int, device: torch.device) -> Tensor:
 
 
 def _is_one_hot(x: Tensor) -> bool:
-    """Whether a single element along some dimension stands out (tensors too large to be gates are not searched)."""
+    """Whether, along a dimension but the first, a single element is not zero; or, along two of them, above the mean, as
+    in ``7 I - A`` with an attention map A. Tensors too large to be gates are not searched."""
     if x.numel() > 1 << 16 or x.ndim < 2:
         return False
     x = x.float()
     single = [x.shape[d] > 1 and bool(((x.abs() >= 1e-4).sum(d) == 1).all()) for d in range(1, x.ndim)]
-    # Of rows and of columns, as in `7 I - A` with an attention map A: a single one may be the larger, too.
     larger = [x.shape[d] > 2 and bool(((x > x.mean()).sum(d) == 1).all()) for d in range(1, x.ndim)]
     return any(single) or sum(larger) > 1
