@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from cmim_plugin import CMIM, CMIMWarning
+from cmim_plugin.passes import Pass
 
 # -- layers --------------------------------------------------------------------------------------------------------
 
@@ -215,6 +216,12 @@ def a_loss(model: nn.Module, cmim: CMIM, x: Tensor = X, **arguments: Any) -> Ten
     """The loss of a forward pass."""
     model(x)
     return cmim(model, **arguments)
+
+
+def waiting(cmim: CMIM) -> Pass:
+    """The one pass that waits for its loss: its pairs show what was captured."""
+    (captured,) = cmim._capture._waiting.values()
+    return captured
 
 
 def gradients(*parts: nn.Module) -> list[Tensor]:

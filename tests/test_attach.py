@@ -29,6 +29,7 @@ from networks import (
     random_states,
     teacher,
     told,
+    waiting,
 )
 
 each_method = pytest.mark.parametrize("recipe", METHODS.values(), ids=METHODS)
@@ -598,7 +599,7 @@ def test_a_pause_and_a_report_keep_to_the_modules_whatever_their_names_are_by_th
     with cmim.paused():
         pass
     model(X)
-    (captured,) = cmim._capture._waiting.values()
+    captured = waiting(cmim)
     binary, latent = captured.pairs[0].sides
     assert torch.equal(binary, latent.detach().sign())
     assert cmim(model) > 0

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from cmim_plugin import CMIM, CMIMError, CMIMWarning, find_binary_activations
 from cmim_plugin.discovery.find import discover
 from cmim_plugin.passes import Pass
+from networks import waiting
 
 
 class Sign(torch.autograd.Function):
@@ -839,7 +840,7 @@ def test_no_code_is_contrasted_with_the_latent_of_another_call(build, example, i
     for x in inputs:
         seen.clear()
         model(x)
-        (captured,) = cmim._capture._waiting.values()
+        captured = waiting(cmim)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             cmim(model)
@@ -1143,7 +1144,7 @@ def test_the_latent_of_codes_made_outside_torch_does_not_contain_them(codes):
     model = Of(forward, **parts)
     cmim = CMIM(model, X8, num_positions=8)
     model(X8)
-    (captured,) = cmim._capture._waiting.values()
+    captured = waiting(cmim)
     assert torch.equal(captured.pairs[0].rows[1], model.latent)
 
 
@@ -1192,7 +1193,7 @@ def test_codes_that_are_written_into_a_tensor_have_the_latent_that_was_signed(wr
     cmim = CMIM(model, X)
     assert [tap.channels for tap in cmim.taps] == [8]
     model(X)
-    (captured,) = cmim._capture._waiting.values()
+    captured = waiting(cmim)
     binary, latent = captured.pairs[0].sides
     assert torch.equal(binary, latent.sign())
     positions = model.latent.movedim(1, -1).reshape(-1, 8)
@@ -1266,7 +1267,7 @@ def test_of_two_compared_tensors_the_latent_is_the_one_that_the_codes_follow():
     model = Of(forward, norm=nn.BatchNorm2d(8), last=nn.Conv2d(8, 4, 3), **layers)
     cmim = CMIM(model, X)
     model(X)
-    (captured,) = cmim._capture._waiting.values()
+    captured = waiting(cmim)
     binary, latent = captured.pairs[0].sides
     assert ((binary > 0) == (latent > 0)).float().mean() > 0.95
 
@@ -1363,7 +1364,7 @@ def test_positions_are_contrasted_where_the_rows_do_not_follow_the_samples(case)
     assert cmim.taps[0].mixed.startswith(why) and str(cmim).endswith("a_B against its latent, samples mixed")
     for samples in (4, 9, 3):
         model(torch.randn(samples, 7, 8))
-        (captured,) = cmim._capture._waiting.values()
+        captured = waiting(cmim)
         binary, latent = captured.pairs[0].sides
         assert len(binary) == min(16, captured.pairs[0].total) and torch.equal(binary, Sign.apply(latent))
         cmim(model).backward()
@@ -1578,7 +1579,7 @@ def test_a_scale_or_threshold_of_the_size_of_the_latent_is_not_the_latent(binari
     model = Of(forward, t=nn.Parameter(0.1 + torch.rand(1, 16, 1, 1)), **parts)
     cmim = CMIM(model, torch.randn(4, 3, 12, 12))
     model(torch.randn(4, 3, 12, 12))
-    (captured,) = cmim._capture._waiting.values()
+    captured = waiting(cmim)
     latent = captured.pairs[0].rows[1]
     assert not (latent == latent[0]).all()
 
@@ -1690,11 +1691,10 @@ def test_codes_drawn_by_a_comparison_with_random_numbers_are_tapped():
     ids=["whole", "round", "bare"],
 )
 def test_the_latent_of_what_is_rounded_and_then_clamped_is_not_the_rounded_one(binarize):
-    layers = {"first": nn.Conv2d(3, 8, 3), "norm": nn.BatchNorm2d(8), "last": nn.Conv2d(8, 4, 1)}
-    model = Of(lambda m, x: m.last(binarize(m.norm(m.first(x)))), **layers)
+    model = wide(Of(lambda m, x: binarize(x)))
     cmim = CMIM(model, X)
     model(X)
-    (captured,) = cmim._capture._waiting.values()
+    captured = waiting(cmim)
     assert len(captured.pairs[0].rows[1].unique()) > 100
 
 
@@ -1708,13 +1708,12 @@ def test_the_latent_of_what_is_rounded_and_then_clamped_is_not_the_rounded_one(b
 )
 def test_of_a_sign_and_its_estimator_the_sum_is_tapped(estimate):
     """The bare sign has a gradient of zero."""
-    layers = {"first": nn.Conv2d(3, 8, 3), "norm": nn.BatchNorm2d(8), "last": nn.Conv2d(8, 4, 1)}
-    model = Of(lambda m, x: m.last(estimate(m.norm(m.first(x)))), **layers)
+    model = wide(Of(lambda m, x: estimate(x)))
     cmim = CMIM(model, X)
     model(X)
-    (captured,) = cmim._capture._waiting.values()
+    captured = waiting(cmim)
     captured.pairs[0].rows[0].square().sum().backward()
-    assert model.first.weight.grad.any()
+    assert model[0].weight.grad.any()
 
 
 def test_the_first_hidden_state_of_a_packed_sequence_may_be_codes():

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from cmim_plugin import CMIM, CMIMError, CMIMWarning, find_binary_activations
 from cmim_plugin.discovery.layout import Layout
 from cmim_plugin.passes import LATENT, _without_masked_scores
-from networks import METHODS, Binary, BinaryConv, X, Y, a_loss, assert_same, batch, gradients, network, told
+from networks import METHODS, Binary, BinaryConv, X, Y, a_loss, assert_same, batch, gradients, network, told, waiting
 
 each_method = pytest.mark.parametrize("recipe", METHODS.values(), ids=METHODS)
 
@@ -103,7 +103,7 @@ def test_hooks_of_others_that_change_activations_may_come_after_ours(inside):
         model[1].norm.register_forward_hook(mixed)
     for _ in range(2):
         model(X)
-        (captured,) = cmim._capture._waiting.values()
+        captured = waiting(cmim)
         binary, latent = captured.pairs[0].sides
         assert torch.equal(binary, latent.detach().sign())
         assert cmim(model).isfinite()
@@ -227,7 +227,7 @@ def test_calls_without_gradients_do_not_count():
     assert [tap.name for tap in cmim.taps] == ["block.1"]
     for model.steps in (3, 5, 0):
         model(X)
-        (captured,) = cmim._capture._waiting.values()
+        captured = waiting(cmim)
         binary, latent = captured.pairs[0].sides
         assert latent.requires_grad and torch.equal(binary, latent.detach().sign())
         assert cmim(model) > 0
@@ -784,7 +784,7 @@ def test_a_latent_that_the_model_returns_is_captured():
     assert cmim.taps[0].latent.module == "" and cmim.taps[0].latent.kind == "output"
     for _ in range(2):
         model(X)
-        (captured,) = cmim._capture._waiting.values()
+        captured = waiting(cmim)
         binary, latent = captured.pairs[0].sides
         assert torch.equal(binary.detach().sign(), latent.detach().sign())
         assert cmim(model) > 0

@@ -115,7 +115,7 @@ def _dry_run(model: nn.Module, inputs: Inputs, batch_size: int | None) -> tuple[
         failure: Exception | None = None
         for inputs_of in _attempts(inputs, batch, sources.get(batch)):
             try:
-                return _traces(model, inputs_of, kept, partial(record, model, inputs, batch)), sources.get(batch)
+                return _traces(model, inputs_of, kept, inputs), sources.get(batch)
             except Exception as error:
                 failure = error
         raise CMIMError(
@@ -172,12 +172,13 @@ def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_I
     return [partial(with_twins, samples), partial(with_twins, max(samples - 1, 2)), *as_given]
 
 
-def _traces(model: nn.Module, inputs_of: _InputsOf, kept: list[Trace], rerun: Callable[[], Trace]) -> list[Trace]:
+def _traces(model: nn.Module, inputs_of: _InputsOf, kept: list[Trace], example: Inputs) -> list[Trace]:
+    """``kept``: the trace of the example, if it is used."""
     traces = list(kept) or [record(model, *inputs_of(0))]
     if kept:
         traces.append(record(model, *inputs_of(1)))
         if traces[0].functions != traces[1].functions:  # the first pass may have set something up, as a scale
-            traces[0] = rerun()
+            traces[0] = record(model, example, traces[0].batch)
     while len(traces) < 2 or (len(traces) < _MAX_PASSES and _are_random(traces)):
         traces.append(record(model, *inputs_of(len(traces))))
     return traces

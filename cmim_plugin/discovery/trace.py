@@ -145,13 +145,17 @@ class Trace:
     batch: int
     sightings: list[Sighting] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
-    calls: Counter[str] = field(default_factory=Counter)  # of each module, with gradients as the pass has them
-    #: For each module: the number of sightings before each of these calls.
+    #: For each module: the number of sightings before each of its calls with gradients as the pass has them.
     begun: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     #: (module, its call) -> number of calls of each (function, whether with gradients) there
     functions: dict[tuple[str, int], Counter[Any]] = field(default_factory=lambda: defaultdict(Counter))
     draws_scalars: bool = False  # single random numbers were drawn, as by a model that skips layers at random
     time_major: str = ""  # a module with batch_first=False whose input has a first dimension as long as the batch
+
+    @property
+    def calls(self) -> Counter[str]:
+        """How often each module was called."""
+        return Counter({name: len(seqs) for name, seqs in self.begun.items()})
 
     @cached_property
     def by_site(self) -> dict[Site, Sighting]:
@@ -164,7 +168,9 @@ class Trace:
             site = sighting.site
             functions = self.functions[site.module, site.call][site.function, True]
             others = sum(seq <= sighting.seq for seq in self.begun[other])
-            return replace(site, module_calls=self.calls[site.module], function_calls=functions, other_calls=others)
+            return replace(
+                site, module_calls=len(self.begun[site.module]), function_calls=functions, other_calls=others
+            )
 
         return counted(binary, latent.site.module), counted(latent, binary.site.module)
 
@@ -217,8 +223,7 @@ class _Recorder(TorchFunctionMode):
             return
         name = self._names[module]
         if torch.is_grad_enabled() == self._with_gradients:
-            self._scopes.append((name, self.trace.calls[name]))
-            self.trace.calls[name] += 1
+            self._scopes.append((name, len(self.trace.begun[name])))
             self.trace.begun[name].append(len(self.trace.sightings))
         else:
             self._uncounted[name] += 1
@@ -365,6 +370,7 @@ def _is_one_hot(x: Tensor) -> bool:
     if x.numel() > 1 << 16 or x.ndim < 2:
         return False
     x = x.float()
-    single = [x.shape[d] > 1 and bool(((x.abs() >= 1e-4).sum(d) == 1).all()) for d in range(1, x.ndim)]
-    larger = [x.shape[d] > 2 and bool(((x > x.mean()).sum(d) == 1).all()) for d in range(1, x.ndim)]
-    return any(single) or sum(larger) > 1
+    nonzero, larger = x.abs() >= 1e-4, x > x.mean()
+    single = [d for d in range(1, x.ndim) if x.shape[d] > 1 and bool((nonzero.sum(d) == 1).all())]
+    above = [d for d in range(1, x.ndim) if x.shape[d] > 2 and bool((larger.sum(d) == 1).all())]
+    return len(single) > 0 or len(above) > 1
