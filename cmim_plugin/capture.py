@@ -52,6 +52,7 @@ class Capture:
     passes_without_loss = 0  # eager passes in training mode since the last cmim(model)
     attached = False  # the hooks are on the model
     removed = False  # the hooks are off for good
+    loss_taken = False  # no pass began since the last cmim(model)
     begin_error = ""  # the error that kept the last pass from being captured
     model_was_loaded = False  # the model loaded a state_dict since the hooks were put on it
 
@@ -124,7 +125,7 @@ class Capture:
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], hook: _RootHook) -> None:
         """Start to capture a forward pass of the model."""
         compiling, this_thread = torch.compiler.is_compiling(), thread()
-        self.begin_error = ""
+        self.begin_error, self.loss_taken = "", False
         # Compiled code and CUDA graphs would repeat the taps of this one step for ever.
         all_taps = compiling or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
         batch_size = None if self.batch_source is None else self.batch_source.of(args, kwargs)
@@ -195,16 +196,22 @@ class Capture:
                 key = next((other for other, waiting in self._waiting.items() if waiting.compiled), key)
         waiting = self._waiting.pop(key, None)
         if waiting is not None:
+            self.loss_taken = True
             return waiting
         if self.begin_error:
             why = f"capturing it raised {self.begin_error.rstrip('.')}"
         elif not torch.is_grad_enabled():
             why = (
-                "under torch.no_grad() nothing is captured. In a function that both trains and validates, write: "
-                "if torch.is_grad_enabled(): loss = loss + cmim(model)"
+                "under torch.no_grad() nothing is captured. In a function that both trains and validates, add the loss "
+                "where it trains: (loss + cmim(model)).backward()"
             )
         elif self._waiting:
             why = "the model ran in another thread. Call cmim(model) in the thread that runs the model"
+        elif self.loss_taken:
+            why = (
+                "the loss of the last one was taken already, and one pass gives one loss. Keep it, as in "
+                "aux = cmim(model), or call model(x) again, with gradients enabled"
+            )
         else:
             why = (
                 "call model(x), with gradients enabled, before each cmim(model): one pass gives one loss. Not "

@@ -102,7 +102,7 @@ class Contrast(nn.Module):
         """The embeddings of each tap that a pass captured; on several ranks, with the rows of all ranks."""
         mixed = [tap.name for tap in self.taps if tap.mixed]  # of all taps, so that each rank raises
         if mixed and labels is not None:
-            raise CMIMError(f"Labels are of samples, which these taps mix: {mixed}. Leave them out with taps=.")
+            raise CMIMError(f"Labels are of samples, which these taps mix: {mixed}. Leave them out of taps=.")
         reads_mask = forward_pass.position_draws is not None and not len(self.queues)
         if mask is not None and not reads_mask:
             raise CMIMError('A mask needs instances="position", and queue_size=0: a queue would keep the padding.')
@@ -184,7 +184,7 @@ class Contrast(nn.Module):
                     self,
                     f"The mask is not applied to these taps, which mix the samples, or have more or fewer samples, or "
                     f"tokens a sample, than the mask: {others}. Their padding counts. Pass a mask with as many tokens, "
-                    "bring the batch to the front before the sign, or leave them out with taps=.",
+                    "bring the batch to the front before the sign, or leave them out of taps=.",
                 )
         return None if mask is None else mask.to(self.heads.weights.device)
 
@@ -271,7 +271,7 @@ def _check_samples(pairs: Iterable[Pair], first: Pair) -> None:
     if others:
         raise CMIMError(
             f"Labels are of samples, and these taps have other samples than {first.tap.name}, as where some leave the "
-            f"network early: {others}. Leave them out with taps=."
+            f"network early: {others}. Leave them out of taps=."
         )
 
 
@@ -296,7 +296,7 @@ def labels_of(pair: Pair, labels: Tensor) -> Tensor:
     if windowed or pair.spatial is None or len(pair.spatial) != labels.ndim - 1:
         raise CMIMError(
             f"A map of labels, shape {tuple(labels.shape)}, does not lie over the positions of tap {pair.tap.name}: "
-            "give one label a sample, shape (B,) (a class, not one-hot), or leave the tap out with taps=."
+            "give one label a sample, shape (B,) (a class, not one-hot), or leave the tap out of taps=."
         )
     places = []
     for size, size_of_map in zip(reversed(pair.spatial), reversed(labels.shape[1:]), strict=True):

@@ -19,6 +19,14 @@ class CMIMWarning(UserWarning):
     """Training can go on, but probably not as intended."""
 
 
+def check_saved(argument: str, saved: int, wanted: int) -> None:
+    """Raise CMIMError where a state was saved with another value of an argument of CMIM."""
+    if saved != wanted:
+        raise CMIMError(
+            f"The state was saved with {argument}={saved}, this CMIM has {wanted}: build it with the same arguments."
+        )
+
+
 def warn_once(owner: object, *messages: str) -> None:
     """Issue each message once for each owner; several new ones in one warning."""
     if torch.compiler.is_compiling():

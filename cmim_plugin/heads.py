@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from .errors import CMIMError
+from .errors import CMIMError, check_saved
 
 # The least divisor of the normalization: it bounds the gradient of short projections.
 _SHORTEST = 1e-6
@@ -180,6 +180,7 @@ class Heads(nn.Module):
                 "with the same taps=. Channels of both sides of each tap:\n"
                 f"Found:  {channels.tolist()}\nWanted: {self.channels.tolist()}"
             )
+        check_saved("embed_dim", state.get(prefix + "weights", self.weights).shape[-1], self.embed_dim)
         super()._load_from_state_dict(state, prefix, *args)  # type: ignore[arg-type]
         self._refresh()
 

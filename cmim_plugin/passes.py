@@ -28,8 +28,8 @@ BINARY, LATENT = 0, 1  # the two sides of a pair, as indices
 ERROR, UNUSABLE, ABSENT = "error", "unusable", "absent"
 _MISCOUNTED = "functions or modules were not called as often as in the dry run, or in another order"
 _NO_GRADIENT = (
-    "its binary activation came without a gradient. Layers that were frozen do that (nothing is left to train there), "
-    "and reentrant activation checkpointing (pass use_reentrant=False to checkpoint)"
+    "its binary activation came without a gradient. Layers that were frozen do that (where all are, leave cmim(model) "
+    "out), and reentrant activation checkpointing (pass use_reentrant=False to checkpoint)"
 )
 # A score at or below this is masked. Masks are -inf, the lowest number (float16: -65504) or about -10000.
 _MASKED_SCORE = -5000.0
@@ -316,7 +316,7 @@ class Pass:
         wanted, channels = (tap.channels if side == BINARY else tap.latent_channels), layout.channels(x.shape)
         if channels != wanted and layout.scores:
             why = f"its channels are the tokens of the batch, which were {wanted} when CMIM was attached"
-            return UNUSABLE, f"{why}: pad to one length, or leave it out with taps="
+            return UNUSABLE, f"{why}: pad to one length, or leave it out of taps="
         if channels != wanted:
             why = f"it has {channels} channels, and had {wanted} when CMIM was attached"
             return ERROR, f"{why}. After pruning, or after another change of the layers, attach again"
@@ -326,7 +326,7 @@ class Pass:
         if other is not None and self.position_draws is None and not layout.windowed and len(other) != len(x):
             return ERROR, f"its two sides have {len(other)} and {len(x)} samples in this batch"
         if other is not None and self.position_draws is not None and pair.total != total:
-            remedy = "Leave it out with taps=" if tap.latent else "Name another module with teacher_modules="
+            remedy = "Leave it out of taps=" if tap.latent else "Name another module with teacher_modules="
             why = f"its two sides have {pair.total} and {total} positions in this batch"
             return ERROR, f'{why}. {remedy}, or use instances="image"'
         return None

@@ -389,7 +389,11 @@ def _chosen(
         raise CMIMError(f"taps must be a list of names, or a function of (name, module); found {taps!r}.")
     wrong = [name for name in taps if name not in names]
     if wrong or not taps:
-        what = f"names {wrong}, which cannot be tapped" if wrong else "chose none of the binary activations"
+        what = (
+            f"names {wrong}, which are no binary activations that can be tapped"
+            if wrong
+            else "chose none of the binary activations"
+        )
         raise CMIMError(f"taps= {what}. Found:\n{listing}")
     return tuple(f for f in tappable if f.name in taps)
 
@@ -422,7 +426,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
         ("heads_lr", real, lambda v: 0 <= v < math.inf, "a number, zero or more"),
         ("temperature", real, lambda v: 0 < v < math.inf, "positive"),
         ("layer_decay", real, lambda v: 0 < v <= 1, "in (0, 1]"),
-        ("num_positions", integer, lambda v: v >= 1, "an integer, 1 or more"),
+        ("num_positions", integer, lambda v: v >= 2, "an integer, 2 or more"),
         ("queue_size", integer, lambda v: v >= 0, "an integer, 0 or more"),
         ("taps_per_step", integer | None, lambda v: v is None or v >= 1, "an integer, 1 or more, or None for all"),
         ("embed_dim batch_size", integer | None, lambda v: v is None or v >= 1, "an integer, 1 or more, or None"),

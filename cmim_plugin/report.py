@@ -28,6 +28,10 @@ from .passes import BINARY, Pass
 from .sampling import Schedule
 from .text import table
 
+_INPUT_OF_BATCH = (
+    "Of a batch that is a tuple, list or dict, the first element alone is the model's input. For another, pass "
+    "inputs=, as inputs=lambda batch: batch[1], or inputs=lambda batch: batch for all. For one batch, pass [batch]."
+)
 _NOISE = 1e-6  # scores this close are a tie: clipping makes many latents the very same
 # Column heading -> attribute of TapReport, and its format.
 # fmt: off
@@ -125,7 +129,10 @@ class Report:
             The ``matplotlib.figure.Figure``, as ``SummaryWriter.add_figure`` takes it.
         """
         if before is not None and [tap.name for tap in before.taps] != [tap.name for tap in self.taps]:
-            raise CMIMError("The report before has other taps.")
+            raise CMIMError(
+                f"before= must be a report of the same taps: found {[tap.name for tap in before.taps]}, wanted "
+                f"{[tap.name for tap in self.taps]}."
+            )
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
@@ -172,8 +179,8 @@ class Report:
         whose = "" if self.ranks == 1 else f", the data of rank {self.rank} of {self.ranks} alone"
         untrained = "" if self.heads_trained else "; the heads are not trained yet: bound and retrieval say nothing"
         return (
-            f"Report on inputs: {self.samples}, batches: {self.batches}, one instance = one {self.instances}, "
-            f"bounds in nats{whose}{untrained}"
+            f"Report on {self.samples} samples in {self.batches} batch{'es' * (self.batches > 1)}, "
+            f"one instance = one {self.instances}, bounds in nats{whose}{untrained}"
         )
 
 
@@ -211,9 +218,9 @@ def measure(
                 batches += 1
                 try:
                     model(*args, **kwargs)
-                except TypeError as error:  # an argument is missing
-                    hint = "" if inputs else " Of a batch, the first element alone is its input: pass inputs= for more."
-                    raise CMIMError(f"The model's forward raised TypeError: {error}.{hint}") from error
+                except Exception as error:
+                    hint = "" if inputs else f" {_INPUT_OF_BATCH}"
+                    raise CMIMError(f"The model's forward raised {type(error).__name__}: {error}.{hint}") from error
                 captured = capture.pop()
                 troubles += captured.troubles()
                 for tally in tallies:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _compat, distributed
-from .errors import CMIMError
+from .errors import CMIMError, check_saved
 
 # Knuth's MMIX constants of a linear congruential generator modulo 2 ** 64, which is how int64 wraps around.
 _MULTIPLIER, _INCREMENT = 6364136223846793005, 1442695040888963407
@@ -79,6 +80,11 @@ class Schedule(nn.Module):
             self.all_taps = True
         else:
             self.steps_taken += 1
+
+    def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        saved = state.get(prefix + "draws", self.draws)
+        check_saved('num_positions (0: instances="image")', saved.shape[-1], self.positions or 0)
+        super()._load_from_state_dict(state, prefix, *args)  # type: ignore[arg-type]
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor([self.steps_taken, self.all_taps], device="cpu")

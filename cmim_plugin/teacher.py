@@ -113,7 +113,7 @@ def _counterpart(tap: Tap, module: str, trace: Trace) -> Sighting:
         found = [s for s in received if s.site.kind in ("input", "output") and s.seq <= products[index].seq][-1:]
         trouble = (
             f"has nothing in the place of tap {tap.name}, which no module is given or returns. Name another module "
-            "with teacher_modules={tap name: teacher module name}, or leave the tap out with taps="
+            "with teacher_modules={tap name: teacher module name}, or leave the tap out of taps="
         )
     else:
         outputs = [s for s in trace.sightings if (s.site.module, s.site.kind) == (module, "output")]

@@ -175,6 +175,20 @@ def test_the_state_of_other_taps_is_refused_even_where_its_shapes_fit():
     cmim.load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"num_positions": 9}, "saved with num_positions .*=10, this CMIM has 9"),
+        ({"instances": "image"}, 'instances="image".*=10, this CMIM has 0'),
+        ({"num_positions": 10, "embed_dim": 7}, "saved with embed_dim=128, this CMIM has 7"),
+    ],
+)
+def test_the_state_of_other_settings_is_refused_by_their_names(settings, said):
+    state = CMIM(network(), X, num_positions=10).state_dict()
+    with pytest.raises(CMIMError, match=said):
+        CMIM(network(), X, **settings).load_state_dict(state)
+
+
 def test_other_names_of_the_same_taps_are_taken():
     """A wrapper around the model puts a prefix before them."""
     plain = network()

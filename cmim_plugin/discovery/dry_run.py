@@ -70,8 +70,9 @@ def _check(model: nn.Module, inputs: Inputs) -> None:
         raise CMIMError("Attach outside of torch.inference_mode(), within which nothing has a gradient.")
     if not tensors:
         raise CMIMError(
-            "example_input holds no tensor. Tensors are looked for in tuples, lists and dicts, not in objects: "
-            "attach to the inner network, or let the model take tensors."
+            "example_input holds no tensor: pass an input of the model, as torch.zeros(2, 3, 32, 32), not its shape. "
+            "Tensors are looked for in tuples, lists and dicts, not in objects: let the model take tensors, or attach "
+            "to the inner network."
         )
     if any(tensor.is_meta for tensor in parameters + tensors):
         raise CMIMError(
