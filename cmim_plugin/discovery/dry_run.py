@@ -82,7 +82,7 @@ def _check(model: nn.Module, inputs: Inputs) -> None:
         raise CMIMError("The model is sharded already: attach CMIM first, then call fully_shard().")
     if any(nn.parameter.is_lazy(p) for p in parameters):
         raise CMIMError("The model has lazy parameters without a shape yet. Run it once: model(example_input).")
-    if parameters and not any(p.requires_grad for p in parameters):
+    if not any(p.requires_grad for p in parameters):
         raise CMIMError(
             "The model is frozen: none of its parameters requires a gradient. Attach to a model in training, after "
             "model.requires_grad_(True) for the parts that are trained."
@@ -132,7 +132,7 @@ def _fill_zero_weights(model: nn.Module) -> None:
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
             matrix = sum(n > 1 for n in p.shape) > 1
-            weight = (matrix or hasattr(module, "eps")) and name.endswith("weight") and p.is_floating_point()
+            weight = (matrix or hasattr(module, "eps")) and name.endswith("weight")
             if weight and type(p.data) is Tensor and not p.any():
                 p.data.copy_(torch.randn(p.shape, generator=generator, device="cpu"))
 
