@@ -126,14 +126,11 @@ def _dry_run(model: nn.Module, inputs: Inputs, batch_size: int | None) -> tuple[
 
 @torch.no_grad()
 def _fill_zero_weights(model: nn.Module) -> None:
-    """Fill all-zero weights of products and norms with noise: a branch that starts as zero hides its signs. Vectors are
-    filled in modules with ``eps`` alone, which are norms: learned thresholds and shifts stay zero."""
+    """Fill all-zero weights with noise: a branch that starts as zero hides its signs."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
-            matrix = sum(n > 1 for n in p.shape) > 1
-            weight = (matrix or hasattr(module, "eps")) and name.endswith("weight")
-            if weight and type(p.data) is Tensor and not p.any():
+            if name.endswith("weight") and type(p.data) is Tensor and not p.any():
                 p.data.copy_(torch.randn(p.shape, generator=generator, device="cpu"))
 
 
@@ -174,7 +171,7 @@ def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_I
 
 def _traces(model: nn.Module, inputs_of: _InputsOf, kept: list[Trace], example: Inputs) -> list[Trace]:
     """``kept``: the trace of the example, if it is used."""
-    traces = list(kept) or [record(model, *inputs_of(0))]
+    traces = list(kept)
     if kept:
         traces.append(record(model, *inputs_of(1)))
         if traces[0].functions != traces[1].functions:  # the first pass may have set something up, as a scale

@@ -237,7 +237,7 @@ def _why_mixed(history: History, binary: Sighting, latent: Sighting, spatial: in
         shapes = f"{tuple(side.snapshot.shape)} for {batch} samples"
         counts = [(trace.batch, s.snapshot.shape[:1].numel()) for trace, s in history.in_all_traces(side)]
         # The number of rows has to grow with the batch.
-        if rows % batch or any(n * batch != rows * samples for samples, n in counts if samples != batch):
+        if any(n * batch != rows * samples for samples, n in counts if samples != batch):
             return f"the batch is not its first dimension, or is mixed with another: {shapes}"
         if rows == batch:
             continue
@@ -277,7 +277,7 @@ def _child(history: History, latent: Sighting, site: Site) -> str:
     start_of_call = next(s.seq for s in history.trace.sightings if s.site.in_same_call(site))
 
     def parents(s: Sighting) -> list[Sighting]:
-        found = [a for a in s.parents() if a.snapshot.numel >= s.snapshot.numel and a.requires_grad]
+        found = [a for a in s.parents() if a.snapshot.numel >= s.snapshot.numel]
         return found[:1] if s.made_by not in TRAINED else []
 
     for current in walk_back([latent], parents):

@@ -95,8 +95,8 @@ class History:
         if event is None:
             return self._latent_by_values(source)
         binarized = event.results[0]
-        continuous = [a for a in event.arguments if a.snapshot.continuous]
-        arguments = [a for a in continuous if a.snapshot.numel == binarized.snapshot.numel]
+        varied = [a for a in event.arguments if not a.snapshot.constant]
+        arguments = [a for a in varied if a.snapshot.numel == binarized.snapshot.numel]
         walk = walk_back(arguments, lambda s: [] if s.snapshot.first_in_graph else s.parents(same_size=True))
         found = [s.snapshot.first_in_graph for s in walk if s.snapshot.first_in_graph]
         # Thresholds and scales that are expanded to this size come last.
@@ -107,8 +107,8 @@ class History:
     def _before_rounding(self, binarized: Sighting, latent: Sighting) -> Sighting:
         """What was rounded to make a latent of few values, as in ``clamp(round(x), 0, 1)``; else the latent."""
         walk = walk_back([latent], lambda s: s.parents(same_size=True) if s.snapshot.num_values else [])
-        firsts = [s.snapshot.first_in_graph for s in walk if s.snapshot.continuous]
-        finer = [f for f in firsts if f and not f.snapshot.num_values and not f.snapshot.two_valued]
+        firsts = [s.snapshot.first_in_graph for s in walk if not s.snapshot.constant]
+        finer = [f for f in firsts if f and not f.snapshot.num_values]
         return next((f for f in finer if is_sign_of(self.trace, binarized, f)), latent)
 
     def _latent_by_values(self, source: Sighting) -> Sighting | None:
@@ -119,7 +119,7 @@ class History:
         pattern, numel = source.snapshot.pattern, source.snapshot.numel
         for s in reversed(self.trace.sightings[: source.seq]):
             latent = s.snapshot
-            fits = s.in_graph and latent.continuous and not latent.two_valued and latent.numel == numel
+            fits = s.in_graph and not latent.constant and not latent.two_valued and latent.numel == numel
             if pattern is None or not fits or not _is_split(latent, pattern):
                 continue
             # Not `codes + x` of the estimator `codes + x - x.detach()`: an addend of it is constant for each code.
@@ -193,7 +193,7 @@ def _binary_parents(sighting: Sighting, is_binary: Callable[[Sighting], bool]) -
     had_codes = [a for a in parents if is_binary(a) and a.snapshot.first_in_graph]
     full_size = [a for a in parents if a.from_input and a.distinct == sighting.snapshot.numel]
     # A latent, a scale or a gate may have two values, too. Only a parent whose codes the result keeps counts.
-    if sighting.snapshot.two_valued and name in functions.SUMS | functions.STEPS | functions.GATES:
+    if name in functions.SUMS | functions.STEPS | functions.GATES:
         # Single codes may flip if all full arguments carry the same: by bit errors, or by a scale of both signs.
         only_codes = name in functions.GATES and len({a.snapshot.pattern_key for a in full_size}) == 1
         had_codes = [a for a in had_codes if _keeps_codes(sighting, a) or (only_codes and a in full_size)]
@@ -220,7 +220,7 @@ def _binarizing_call_of_constant(operand: Sighting) -> Event | None:
     """The sign or comparison that made a constant operand out of something that is not constant."""
 
     def has_latent(s: Sighting) -> bool:
-        return any(a.snapshot.continuous for a in s.parents(same_size=True))
+        return any(not a.snapshot.constant for a in s.parents(same_size=True))
 
     def parents(s: Sighting) -> list[Sighting]:
         # `where(mask, x, 0)` and `x * (x > t)` have more than two values if they are not all zero.

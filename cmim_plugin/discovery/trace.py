@@ -76,10 +76,6 @@ class Snapshot:
         return self.pattern is not None
 
     @property
-    def continuous(self) -> bool:
-        return self.values.is_floating_point() and not self.constant
-
-    @property
     def first_in_graph(self) -> Sighting | None:
         """The first sighting in the graph. The forward of an autograd.Function is not in it: it has no gradients."""
         return next((s for s in self.sightings if s.in_graph), None)
