@@ -45,6 +45,10 @@ def vectors(function):
     return Net(nn.Linear(3, 16), nn.LayerNorm(16), function), torch.randn(4, 3)
 
 
+def by_hand(function, shape):
+    return Net(nn.Identity(), nn.Identity(), function), torch.randn(shape)
+
+
 def shuffled(m, x):
     return m.conv2(sign(x).unflatten(1, (4, 4)).transpose(1, 2).flatten(1, 2))
 
@@ -85,18 +89,21 @@ PRODUCTS = {
         16,
     ),
     "a product with an addend": (vectors(lambda m, x: torch.addmm(m.linear.bias, sign(x), m.weight)), -1, 16),
-    "codes beside moved ones": (
-        tokens(lambda m, x: m.wide(torch.cat([(codes := sign(x)).flip(-1), torch.eye(9).flip(0) @ codes], -1)), 9),
+    "the first token moved to the end": (
+        tokens(lambda m, x: m.linear(torch.cat([(codes := sign(x)).flip(1)[:, :-1], codes[:, 0][:, None]], 1))),
         -1,
         16,
     ),
-    "a map that a layer by hand makes, flattened": (
-        maps(lambda m, x: m.flat(sign((m.weight @ x.flatten(2)).view_as(x)).flatten(1)), 3),
+    "a flattened map of a layer by hand": (
+        by_hand(lambda m, x: m.flat(sign((m.weight @ x.flatten(2)).view_as(x)).flatten(1)), (4, 16, 3, 3)),
         1,
         16,
     ),
-    "tokens of a layer by hand, joined": (tokens(lambda m, x: m.wide(sign(x @ m.weight).view(4, 8, 32))), -1, 16),
-    "a signal that becomes a map in place": (signals(lambda m, x: m.conv2(sign(x).unsqueeze_(2)), 20), 1, 16),
+    "tokens of a layer by hand, joined": (
+        by_hand(lambda m, x: m.wide(sign(x @ m.weight).view(4, 8, 32)), (4, 16, 16)),
+        -1,
+        16,
+    ),
     "a weight from the left": (signals(lambda m, x: m.weight @ sign(x)), 1, 16),
     "tokens as a map": (tokens(lambda m, x: m.conv2(sign(x).transpose(1, 2).reshape(4, 16, 4, 4))), -1, 16),
     "a signal as a map": (signals(lambda m, x: m.conv2(sign(x).unsqueeze(2)), 20), 1, 16),

@@ -64,4 +64,4 @@ def plain_name(function: Any) -> str:
 def writes(function: Any) -> bool:
     """Whether a torch function writes into one of its arguments."""
     name = getattr(function, "__name__", "")
-    return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))

@@ -130,16 +130,9 @@ class History:
         return None
 
     def pair_differs(self, binary: Sighting, latent: Sighting, layout: Layout) -> bool:
-        """Whether another trace has, at the sites of a_B and a_F, other channels, or an a_B that is not a_F's sign.
-
-        Traces that call the modules and functions of the sites another number of times, or in another order, say
-        nothing: in training, such a pass is left out.
-        """
-        sites = self.trace.sites_of(binary, latent)
-        same_call = binary.site.in_same_call(latent.site)
+        """Whether another trace has, at the sites of a_B and a_F, other channels, or an a_B that is not a_F's sign."""
         for trace, other in self.in_all_traces(binary)[1:]:
-            other_latent = trace.by_site.get(latent.site)
-            if other_latent and (same_call or trace.sites_of(other, other_latent) == sites):
+            if other_latent := trace.by_site.get(latent.site):
                 if layout.channels(other.snapshot.shape) != layout.channels(binary.snapshot.shape):
                     return True
                 if other.snapshot.two_valued and not is_sign_of(trace, other, other_latent):
