@@ -45,6 +45,10 @@ def vectors(function):
     return Net(nn.Linear(3, 16), nn.LayerNorm(16), function), torch.randn(4, 3)
 
 
+def by_hand(function, shape):
+    return Net(nn.Identity(), nn.Identity(), function), torch.randn(shape)
+
+
 def shuffled(m, x):
     return m.conv2(sign(x).unflatten(1, (4, 4)).transpose(1, 2).flatten(1, 2))
 
@@ -79,6 +83,27 @@ PRODUCTS = {
     "einsum with dots": (tokens(lambda m, x: torch.einsum("...c,oc->...o", sign(x), m.weight)), -1, 16),
     "einsum without a result": (maps(lambda m, x: torch.einsum("bchw,oc", sign(x), m.weight)), 1, 16),
     "a permuted map": (maps(lambda m, x: m.conv2(sign(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))), -1, 16),
+    "einsum of three": (
+        tokens(lambda m, x: torch.einsum("bnc,cd,bnd->bn", x, m.weight, sign(x)), 9),
+        -1,
+        16,
+    ),
+    "a product with an addend": (vectors(lambda m, x: torch.addmm(m.linear.bias, sign(x), m.weight)), -1, 16),
+    "the first token moved to the end": (
+        tokens(lambda m, x: m.linear(torch.cat([(codes := sign(x)).flip(1)[:, :-1], codes[:, 0][:, None]], 1))),
+        -1,
+        16,
+    ),
+    "a flattened map of a layer by hand": (
+        by_hand(lambda m, x: m.flat(sign((m.weight @ x.flatten(2)).view_as(x)).flatten(1)), (4, 16, 3, 3)),
+        1,
+        16,
+    ),
+    "tokens of a layer by hand, joined": (
+        by_hand(lambda m, x: m.wide(sign(x @ m.weight).view(4, 8, 32)), (4, 16, 16)),
+        -1,
+        16,
+    ),
     "a weight from the left": (signals(lambda m, x: m.weight @ sign(x)), 1, 16),
     "tokens as a map": (tokens(lambda m, x: m.conv2(sign(x).transpose(1, 2).reshape(4, 16, 4, 4))), -1, 16),
     "a signal as a map": (signals(lambda m, x: m.conv2(sign(x).unsqueeze(2)), 20), 1, 16),

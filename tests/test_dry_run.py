@@ -9,7 +9,7 @@ import time
 import types
 import warnings
 import weakref
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 
 import numpy as np
 import pytest
@@ -153,6 +153,9 @@ def nested():
     return Of(lambda m, x: features(m, torch.nested.to_padded_tensor(x, 0.0)), t=tokens())
 
 
+Batch = namedtuple("Batch", "x")
+
+
 class Text(nn.Module):
     def __init__(self):
         super().__init__()
@@ -173,7 +176,10 @@ INPUTS = {
     "sparse": (sparse_graph, (torch.randn(7, 5), torch.eye(7).to_sparse()), 7),
     "images_and_boxes": (
         detector,
-        ([torch.rand(3, 8, 8), torch.rand(3, 6, 8)], [{"boxes": torch.tensor([[1.0, 1, 5, 5]])} for _ in range(2)]),
+        (
+            [torch.rand(3, 8, 8), torch.rand(3, 6, 8)],
+            [{"boxes": torch.tensor([[1.0, 1, 5, 5]])}, {"boxes": torch.zeros(0, 4)}],
+        ),
         2,
     ),
     "images_copied_into_a_batch": (
@@ -189,6 +195,11 @@ INPUTS = {
     "zeros": (net, torch.zeros(2, 3, 32, 32), 2),
     "one_image": (net, torch.zeros(1, 3, 16, 16), 1),
     "ones": (net, torch.ones(5, 3, 8, 8), 5),
+    "beside_an_empty_list_and_a_number": (
+        lambda: Of(lambda m, x, more, time: m.net(x * time), net=net()),
+        (torch.rand(4, 3, 8, 8), [], torch.tensor(0.5)),
+        4,
+    ),
     "uint8": (lambda: Of(lambda m, x: m.net(x.float() / 255), net=net()), torch.randint(256, (4, 3, 8, 8)).byte(), 4),
 }  # fmt: skip
 
@@ -198,7 +209,7 @@ def test_every_kind_of_input_is_given_to_the_model_as_it_may_be(build, example, 
     model = build()
     found, source = discover(model, example)
     expected = 1 if not any(isinstance(m, BinaryConv) for m in model.modules()) else 2
-    assert [f.tapped for f in found] == [True] * expected, found
+    assert [(f.tapped, f.mixed) for f in found] == [(True, None)] * expected, found
     args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
     args = (args,) if isinstance(args, torch.Tensor) else args
     assert source.of(args, kwargs) == samples
@@ -221,6 +232,13 @@ def test_a_later_pass_has_one_sample_more_where_the_model_takes_it():
 
         assert tapped(Of(forward, net=net()), torch.randn(20, 3, 8, 8)) == ["net.2", "net.4"]
         assert seen == [20, most]
+
+
+def test_the_batch_may_be_a_named_tuple():
+    seen = []
+    model = Of(lambda m, batch: seen.append(len(batch.x)) or m.net(batch.x), net=net())
+    assert tapped(model, (Batch(X),)) == ["net.2", "net.4"]
+    assert seen == [6, 7]
 
 
 def test_what_was_made_up_is_not_blamed_on_the_example():
@@ -251,6 +269,15 @@ def test_an_unclear_number_of_samples_is_asked_for():
     with pytest.raises(CMIMError, match="batch_size="):
         discover(model, example)
     assert tapped(model, example, batch_size=4)[0] == "t.b"
+    with pytest.raises(CMIMError, match="no input has a length"):
+        discover(Of(lambda m, x: m.t["a"](x.expand(4, 5)), t=tokens()), torch.tensor(1.0))
+
+
+def test_a_size_beside_the_images_is_no_list_of_samples():
+    seen = []
+    model = Of(lambda m, x, size: seen.append(len(x)) or m.net(F.interpolate(x, size)), net=net())
+    assert tapped(model, (X[:2], (12, 12))) == ["net.2", "net.4"]
+    assert seen == [2, 3]
 
 
 @pytest.mark.parametrize("layer", [nn.GRU(16, 16), nn.MultiheadAttention(16, 2)])
@@ -264,11 +291,16 @@ def test_the_first_dimension_is_not_the_batch_where_it_is_time(layer):
     assert found.tapped and "is time" in found.mixed
 
 
-def test_a_layer_that_takes_time_first_may_get_what_has_it_there():
-    def forward(m, x):
-        return m.t["b"](m.r(m.t["n"](m.t["a"](x)).transpose(0, 1))[0].transpose(0, 1))
+@pytest.mark.parametrize("shape", [(4, 12, 5), (4, 4, 5), (4, 5)])
+def test_a_layer_that_takes_time_first_may_get_what_has_it_there(shape):
+    """Also where there are as many steps as samples, or where the samples are one sequence."""
 
-    assert tapped(Of(forward, t=tokens(), r=nn.GRU(16, 16)), torch.randn(4, 12, 5)) == ["t.b"]
+    def forward(m, x):
+        x = m.t["n"](m.t["a"](x))
+        return m.t["b"](m.r(x.transpose(0, -2))[0].transpose(0, -2))
+
+    (found,) = find_binary_activations(Of(forward, t=tokens(), r=nn.GRU(16, 16)), torch.randn(shape))
+    assert found.tapped and found.mixed is None
 
 
 def windows(m, x, major):
@@ -316,6 +348,42 @@ def test_layers_skipped_at_random_are_all_found_in_order(draw, rate):
         assert tapped(skipping(draw, rate), X) == [f"blocks.{i}.1" for i in range(6)]
 
 
+def test_layers_skipped_by_numbers_that_are_drawn_at_once_are_all_found():
+    def forward(m, x):
+        x = m.stem(x)
+        for skip, block in zip(torch.rand(6) < 0.5, m.blocks, strict=True):
+            x = x if skip else x + block(x)
+        return x
+
+    model = Of(forward, **dict(skipping(None, 0).named_children()))
+    assert tapped(model, X) == [f"blocks.{i}.1" for i in range(6)]
+
+
+def test_a_sign_behind_a_random_number_of_steps_is_tapped():
+    def forward(m, x):
+        x = m.first(x)
+        for _ in range(1 + (random.random() < 0.5)):
+            x = m.norm(m.step(x))
+        return m.last(Sign.apply(x))
+
+    parts = {"first": nn.Linear(8, 16), "step": nn.Linear(16, 16), "norm": nn.LayerNorm(16), "last": nn.Linear(16, 4)}
+    assert tapped(Of(forward, **parts), X8) == ["(model)"]
+
+
+def test_a_layer_before_the_sign_may_be_skipped_at_random():
+    def forward(m, x):
+        x = m.first(x)
+        return m.last(Sign.apply(m.layer(x) if random.random() < 0.5 else x))
+
+    parts = {"first": nn.Linear(8, 16), "layer": nn.Linear(16, 16), "last": nn.Linear(16, 4)}
+    assert tapped(Of(forward, **parts), X8) == ["(model)"]
+
+
+def test_what_is_cropped_at_random_before_its_sign_changes_from_pass_to_pass():
+    act = Of(lambda m, x: Sign.apply(x[..., 1:] if random.random() < 0.5 else x))
+    assert "from pass to pass" in reasons(wide(act), X[:2, :, :4, :4])["2"]
+
+
 def test_a_module_that_is_never_called_costs_no_further_pass():
     passes = []
     model = Of(lambda m, x: passes.append(1) or m.net(F.dropout(x, 0.1)), net=net(), unused=nn.Linear(3, 3))
@@ -334,8 +402,12 @@ def test_a_forward_that_calls_itself_without_gradients_has_plain_names():
     assert [(f.name, f.reason, f.binary.call) for f in found] == [("net.2", None, 0), ("net.4", None, 0)]
 
 
-def test_a_forward_may_return_nothing():
-    assert tapped(Of(lambda m, x: setattr(m, "out", m.net(x)), net=net()), X) == ["net.2", "net.4"]
+def test_a_forward_may_return_nothing_and_keep_its_output():
+    model = Of(lambda m, x: setattr(m, "out", m.net(x)), net=net())
+    model(X)
+    kept = model.out
+    assert tapped(model, X) == ["net.2", "net.4"]
+    assert model.out is kept and kept.grad_fn is not None
 
 
 def compiled_forward():
@@ -658,11 +730,47 @@ SUMS = {
 
 @pytest.mark.parametrize("function, count", SUMS.values(), ids=SUMS)
 def test_the_codes_in_a_sum_are_tapped_each(function, count):
-    assert len(tapped(wide(Of(function)), X)) == count
+    found = find_binary_activations(wide(Of(function)), X)
+    assert [f.reason for f in found] == [None] * count
 
 
 def test_a_sum_with_something_continuous_is_no_binary_operand():
     assert find_binary_activations(wide(Of(lambda m, x: Sign.apply(x) + F.gelu(x))), X) == []
+
+
+def test_a_product_of_two_codes_has_no_latent():
+    act = Of(lambda m, x: Sign.apply(x) * Sign.apply(x.roll(1, 1)))
+    assert reasons(wide(act), X) == {"2": "no tensor in the graph was found that it is the sign of"}
+
+
+def test_an_input_of_few_grey_levels_is_not_listed():
+    assert reasons(net(), torch.randint(5, (4, 3, 16, 16)) / 4) == {}
+
+
+def test_a_weight_that_is_the_product_of_zeros_is_no_dead_sign():
+    """As in LoRA."""
+    weights = {"a": nn.Parameter(torch.randn(8, 2)), "b": nn.Parameter(torch.zeros(2, 16))}
+    model = Of(
+        lambda m, x: m.encoder(m.first(x) + x @ (m.a @ m.b)), first=nn.Linear(8, 16), encoder=encoder(16), **weights
+    )
+    assert [f.reason for f in find_binary_activations(model, X8)] == [None]
+
+
+def test_a_part_of_the_codes_may_be_constant_by_chance():
+    norm, layers = nn.BatchNorm1d(16), nn.ModuleList(nn.Linear(2, 4) for _ in range(8))
+    nn.init.constant_(norm.bias[:2].data, 9.0)
+
+    def forward(m, x):
+        return sum(
+            layer(part) for layer, part in zip(m.layers, Sign.apply(m.norm(m.first(x))).chunk(8, 1), strict=True)
+        )
+
+    model = Of(forward, first=nn.Linear(8, 16), norm=norm, layers=layers)
+    assert [f.reason for f in find_binary_activations(model, X8)] == [None]
+
+
+def test_a_sign_may_be_dead_in_one_of_the_passes():
+    assert tapped(wide(Of(lambda m, x: Sign.apply(x + 99 * (len(x) > len(X))))), X) == ["2"]
 
 
 @pytest.mark.parametrize("rare", [(0.0, 1.0), (-1.0, 3.0)])
@@ -730,12 +838,15 @@ def test_names_say_where_in_a_forward():
     assert tapped(model, torch.randn(4, 6, 8)) == ["2: query", "2: key", "2: value"]
 
 
-def test_equal_codes_of_one_latent_are_one_tap():
+@pytest.mark.parametrize(
+    "norm, example", [(nn.LayerNorm(16), torch.randn(4, 6, 8)), (nn.BatchNorm1d(16), torch.zeros(4, 8))]
+)
+def test_equal_codes_of_one_latent_are_one_tap(norm, example):
     layers = {name: BinaryLinear(16, 16) for name in ("query", "key", "value")}
     model = nn.Sequential(
-        nn.Linear(8, 16), nn.LayerNorm(16), Of(lambda m, x: m.query(x) * m.key(x) + m.value(x), **layers)
+        nn.Linear(8, 16, bias=False), norm, Of(lambda m, x: m.query(x) * m.key(x) + m.value(x), **layers)
     )
-    assert tapped(model, torch.randn(4, 6, 8)) == ["2.query"]
+    assert tapped(model, example) == ["2.query"]
 
 
 def test_equal_codes_of_two_latents_are_two_taps():
@@ -801,7 +912,9 @@ class Summed(nn.Module):
         self.stem, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
 
     def forward(self, x):
-        h = sum(self.stem(step) for step in x.unbind(1))
+        h = x.new_zeros(len(x), 16)
+        for step in x.unbind(1):
+            h += self.stem(step)
         return self.head(h + (torch.where(h >= 0, 1.0, -1.0) - h).detach())
 
 
@@ -924,7 +1037,7 @@ def test_a_permutation_that_is_drawn_stays_one():
         drawn.append(torch.randperm(x.shape[1]))
         return m.encoder(x[:, drawn[-1]])
 
-    assert tapped(Of(forward, encoder=encoder()), torch.randn(4, 8)) == ["encoder.2"]
+    assert tapped(Of(forward, encoder=encoder()), torch.randn(3, 8)) == ["encoder.2"]
     assert all(sorted(p.tolist()) == list(range(8)) for p in drawn)
 
 
@@ -949,12 +1062,18 @@ def test_attributes_of_any_kind_are_in_nobodys_way():
     class Gone:
         pass
 
+    class Frozen(dict):
+        """As diffusers keeps the configuration of a model."""
+
+        def clear(self):
+            raise TypeError
+
     gone = Gone()
     proxy = weakref.proxy(gone)
     del gone
     nested = torch.nested.nested_tensor([torch.zeros(2)])
-    model = Of(lambda m, x: m.encoder(x), encoder=encoder(), things=[proxy, random.SystemRandom(), nested])
-    model.meta = torch.empty(2, device="meta")
+    model = Of(lambda m, x: m.encoder(x), encoder=encoder(), things=[proxy, random.SystemRandom(), nested, Frozen(a=1)])
+    model.meta, model.constant = torch.empty(2, device="meta"), np.broadcast_to(np.zeros(1), 3)
     assert tapped(model, torch.randn(4, 8)) == ["encoder.2"]
 
 
@@ -1100,6 +1219,7 @@ def test_an_example_that_the_forward_overwrites_is_put_back():
         lambda m, x: F.dropout(x, inplace=True),
         lambda m, x: setattr(x, "data", x.sign()) or x,
         lambda m, x: x.requires_grad_(),
+        lambda m, x: x.unsqueeze_(1).squeeze(1),
         lambda m, x: x.mul_(m.encoder[0].weight[0]),
         lambda m, x: F.hardtanh(m.encoder[0].weight.data, -0.01, 0.01, inplace=True) is None or x,
     ],
@@ -1111,6 +1231,33 @@ def test_what_is_written_by_a_keyword_or_an_attribute_is_put_back(overwrite):
     tapped(model, example)
     assert all(map(torch.equal, before, (example, *model.parameters())))
     assert example.data_ptr() == storage and not example.requires_grad
+
+
+def test_a_part_of_a_batch_may_be_overwritten_with_what_is_trained():
+    model = Of(lambda m, x: m.encoder(x.add_(m.encoder[0].weight[0])), encoder=encoder())
+    batch = torch.randn(6, 8)
+    before = batch.clone()
+    assert tapped(model, batch[:4]) == ["encoder.2"]
+    assert torch.equal(batch, before)
+
+
+def test_a_long_list_of_the_model_is_put_back_and_one_deeper_is_not_looked_into():
+    def forward(m, x):
+        m.bank[0].append(1)
+        m.trainer.data["train"][0].append(1)
+        return m.encoder(x)
+
+    long = lambda: [[] for _ in range(5000)]  # noqa: E731
+    model = Of(forward, encoder=encoder(), bank=long(), trainer=types.SimpleNamespace(data={"train": long()}))
+    assert tapped(model, torch.randn(8, 8)) == ["encoder.2"]
+    assert model.bank[0] == [] and model.trainer.data["train"][0]
+
+
+def test_hooks_on_the_model_may_compute():
+    model = encoder()
+    model.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    model.register_forward_hook(lambda module, args, output: output * 2)
+    assert tapped(model, torch.randn(8, 8)) == ["2"]
 
 
 @pytest.mark.parametrize(
@@ -1135,14 +1282,17 @@ def test_what_happens_to_be_all_zero_is_no_dead_sign(hidden):
     [lambda x: torch.from_numpy(np.sign(x.detach().numpy())), lambda x: torch.stack([-x, x]).argmax(0).float()],
 )
 def test_the_latent_of_codes_made_outside_torch_does_not_contain_them(codes):
-    parts = {"first": nn.Linear(8, 16), "norm": nn.BatchNorm1d(16), "last": nn.Linear(16, 4)}
+    parts = {name: nn.Linear(16, 16) for name in ("between", "one", "other")}
 
     def forward(m, x):
         m.latent = m.norm(m.first(x))
-        return m.last(codes(m.latent) + m.latent - m.latent.detach())
+        between = m.between(m.latent)
+        one, other = (codes(m.latent) + m.latent - m.latent.detach() for _ in range(2))
+        return m.one(one) + m.other(other) + between
 
-    model = Of(forward, **parts)
-    cmim = CMIM(model, X8, num_positions=8)
+    model = Of(forward, first=nn.Linear(8, 16), norm=nn.BatchNorm1d(16), **parts)
+    cmim = CMIM(model, torch.zeros(8, 8), num_positions=8)
+    assert len(cmim.taps) == 1
     model(X8)
     captured = waiting(cmim)
     assert torch.equal(captured.pairs[0].rows[1], model.latent)
@@ -1182,7 +1332,14 @@ def by_fills(x):
     return x + (codes - x).detach()
 
 
-@pytest.mark.parametrize("written", [shifted, padded_by_hand, by_masks, by_fills])
+def in_the_graph(x):
+    codes = x.clone()
+    codes[codes >= 0] = 1
+    codes[codes < 0] = -1
+    return codes
+
+
+@pytest.mark.parametrize("written", [shifted, padded_by_hand, by_masks, by_fills, in_the_graph])
 def test_codes_that_are_written_into_a_tensor_have_the_latent_that_was_signed(written):
     def forward(m, x):
         m.latent = m.norm(m.stem(x))
@@ -1299,6 +1456,68 @@ def test_a_sign_and_its_product_in_one_function_are_named():
     )
     (reason,) = reasons(model, X8).values()
     assert reason == "its sign and its product are in one autograd.Function: take the sign in a Function of its own"
+
+
+def test_a_product_without_gradients_beside_the_trained_one_is_no_function_of_both():
+    def forward(m, x):
+        x = m.first(x)
+        with torch.no_grad():
+            target = F.linear(Sign.apply(x), m.last.weight)
+        return m.last(x) - target
+
+    (reason,) = reasons(Of(forward, first=encoder()[:2], last=nn.Linear(16, 4)), X8).values()
+    assert reason.startswith("it is made without a gradient")
+
+
+def test_a_call_without_gradients_is_not_listed_if_another_is_tapped():
+    def forward(m, x):
+        x = m.first(x)
+        with torch.no_grad():
+            target = m.rest(x)
+        return m.rest(x) - target
+
+    model = Of(forward, first=nn.Linear(8, 8), rest=encoder())
+    assert [f.reason for f in find_binary_activations(model, X8)] == [None]
+
+
+def test_codes_made_outside_torch_may_be_rare():
+    def codes(x):
+        x = x.detach().numpy()
+        return torch.from_numpy((x == x.max()).astype("float32"))
+
+    act = Of(lambda m, x: codes(x) + x - x.detach())
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Of(lambda m, x: x + m.conv(x), conv=nn.Conv2d(8, 8, 1)), act)
+    assert tapped(nn.Sequential(model, nn.Conv2d(8, 4, 1)), torch.randn(4, 3, 40, 40)) == ["0.2"]
+
+
+def test_an_addend_that_is_zero_at_first_is_no_part_of_the_codes():
+    def forward(m, x):
+        codes = m.act(m.first(x))
+        return m.last(codes + m.alpha * m.layer(x))
+
+    layers = {"act": Binary(), "layer": nn.Linear(8, 16), "last": nn.Linear(16, 4)}
+    model = Of(forward, first=encoder()[:2], alpha=nn.Parameter(torch.zeros(1)), **layers)
+    (found,) = find_binary_activations(model, X8)
+    assert (found.reason, found.binary.module) == (None, "act")
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_codes_that_no_torch_function_returns_belong_to_the_forward_that_hands_them_on(nested):
+    class Kernel(Sign):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            with torch._C.DisableTorchFunction():  # as in C++
+                return x.sign()
+
+    def forward(m, x):
+        x = m.first(x)
+        side = m.side(x)
+        return m.last(Kernel.apply(x)) + m.other(Kernel.apply(x)) + m.last(side)
+
+    layers = {"side": nn.Linear(16, 16), "last": nn.Linear(16, 4), "other": nn.Linear(16, 4)}
+    model = Of(forward, first=encoder()[:2], **layers)
+    assert tapped(nn.Sequential(model) if nested else model, X8) == ["0" if nested else "(model)"]
 
 
 def test_codes_made_outside_torch_may_have_a_threshold_for_each_channel():
@@ -1454,6 +1673,17 @@ def test_a_forward_may_change_the_dictionary_of_its_input(change):
     assert list(example[0]) == ["image"]
 
 
+@pytest.mark.parametrize("by_name", [True, False])
+def test_query_key_and_value_of_an_attention_may_be_codes(by_name):
+    def forward(m, x):
+        q, k, v = (Sign.apply(part) for part in m.norm(m.first(x)).chunk(3, -1))
+        attend = F.scaled_dot_product_attention
+        return m.last(attend(query=q, key=k, value=v) if by_name else attend(q, k, v))
+
+    parts = {"first": nn.Linear(8, 48), "norm": nn.LayerNorm(48), "last": nn.Linear(16, 4)}
+    assert len(tapped(Of(forward, **parts), torch.randn(4, 6, 8))) == 3
+
+
 def test_masks_and_addends_are_no_operands():
     def forward(m, x, mask):
         x = Sign.apply(m.norm(m.first(x)))
@@ -1507,7 +1737,8 @@ def test_a_layer_that_takes_the_batch_for_time_hides_no_map():
         return m.layer(m.conv(x).permute(0, 3, 1, 2).flatten(2))[0]
 
     conv = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), BinaryConv(8, 8, 1))
-    assert tapped(Of(forward, conv=conv, layer=nn.LSTM(64, 8)), torch.randn(4, 3, 8, 8)) == ["conv.2"]
+    (found,) = find_binary_activations(Of(forward, conv=conv, layer=nn.LSTM(64, 8)), torch.randn(4, 3, 8, 8))
+    assert found.tapped and found.mixed is None
 
 
 STRAIGHT = "one autograd.Function passes it straight to another: put a module between the two, as nn.Identity()"
@@ -1762,11 +1993,27 @@ def test_sparse_codes_are_not_one_hot_by_chance():
 @pytest.mark.parametrize("value", [torch.zeros, torch.randn])
 def test_images_beside_a_map_of_labels_may_be_zeros(value):
     def forward(m, images, labels):
+        seen.append(bool(images.any()))
         x = m.c(m.b(m.a(images)))
         return F.cross_entropy(x, labels), x
 
+    seen = []
+
     model = Of(forward, a=nn.Conv2d(3, 8, 3, padding=1), b=nn.BatchNorm2d(8), c=BinaryConv(8, 5, 3, padding=1))
     assert tapped(model, {"images": value(4, 3, 8, 8), "labels": torch.zeros(4, 8, 8, dtype=torch.long)}) == ["c"]
+    assert any(seen)
+
+
+@pytest.mark.parametrize("padded", [0, 3])
+def test_a_mask_beside_token_ids_stays(padded):
+    def forward(m, ids, mask):
+        seen.append(mask)
+        return m.text(ids)
+
+    seen, mask = [], torch.ones(9)
+    mask[9 - padded :] = 0
+    assert tapped(Of(forward, text=Text()), (torch.randint(20, (4, 9)), mask.expand(4, 9))) == ["text.b"]
+    assert all((given == mask).all() for given in seen)
 
 
 def test_boxes_beside_a_list_of_images_are_not_shuffled():
@@ -1774,13 +2021,16 @@ def test_boxes_beside_a_list_of_images_are_not_shuffled():
 
     def forward(m, images, targets):
         assert all((t["boxes"][:, 2:] > t["boxes"][:, :2]).all() for t in targets)
+        seen.add(float(images[0].sum()))
         rows = torch.stack(images).flatten(2).mT.flatten(0, 1)
         return m.b(m.a(rows[rows[:, 0] > rows[:, 1]]))  # some of them, as regions that are likely
 
+    seen = set()
     targets = [{"boxes": torch.tensor([[5.0, 5, 30, 30], [10, 20, 60, 60]])} for _ in range(4)]
     model, images = Of(forward, a=nn.Linear(3, 16), b=BinaryLinear(16, 4)), [torch.randn(3, 6, 6) for _ in range(4)]
     found = find_binary_activations(model, (images, targets), batch_size=4)
     assert [(f.name, f.tapped, bool(f.mixed)) for f in found] == [("b", True, True)]
+    assert len(seen) > 1
 
 
 @pytest.mark.parametrize("batch_size", [None, 30, 5])
@@ -1870,12 +2120,17 @@ def test_codes_that_are_handed_on_by_where_may_be_smaller_than_its_result():
     assert find_binary_activations(Of(forward, **parts), torch.randn(4, 9, 8))
 
 
-def test_a_mask_of_zeros_beside_the_input_stays():
+@pytest.mark.parametrize("padded", [0, 3])
+def test_a_mask_of_floats_beside_the_input_stays(padded):
     def forward(m, x, pad):
+        seen.append(pad)
         return m.last(Sign.apply(m.norm(m.first(x).masked_fill(pad.bool()[..., None], 0))))
 
     parts = {"first": nn.Linear(8, 16), "norm": nn.LayerNorm(16), "last": nn.Linear(16, 4)}
-    assert tapped(Of(forward, **parts), (torch.randn(4, 9, 8), torch.zeros(4, 9))) == ["(model)"]
+    seen, pad = [], torch.zeros(9)
+    pad[9 - padded :] = 1
+    assert tapped(Of(forward, **parts), (torch.randn(4, 9, 8), pad.expand(4, 9))) == ["(model)"]
+    assert all((given == pad).all() for given in seen)
 
 
 def test_samples_that_are_last_are_no_channels():
@@ -1943,7 +2198,7 @@ def test_the_threshold_of_drawn_codes_is_not_their_latent(channels):
 
 
 def test_an_input_that_is_cropped_is_an_input():
-    for crop in (slice(None), slice(1, -1)):
+    for crop in (slice(None), slice(1, -1), torch.randperm(8)):
         model = Of(
             lambda m, x, crop=crop: m.conv(Sign.apply(m.norm(x)[..., crop])),
             norm=nn.BatchNorm2d(3),

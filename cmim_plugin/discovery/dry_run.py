@@ -83,7 +83,7 @@ def _check(model: nn.Module, inputs: Inputs) -> None:
         raise CMIMError("The model is sharded already: attach CMIM first, then call fully_shard().")
     if any(nn.parameter.is_lazy(p) for p in parameters):
         raise CMIMError("The model has lazy parameters without a shape yet. Run it once: model(example_input).")
-    if parameters and not any(p.requires_grad for p in parameters):
+    if not any(p.requires_grad for p in parameters):
         raise CMIMError(
             "The model is frozen: none of its parameters requires a gradient. Attach to a model in training, after "
             "model.requires_grad_(True) for the parts that are trained."
@@ -127,14 +127,11 @@ def _dry_run(model: nn.Module, inputs: Inputs, batch_size: int | None) -> tuple[
 
 @torch.no_grad()
 def _fill_zero_weights(model: nn.Module) -> None:
-    """Fill all-zero weights of products and norms with noise: a branch that starts as zero hides its signs. Vectors are
-    filled in modules with ``eps`` alone, which are norms: learned thresholds and shifts stay zero."""
+    """Fill all-zero weights with noise: a branch that starts as zero hides its signs."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
-            matrix = sum(n > 1 for n in p.shape) > 1
-            weight = (matrix or hasattr(module, "eps")) and name.endswith("weight") and p.is_floating_point()
-            if weight and type(p.data) is Tensor and not p.any():
+            if name.endswith("weight") and type(p.data) is Tensor and not p.any():
                 p.data.copy_(torch.randn(p.shape, generator=generator, device="cpu"))
 
 
@@ -175,7 +172,7 @@ def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_I
 
 def _traces(model: nn.Module, inputs_of: _InputsOf, kept: list[Trace], example: Inputs) -> list[Trace]:
     """``kept``: the trace of the example, if it is used."""
-    traces = list(kept) or [record(model, *inputs_of(0))]
+    traces = list(kept)
     if kept:
         traces.append(record(model, *inputs_of(1)))
         if traces[0].functions != traces[1].functions:  # the first pass may have set something up, as a scale

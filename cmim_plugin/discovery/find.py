@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from .channels import has_weight, is_attention_like, spatial_dims
+from .channels import is_attention_like, spatial_dims
 from .dry_run import dry_run
 from .functions import TRAINED
 from .history import Binarization, History, is_sign_of, operands, walk_back
@@ -128,8 +128,6 @@ def _found_in(trace: Trace, others: list[Trace]) -> list[_Keyed]:
             earlier = found.get(snapshot)
             if earlier and earlier.tapped:
                 continue
-            if not b.source.from_input:
-                continue  # a weight, a mask or a learned token
             activation = _described(history, b)
             # One that was refused may be tapped here: this product may show channels that the first one did not.
             if earlier and not activation.tapped:
@@ -142,7 +140,7 @@ def _found_in(trace: Trace, others: list[Trace]) -> list[_Keyed]:
             found[snapshot] = activation
         values = operand.snapshot.num_values
         is_quantized = 2 < values <= MAX_QUANTIZED_VALUES and operand.snapshot.numel >= _MIN_QUANTIZED
-        if is_quantized and operand.requires_grad and operand.from_input and not binarizations:
+        if is_quantized and operand.requires_grad and not binarizations:
             reason = f"a {event.name} receives {values} values, not two"
             found[operand.snapshot] = BinaryActivation("", 0, reason, operand.site.module)
     firsts = sorted(((snapshot.sightings[0], f) for snapshot, f in found.items()), key=lambda entry: entry[0].seq)
@@ -158,9 +156,9 @@ def _described(history: History, b: Binarization) -> BinaryActivation:
         return refused(reason=reason)
     binary, latent = _cheapest(b.source.snapshot.sightings, b.latent.snapshot.sightings, site.module)
     shape, latent_shape = binary.snapshot.shape, latent.snapshot.shape
-    spatial, reason = spatial_dims(b)
+    spatial, reason = spatial_dims(b, b.latent)
     mixed = _why_mixed(history, binary, latent, spatial)
-    if mixed and (reason or not _has_positions(history, b, binary, Layout(spatial))):
+    if mixed and (reason or not _has_positions(history, binary, Layout(spatial))):
         return refused(reason=mixed)
     if reason is not None:
         return refused(reason=reason)
@@ -206,7 +204,7 @@ def _reason_against(history: History, b: Binarization) -> str | None:
         # The product's result enters the graph as that of the Function.
         if is_counted and any(not r.in_graph and r.snapshot.first_in_graph for r in b.consumer.results):
             return "its sign and its product are in one autograd.Function: take the sign in a Function of its own"
-        return _NO_GRADIENT if any(s.requires_grad and s.from_input for s in ancestors) else _FROZEN
+        return _NO_GRADIENT if any(s.requires_grad for s in ancestors) else _FROZEN
     if all(s.snapshot.one_hot for _, s in history.in_all_traces(b.source)):
         return "it is one-hot: a choice, not a code"
     if b.latent is None and snapshot.constant:
@@ -214,7 +212,7 @@ def _reason_against(history: History, b: Binarization) -> str | None:
     if b.latent is None:
         return "no tensor in the graph was found that it is the sign of"
     latent, pattern = b.latent.snapshot, snapshot.pattern
-    if latent.numel == snapshot.numel and pattern is not None and bool(latent.values[pattern == 0].any()):
+    if pattern is not None and bool(latent.values[pattern == 0].any()):
         return "it has three values: its zeros are not only signs of zero"
     if snapshot.two_valued and not is_sign_of(history.trace, b.binarized, b.latent):
         return "no threshold splits its latent into its two values"
@@ -222,11 +220,10 @@ def _reason_against(history: History, b: Binarization) -> str | None:
 
 
 def _is_layer(event: Event) -> bool:
-    """Whether a call is a trained product, or looks the input up in a table."""
-    if event.name in ("getitem", "index_select"):  # by integers that depend on the input: not a slice
-        indices = [a for a in event.arguments if a.from_input and not a.snapshot.values.is_floating_point()]
-        return event.has_gradient and bool(indices)
-    return event.has_gradient and event.name in TRAINED
+    """Whether a call is a product, or looks the input up in a table."""
+    if event.name == "getitem":  # by integers that depend on the input: not a slice
+        return any(a.from_input and not a.snapshot.values.is_floating_point() for a in event.arguments)
+    return event.name in TRAINED
 
 
 def _why_mixed(history: History, binary: Sighting, latent: Sighting, spatial: int | None) -> str | None:
@@ -236,11 +233,11 @@ def _why_mixed(history: History, binary: Sighting, latent: Sighting, spatial: in
     if time_major and spatial is None:
         return f"its first dimension is time, not the batch: {time_major}, without batch_first, takes it so"
     for side in (binary, latent):
-        rows = side.snapshot.shape[0] if side.snapshot.shape else 0
+        rows = side.snapshot.shape[0]
         shapes = f"{tuple(side.snapshot.shape)} for {batch} samples"
         counts = [(trace.batch, s.snapshot.shape[:1].numel()) for trace, s in history.in_all_traces(side)]
         # The number of rows has to grow with the batch.
-        if not rows or rows % batch or any(n * batch != rows * samples for samples, n in counts if samples != batch):
+        if any(n * batch != rows * samples for samples, n in counts if samples != batch):
             return f"the batch is not its first dimension, or is mixed with another: {shapes}"
         if rows == batch:
             continue
@@ -255,21 +252,19 @@ def _why_mixed(history: History, binary: Sighting, latent: Sighting, spatial: in
     return None
 
 
-def _has_positions(history: History, b: Binarization, binary: Sighting, layout: Layout) -> bool:
+def _has_positions(history: History, binary: Sighting, layout: Layout) -> bool:
     """Whether a_B has positions to contrast although its samples are mixed: not without a batch, or channels first."""
     shapes = [(trace.batch, s.snapshot.shape) for trace, s in history.in_all_traces(binary)]
     if len({layout.positions(shape) for _, shape in shapes}) > 1:
         return True  # the batch is among the positions
-    # A weight that contracts the last dimension shows that it is the channels, unless it is the batch.
-    last_is_channels = layout.spatial is None and has_weight(b.consumer, b.operand)
     last_is_batch = all(shape[-1:] == (batch,) for batch, shape in shapes)
-    return last_is_channels and not last_is_batch and binary.snapshot.shape[:-1].numel() > 1
+    return not last_is_batch and binary.snapshot.shape[:-1].numel() > 1
 
 
 def _site_of_binarization(history: History, b: Binarization) -> Site:
     """A site in the module whose forward binarizes."""
     site = b.binarized.site
-    if b.event is None and site.kind == "input":
+    if site.kind == "input":
         # No call returned the codes, so the enclosing module made them: BiBERT writes them into a mask, for a dropout.
         earlier = (s.site for s in reversed(history.trace.sightings[: b.source.seq]))
         return next((s for s in earlier if not s.module or site.module.startswith(f"{s.module}.")), site)
@@ -282,12 +277,12 @@ def _child(history: History, latent: Sighting, site: Site) -> str:
     start_of_call = next(s.seq for s in history.trace.sightings if s.site.in_same_call(site))
 
     def parents(s: Sighting) -> list[Sighting]:
-        found = [a for a in s.parents() if a.snapshot.numel >= s.snapshot.numel and a.requires_grad]
-        return found[:1] if s.producer and s.producer.name not in TRAINED else []
+        found = [a for a in s.parents() if a.snapshot.numel >= s.snapshot.numel]
+        return found[:1] if s.made_by not in TRAINED else []
 
     for current in walk_back([latent], parents):
         outputs = [s.site for s in current.snapshot.sightings if s.site.kind == "output" and s.seq > start_of_call]
-        names = [s.module for s in outputs if s.module.startswith(prefix) and s.module != site.module]
+        names = [s.module for s in outputs if s.module.startswith(prefix)]
         if names:
             return min(names, key=len).removeprefix(prefix)
     return ""

@@ -24,7 +24,6 @@ TRAINED = CONVOLUTIONS | PRODUCTS | LAYERS | _names("embedding embedding_bag")
 SUMS = _names("add radd iadd sub rsub isub")
 SCALINGS = _names("mul rmul imul multiply div divide true_divide truediv itruediv")
 GATES = SCALINGS | _names("where")
-JOINS = _names("cat concat concatenate stack hstack vstack")
 #: Results with the same elements in the same order.
 RESHAPES = _names("view view_as reshape reshape_as flatten unflatten squeeze unsqueeze ravel")
 #: Views with permuted dimensions.
@@ -55,15 +54,14 @@ RANDOM = _names(
 
 
 def plain_name(function: Any) -> str:
-    """The name of a torch function, or of an attribute that is read or set, as it stands in the sets above."""
+    """The name of a torch function, or of an attribute that is read, as it stands in the sets above."""
     name = getattr(function, "__name__", str(function))
-    if name in ("__get__", "__set__"):
+    if name == "__get__":
         name = getattr(getattr(function, "__self__", None), "__name__", name)
     return str(name).strip("_")
 
 
-def writes(function: Any, kwargs: dict[str, Any]) -> bool:
+def writes(function: Any) -> bool:
     """Whether a torch function writes into one of its arguments."""
     name = getattr(function, "__name__", "")
-    in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
-    return in_place or name == "__setitem__" or kwargs.get("out") is not None
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))

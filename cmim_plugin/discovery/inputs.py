@@ -69,10 +69,7 @@ class BatchSource:
         for path, dim in self.places:
             try:
                 found = part_of((args, kwargs), path)
-                if dim is None and not isinstance(found, Tensor):
-                    return len(found)
-                if dim is not None and isinstance(found, Tensor):
-                    return int(found.size(dim))
+                return len(found) if dim is None else int(found.size(dim))
             except Exception:  # not contextlib.suppress: torch 2.6 does not compile it
                 continue
         return None
@@ -84,7 +81,7 @@ def positional_names(model: nn.Module) -> list[str]:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):
         return []
-    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
 
 
 def batch_sources(model: nn.Module, inputs: Inputs, stated: int | None = None) -> dict[int, BatchSource]:
@@ -100,14 +97,13 @@ def batch_sources(model: nn.Module, inputs: Inputs, stated: int | None = None) -
     for path, t in tensors:
         places[t.size(0)].append((path, 0))
     if stated is not None and stated not in places:
-        dense = [(path, t.shape) for path, t in tensors if not t.is_nested]
-        places[stated] = [(path, shape.index(stated)) for path, shape in dense if stated in shape]
+        places[stated] = [(path, t.shape.index(stated)) for path, t in tensors if stated in t.shape]
     names = positional_names(model)
     sources = {}
     for size, found in places.items():
         # In training, an input may come by keyword that the example had by position, or the reverse.
         ways = [(way, dim) for path, dim in found for way in (path, _other_way(path, names)) if way]
-        if size and ways:
+        if ways:
             sources[size] = BatchSource(tuple(ways))
     return sources
 
@@ -127,22 +123,22 @@ def resampled(inputs: Inputs, source: BatchSource, samples: Sequence[int]) -> In
     def pick(path: Path, value: Any) -> Any:
         if path not in places:
             return value
-        if isinstance(value, Tensor):
-            return value.detach().index_select(places[path] or 0, torch.tensor(samples, device=value.device))
-        return type(value)(value[i] for i in samples)
+        dim = places[path]
+        if dim is None:
+            return type(value)(value[i] for i in samples)
+        return value.detach().index_select(dim, torch.tensor(samples, device=value.device))
 
     return mapped(inputs, pick)
 
 
 def kind_of_values(tensor: Tensor) -> str | None:
-    """Of a dense floating-point tensor: "constant", "mask" (two values, or some infinite) or "varied"; else None."""
+    """Of a dense floating-point tensor: "constant", "mask" (two values) or "varied"; else None."""
     if not tensor.is_floating_point() or not is_strided(tensor) or tensor.numel() < 2:
         return None
     low, high = tensor.detach().aminmax()
     if low == high:
         return "constant"
-    more = tensor.isfinite().all() and ((tensor > low) & (tensor < high)).any()
-    return "varied" if more else "mask"
+    return "varied" if ((tensor > low) & (tensor < high)).any() else "mask"
 
 
 def varied(inputs: Inputs, seed: int, source: BatchSource | None = None) -> Inputs:
@@ -157,12 +153,10 @@ def varied(inputs: Inputs, seed: int, source: BatchSource | None = None) -> Inpu
     kinds = {path: kind_of_values(t) for path, t in tensors}
     chosen = [(path, t) for path, t in tensors if kinds[path]]
     chosen = [(path, t) for path, t in chosen if path in places or path[:-1] in places] or chosen
-    chosen = [(path, t) for path, t in chosen if t.ndim > 1] or chosen
     chosen = [(path, t) for path, t in chosen if kinds[path] == "varied"] or chosen
     # Beside token ids, a constant is a mask; beside a map of labels, one with more dimensions is an image.
     rank = max((t.ndim for _, t in tensors if not t.is_floating_point()), default=0)
-    images = [path for path, t in chosen if kinds[path] == "constant" and t.ndim > rank]
-    paths = [path for path, _ in chosen if rank < 2 or kinds[path] == "varied" or path in images]
+    paths = [path for path, t in chosen if kinds[path] == "varied" or (kinds[path] == "constant" and t.ndim > rank)]
     generator = torch.Generator().manual_seed(seed)
 
     def vary(path: Path, value: Any) -> Any:
