@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import queue
 import random
 import threading
@@ -9,7 +10,7 @@ import time
 import types
 import warnings
 import weakref
-from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from collections import Counter, OrderedDict, UserDict, defaultdict, deque, namedtuple
 
 import numpy as np
 import pytest
@@ -708,16 +709,14 @@ CONSTANT = {
     "scaled": lambda m, x: Sign.apply(x - 9) * 0.3,
     "of_two": lambda m, x: Sign.apply(x + 9) * Sign.apply(x + 8),
     "rounded": lambda m, x: x + (x.clamp(0, 1).mul(0.1).round() - x).detach(),
+    "clamped": lambda m, x: (x * 1e6 + 1e9).clamp(-1, 1),
 }
 
 
 @pytest.mark.parametrize("function", CONSTANT.values(), ids=CONSTANT)
-def test_a_sign_that_is_constant_at_first_is_tapped_where_the_call_is_known(function):
-    assert tapped(wide(Of(function)), X) == ["2"]
-
-
-def test_a_constant_operand_that_no_known_call_made_is_listed():
-    assert "constant" in reasons(wide(Of(lambda m, x: (x * 1e6 + 1e9).clamp(-1, 1))), X)["2"]
+def test_a_sign_that_is_constant_is_listed_as_dead(function):
+    (found,) = reasons(wide(Of(function)), X).items()
+    assert found[0] == "2" and "a dead sign or layer" in found[1]
 
 
 SUMS = {
@@ -1401,18 +1400,6 @@ def test_a_latent_of_another_rank_is_named():
     assert list(reasons(model, torch.randn(4, 3, 6, 6)).values()) == [
         "its latent has another rank: (32, 36) for (4, 8, 6, 6)"
     ]
-
-
-def test_windows_of_a_dead_sign_are_told_by_their_latent():
-    """Its codes are constant: they do not show which rows are of one sample."""
-
-    def forward(m, x):
-        windows = m.first(x).unflatten(1, (3, 4)).flatten(0, 1)
-        return m.last(Sign.apply(windows + 10)).mean(1).unflatten(0, (-1, 3)).mean(1)
-
-    first = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8))
-    (tap,) = find_binary_activations(Of(forward, first=first, last=nn.Linear(8, 4)), torch.randn(4, 12, 5))
-    assert tap.tapped and tap.mixed is None
 
 
 def test_of_two_compared_tensors_the_latent_is_the_one_that_the_codes_follow():
@@ -2208,30 +2195,6 @@ def test_an_input_that_is_cropped_is_an_input():
         assert "network's input" in found.reason
 
 
-def test_two_dead_codes_of_one_latent_are_two():
-    class Above(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, threshold):
-            return (x > threshold).float() * 2 - 1
-
-        @staticmethod
-        def backward(ctx, g):
-            return g, None
-
-    def forward(m, x):
-        x = m.encoder(x).relu()
-        return m.a(Above.apply(x, m.thresholds[0])) + m.b(Above.apply(x, m.thresholds[1]))
-
-    model = Of(
-        forward,
-        encoder=encoder()[:2],
-        thresholds=nn.Parameter(torch.tensor([-1.0, -2.0])),
-        a=nn.Linear(16, 4),
-        b=nn.Linear(16, 4),
-    )
-    assert len(find_binary_activations(model, X8)) == 2
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -2253,3 +2216,118 @@ def test_codes_that_change_sign_afterwards_are_tapped_where_they_were_made(chang
     )
     (tap,) = find_binary_activations(model, X8)
     assert (tap.name, tap.reason, tap.binary.kind) == ("sign", None, "output")
+
+
+def test_two_samples_of_zeros_show_what_more_do():
+    """Over two samples, batch normalization gives two values by itself."""
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Binary(), nn.Conv2d(8, 8, 3), nn.Flatten()]
+    for width in (288, 16):
+        layers += [nn.Linear(width, 16), nn.BatchNorm1d(16), nn.Hardtanh(), Binary()]
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = nn.Sequential(*copy.deepcopy(layers), nn.Linear(16, 4))
+        assert tapped(model, torch.zeros(2, 3, 10, 10)) == ["2", "8", "12"]
+
+
+def test_a_layer_within_an_autograd_function_is_a_layer():
+    class Layer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, weight)
+            return x.sign() @ weight
+
+        @staticmethod
+        def backward(ctx, g):
+            x, weight = ctx.saved_tensors
+            return g @ weight.T, x.sign().T @ g
+
+    def forward(m, x):
+        return m.last(Sign.apply(m.norm(Layer.apply(x, m.weight))))
+
+    model = Of(forward, norm=nn.BatchNorm1d(16), last=nn.Linear(16, 4), weight=nn.Parameter(torch.randn(8, 16)))
+    assert tapped(model, X8) == ["(model)"]
+
+
+def test_scales_that_the_first_batch_sets_up_are_not_those_of_zeros():
+    def forward(m, x):
+        x = m.first(x)
+        if not m.scale:
+            m.scale.copy_(x.detach().std())
+        return m.encoder(x * m.scale)
+
+    first = nn.Linear(8, 8, bias=False)
+    assert tapped(Of(forward, first=first, scale=torch.tensor(0.0), encoder=encoder()), torch.zeros(4, 8)) == [
+        "encoder.2"
+    ]
+
+
+class Graph:
+    """As a torch_geometric Data, which is no mapping."""
+
+    def __init__(self, **fields):
+        self.fields = fields
+
+    def keys(self):
+        return list(self.fields)
+
+    def __getitem__(self, key):
+        return self.fields[key]
+
+    def __setitem__(self, key, value):
+        self.fields = {**self.fields, key: value}
+
+
+@pytest.mark.parametrize("batch", [Graph, UserDict])
+def test_an_object_with_keys_is_varied_and_stays_of_its_type(batch):
+    seen = set()
+
+    def forward(m, graph):
+        assert isinstance(graph, batch)
+        seen.add(float(graph["x"][0, 0]))
+        return m.encoder(graph["x"])
+
+    example = batch(x=torch.randn(6, 8), edges=torch.zeros(2, 3, dtype=torch.long))
+    assert tapped(Of(forward, encoder=encoder()), (example,)) == ["encoder.2"]
+    assert len(seen) > 1
+
+
+def test_the_names_within_a_wrapper_are_those_that_are_chosen_by():
+    model = encoder()
+    (found,) = find_binary_activations(nn.DataParallel(model), X8)
+    assert [tap.name for tap in CMIM(model, X8, taps=[found.name]).taps] == ["2"]
+
+
+def test_a_noise_level_for_each_sample_and_a_bias_with_minus_infinity_stay():
+    def forward(m, x, level, bias):
+        seen.append((level, bias))
+        scores = (m.first(x) @ m.first(x).mT + bias).softmax(-1)
+        return m.encoder(m.first(x) / level.log1p().sqrt()[:, None, None]), scores
+
+    seen, level, bias = [], torch.full((4,), 0.5), torch.arange(25.0).view(1, 5, 5).repeat(4, 1, 1)
+    bias[:, :, 4] = -math.inf
+    assert tapped(Of(forward, first=nn.Linear(8, 16), encoder=encoder(16)), (torch.randn(4, 5, 8), level, bias))
+    assert all((given == 0.5).all() and (b == bias[:1]).all() for given, b in seen)
+
+
+def test_a_batch_by_keyword_is_read_where_an_input_is_positional_only():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = encoder()
+
+        def forward(self, scale, /, x):
+            return self.encoder(x * scale)
+
+    _, source = discover(Net(), (torch.tensor(2.0), X8))
+    assert source.of((torch.tensor(2.0),), {"x": X8[:3]}) == 3
+
+
+def test_a_sign_of_codes_has_the_latent_of_the_codes():
+    def forward(m, x):
+        m.latent = m.first(x)
+        return m.last(Sign.apply(m.latent.detach().sign() + m.latent - m.latent.detach()))
+
+    model = Of(forward, first=encoder()[:2], last=nn.Linear(16, 4))
+    cmim = CMIM(model, X8, num_positions=8)
+    model(X8)
+    assert torch.equal(waiting(cmim).pairs[0].rows[1], model.latent)

@@ -33,9 +33,9 @@ def spatial_dims(b: Binarization, latent: Sighting) -> tuple[int | None, str | N
     if contracted and found:
         dims = found[1] - {0} or found[1]  # 0 is among them if samples were folded into groups
         if len(dims) > 1 and last in dims:  # flattened for a linear layer
-            dims = _dims_of_layer(latent) or dims & {1} or dims
+            dims = _dims_of_layer(latent, len(shape)) or dims & {1} or dims
     else:  # no weight, or a call in between hides which dimensions it sums over
-        dims = _dims_of_layer(latent) or {last}
+        dims = _dims_of_layer(latent, len(shape)) or {last}
     if last in dims:
         return None, None
     if dims == set(range(1, max(dims) + 1)):  # next to the batch
@@ -54,9 +54,11 @@ def has_weight(consumer: Event, operand: Sighting) -> bool:
     return consumer.parameters > 0 or any(a.requires_grad and not a.from_input for a in others)
 
 
-def _dims_of_layer(latent: Sighting) -> set[int]:
-    """The dimensions of the latent that come from the output channels of a trained layer."""
-    dims = range(1, len(latent.snapshot.shape))
+def _dims_of_layer(latent: Sighting, rank: int) -> set[int]:
+    """The dimensions of a latent of this rank that come from the output channels of a trained layer."""
+    if len(latent.snapshot.shape) != rank:
+        return set()
+    dims = range(1, rank)
     ends = {dim: _dims_at_end(latent, {dim}, lambda s: _channel_dim(s) is not None) for dim in dims}
     return {dim for dim, found in ends.items() if found and _channel_dim(found[0]) in found[1]}
 
@@ -65,7 +67,7 @@ def _channel_dim(sighting: Sighting) -> int | None:
     """The channel dimension of the result of a trained layer, None for other results."""
     if sighting.made_by in functions.CONVOLUTIONS:
         return 1
-    return len(sighting.snapshot.shape) - 1 if sighting.made_by in functions.LAYERS else None
+    return len(sighting.snapshot.shape) - 1 if sighting.made_by in functions.LAYERS | {"embedding"} else None
 
 
 def _contracted(consumer: Event, operand: Sighting) -> set[int]:
@@ -80,9 +82,11 @@ def _contracted(consumer: Event, operand: Sighting) -> set[int]:
         number = path[-1] - 1 if len(path) == 2 else path[-1]
         left, _, right = terms.split(",")[number].partition("...")
         letters = [*enumerate(left), *enumerate(right, len(shape) - len(right))]
-        return {dim for dim, letter in letters if letter not in result}
+        kept = result or [letter for letter in terms if terms.count(letter) == 1]
+        return {dim for dim, letter in letters if letter not in kept} or {last}
     second = 2 if name in functions.WITH_ADDEND else 1
-    return {max(last - 1, 0)} if name in _OF_MATRICES and path[1] == second else {last}
+    is_second = path[1] in (second, "mat2", "other", "batch2")
+    return {max(last - 1, 0)} if name in _OF_MATRICES and is_second else {last}
 
 
 def _dims_at_end(
@@ -105,14 +109,17 @@ def _dims_at_end(
 def _dims_in_argument(result: Sighting, argument: Sighting, dims: set[int]) -> set[int]:
     """The dimensions of an argument that became ``dims`` of the result, empty if that is not known."""
     name, old, new = result.made_by, argument.snapshot.shape, result.snapshot.shape
+    if name in functions.PRODUCTS:
+        return set()
     if name in functions.RESHAPES:
         return _overlapping(old, _contiguous_strides(old), new, _contiguous_strides(new), dims)
     if name == "unfold":  # F.unfold: blocks of a map. Tensor.unfold: windows of one dimension, which come last
         return dims & ({1} if len(old) > len(new) else set(range(len(old))))
-    if name in functions.REORDERS:
-        return _overlapping(old, argument.strides, new, result.strides, dims)
-    if len(old) == len(new):
+    if len(old) == len(new) and name not in functions.REORDERS:
         return dims
+    # Views. Not rows picked by a tensor of indices, a second argument: they are copied, their strides tell nothing.
+    if name in functions.REORDERS | functions.SELECTIONS and len(result.parents()) == 1:
+        return _overlapping(old, argument.strides, new, result.strides, dims)
     # Some dimensions are gone. Those of a common start or end stay; in both, one is ambiguous: either may have gone.
     start, end = _common_prefix(old, new), _common_prefix(old[::-1], new[::-1])
     left, right = {i for i in dims if i < start}, {i for i in dims if i >= len(new) - end}

@@ -100,9 +100,12 @@ def _dry_run(model: nn.Module, inputs: Inputs, batch_size: int | None) -> tuple[
         _fill_zero_weights(model)
         sources = batch_sources(model, inputs, batch_size)
         sizes = list(sources) if batch_size is None else [batch_size]
+        stand_in = any(kind_of_values(t) == "constant" for _, t in tensors_in(inputs))
         first: Trace | None = None
         try:
-            first = record(model, inputs, sizes[0] if sizes else 0)
+            # A network that sets up scales by its first batch must not do so by zeros.
+            with preserve_state(model, inputs) if stand_in else contextlib.nullcontext():
+                first = record(model, inputs, sizes[0] if sizes else 0)
         except Exception as error:
             if set(sources) != {1}:  # batch normalization may need two samples: the attempts below have them
                 several = " A tuple is several inputs: pass a single one as a tensor." if len(inputs[0]) > 1 else ""
@@ -111,7 +114,6 @@ def _dry_run(model: nn.Module, inputs: Inputs, batch_size: int | None) -> tuple[
                     f"example_input that the model accepts in training mode, on its device (zeros will do).{several}"
                 ) from error
         batch = _number_of_samples(sizes, first)
-        stand_in = any(kind_of_values(t) == "constant" for _, t in tensors_in(inputs))
         kept = [first] if first is not None and not stand_in and first.batch == batch > 1 else []
         failure: Exception | None = None
         for inputs_of in _attempts(inputs, batch, sources.get(batch)):
@@ -127,11 +129,14 @@ def _dry_run(model: nn.Module, inputs: Inputs, batch_size: int | None) -> tuple[
 
 @torch.no_grad()
 def _fill_zero_weights(model: nn.Module) -> None:
-    """Fill all-zero weights with noise: a branch that starts as zero hides its signs."""
+    """Fill all-zero weights of products and norms with noise: a branch that starts as zero hides its signs. Vectors are
+    filled in modules with ``eps`` alone, which are norms: learned thresholds and shifts stay zero."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
-            if name.endswith("weight") and type(p.data) is Tensor and not p.any():
+            matrix = sum(n > 1 for n in p.shape) > 1
+            weight = (matrix or hasattr(module, "eps")) and name.endswith("weight")
+            if weight and type(p.data) is Tensor and not p.any():
                 p.data.copy_(torch.randn(p.shape, generator=generator, device="cpu"))
 
 
@@ -157,11 +162,11 @@ def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_I
     as_given: list[_InputsOf] = [lambda n: (varied(inputs, n, source), batch, False), lambda n: (inputs, batch, False)]
     if source is None:
         return as_given
-    samples = max(batch, 2)  # batch normalization needs two
+    samples = max(batch, 4)  # over two or three, batch normalization gives two values
 
     def with_twins(different: int, n: int) -> tuple[Inputs, int, bool]:
         """All samples in pass 0. Then so many different ones, and the last of them again."""
-        some = varied(inputs if batch > 1 else resampled(inputs, source, [0, 0]), n, source)
+        some = varied(resampled(inputs, source, [i % batch for i in range(samples)]), n, source)
         if n == 0:
             return some, samples, False
         return resampled(some, source, [*range(different), different - 1]), different + 1, True
@@ -172,12 +177,11 @@ def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_I
 
 def _traces(model: nn.Module, inputs_of: _InputsOf, kept: list[Trace], example: Inputs) -> list[Trace]:
     """``kept``: the trace of the example, if it is used."""
-    traces = list(kept)
-    if kept:
-        traces.append(record(model, *inputs_of(1)))
-        if traces[0].functions != traces[1].functions:  # the first pass may have set something up, as a scale
-            traces[0] = record(model, example, traces[0].batch)
-    while len(traces) < 2 or (len(traces) < _MAX_PASSES and _are_random(traces)):
+    traces = list(kept) or [record(model, *inputs_of(0))]
+    traces.append(record(model, *inputs_of(1)))
+    if traces[0].functions != traces[1].functions:  # the first pass may have set something up, as a scale
+        traces[0] = record(model, example, traces[0].batch) if kept else record(model, *inputs_of(0))
+    while len(traces) < _MAX_PASSES and _are_random(traces):
         traces.append(record(model, *inputs_of(len(traces))))
     return traces
 

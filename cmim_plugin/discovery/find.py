@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from ..wrappers import unwrapped
 from .channels import is_attention_like, spatial_dims
 from .dry_run import dry_run
 from .functions import TRAINED
@@ -109,7 +110,7 @@ def find_binary_activations(
         CMIMError: the example is of another type, the forward fails on it, the number of samples is not clear, or no
             parameter of the model requires a gradient.
     """
-    return list(discover(model, example_input, batch_size)[0])
+    return list(discover(unwrapped(model), example_input, batch_size)[0])
 
 
 # The site of the first sighting, the same in all traces, and the activation, without its final name.
@@ -133,7 +134,7 @@ def _found_in(trace: Trace, others: list[Trace]) -> list[_Keyed]:
             if earlier and not activation.tapped:
                 continue
             pair = snapshot.pattern_key, b.latent and b.latent.snapshot
-            if activation.tapped and snapshot.two_valued:  # not a dead sign: all those have equal codes
+            if activation.tapped:
                 if pair in pairs:
                     continue  # query, key and value binarize one latent to the same codes: one tap
                 pairs.add(pair)
@@ -207,14 +208,13 @@ def _reason_against(history: History, b: Binarization) -> str | None:
         return _NO_GRADIENT if any(s.requires_grad for s in ancestors) else _FROZEN
     if all(s.snapshot.one_hot for _, s in history.in_all_traces(b.source)):
         return "it is one-hot: a choice, not a code"
-    if b.latent is None and snapshot.constant:
-        return "it was constant in the dry run, and no call that binarizes was found: a dead sign or layer"
+    if snapshot.pattern is None:
+        return "it was constant in the dry run: a dead sign or layer (is a ReLU before the sign?)"
     if b.latent is None:
         return "no tensor in the graph was found that it is the sign of"
-    latent, pattern = b.latent.snapshot, snapshot.pattern
-    if pattern is not None and bool(latent.values[pattern == 0].any()):
+    if bool(b.latent.snapshot.values[snapshot.pattern == 0].any()):
         return "it has three values: its zeros are not only signs of zero"
-    if snapshot.two_valued and not is_sign_of(history.trace, b.binarized, b.latent):
+    if not is_sign_of(history.trace, b.binarized, b.latent):
         return "no threshold splits its latent into its two values"
     return None
 
@@ -237,13 +237,11 @@ def _why_mixed(history: History, binary: Sighting, latent: Sighting, spatial: in
         shapes = f"{tuple(side.snapshot.shape)} for {batch} samples"
         counts = [(trace.batch, s.snapshot.shape[:1].numel()) for trace, s in history.in_all_traces(side)]
         # The number of rows has to grow with the batch.
-        if any(n * batch != rows * samples for samples, n in counts if samples != batch):
+        if rows % batch or any(n * batch != rows * samples for samples, n in counts if samples != batch):
             return f"the batch is not its first dimension, or is mixed with another: {shapes}"
         if rows == batch:
             continue
-        # Both sides if they have these rows: one of them may be constant.
-        sides = [s for s in (binary, latent) if s.snapshot.shape[:1].numel() == rows]
-        snapshots = [s.snapshot for one in sides for _, s in history.in_all_traces(one)]
+        snapshots = [s.snapshot for _, s in history.in_all_traces(side)]
         distances = [s.twin_distance for s in snapshots if s.twin_distance is not None]
         if not distances:
             return f"which rows belong to one sample could not be seen: {shapes}; try an example of random values"

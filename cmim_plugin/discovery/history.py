@@ -51,7 +51,8 @@ class History:
                 arguments = [a for a in event.arguments if a.snapshot is not result.snapshot]
                 latents = [a for a in arguments if a.snapshot.numel == result.snapshot.numel]
                 # A latent may have two values, too, as labels or the times 0 and 1: a step makes new codes of them.
-                if latents and (is_step or not any(map(self.is_binary, latents))):
+                has_codes = any(self.is_binary(a) and (not is_step or _keeps_codes(result, a)) for a in latents)
+                if latents and not has_codes:
                     self._binarizing_calls[result.snapshot.pattern_key].append(event)
 
     def in_all_traces(self, sighting: Sighting) -> list[tuple[Trace, Sighting]]:
@@ -70,10 +71,10 @@ class History:
         made = [(source, self._binarizing_call(source)) for source in _sources(operand, self.is_binary)]
         # Not a norm: over two elements it gives -1 and 1.
         made = [(source, event) for source, event in made if event is None or event.name not in functions.NORMS]
-        # A dead sign is constant: no pattern shows that it is binary.
+        # A dead sign is constant: no pattern shows that it is binary. It is listed.
         if not made and operand.snapshot.constant and operand.from_input and operand.requires_grad:
             constants = _sources(operand, lambda s: s.snapshot.constant)
-            made = [(source, _binarizing_call_of_constant(operand)) for source in constants[:1]]
+            return [Binarization(source, None, None, consumer, operand) for source in constants[:1]]
         return [Binarization(source, event, self._latent(source, event), consumer, operand) for source, event in made]
 
     def _binarizing_call(self, source: Sighting) -> Event | None:
@@ -117,10 +118,11 @@ class History:
         For codes that no known call made: they were assigned to a mask (BiBERT), or made outside torch.
         """
         pattern, numel = source.snapshot.pattern, source.snapshot.numel
+        assert pattern is not None
         for s in reversed(self.trace.sightings[: source.seq]):
             latent = s.snapshot
             fits = s.in_graph and not latent.constant and not latent.two_valued and latent.numel == numel
-            if pattern is None or not fits or not _is_split(latent, pattern):
+            if not fits or not _is_split(latent, pattern):
                 continue
             # Not `codes + x` of the estimator `codes + x - x.detach()`: an addend of it is constant for each code.
             addends = [a.snapshot.values for a in s.parents(same_size=True)]
@@ -209,23 +211,6 @@ def _is_split(latent: Snapshot, pattern: Tensor) -> bool:
     return is_split_by_threshold(latent.values, pattern, index, latent.shape)
 
 
-def _binarizing_call_of_constant(operand: Sighting) -> Event | None:
-    """The sign or comparison that made a constant operand out of something that is not constant."""
-
-    def has_latent(s: Sighting) -> bool:
-        return any(not a.snapshot.constant for a in s.parents(same_size=True))
-
-    def parents(s: Sighting) -> list[Sighting]:
-        # `where(mask, x, 0)` and `x * (x > t)` have more than two values if they are not all zero.
-        if s.made_by in functions.GATES and has_latent(s):
-            return []
-        passes_on = s.made_by in functions.SUMS | functions.DETACHES
-        return [a for a in s.parents(same_size=True) if passes_on or a.snapshot.constant]
-
-    walk = walk_back([operand], parents)
-    return next((s.producer for s in walk if s.made_by in functions.STEPS and has_latent(s)), None)
-
-
 def operands(trace: Trace, module: str = "") -> Iterator[tuple[Event, Sighting]]:
     """(product, argument): the products of a trace within a module, with each argument that may be an activation."""
     for event in trace.events:
@@ -266,8 +251,10 @@ def is_sign_of(trace: Trace, binary: Sighting, latent: Sighting) -> bool:
     if _is_split(latent.snapshot, pattern):
         return True
     between = [e for e in trace.events if latent.seq <= e.seq <= binary.seq]
-    # Drawn by a call, as by `rand_like(p) < p`: accepted, for the ranks of few codes show little.
-    if any(a.snapshot.numel == numel for e in between if _is_draw(e) for a in e.arguments):
+    # Codes that were drawn, as by `rand_like(p) < p`, are accepted: the ranks of few of them show little.
+    key = binary.snapshot.pattern_key
+    draws = [e for e in between if _is_draw(e) and any(r.snapshot.pattern_key == key for r in e.results)]
+    if any(a.snapshot.numel == numel for e in draws for a in e.arguments):
         return True
     ranks = values.argsort().argsort() / len(values)
     # NaN if one of the codes does not occur: that compares false.

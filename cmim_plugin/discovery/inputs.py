@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,8 +34,8 @@ def part_of(tree: Any, path: Path) -> Any:
 
 
 def _entries(tree: Any) -> Iterable[tuple[Any, Any]]:
-    if isinstance(tree, Mapping):
-        return tree.items()
+    if hasattr(tree, "keys"):  # a mapping, a TensorDict, the graphs of torch_geometric
+        return [(key, tree[key]) for key in tree.keys()]  # noqa: SIM118
     return enumerate(tree) if isinstance(tree, (tuple, list)) else ()
 
 
@@ -81,7 +82,7 @@ def positional_names(model: nn.Module) -> list[str]:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):
         return []
-    return [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
 
 def batch_sources(model: nn.Module, inputs: Inputs, stated: int | None = None) -> dict[int, BatchSource]:
@@ -132,13 +133,14 @@ def resampled(inputs: Inputs, source: BatchSource, samples: Sequence[int]) -> In
 
 
 def kind_of_values(tensor: Tensor) -> str | None:
-    """Of a dense floating-point tensor: "constant", "mask" (two values) or "varied"; else None."""
+    """Of a dense floating-point tensor: "constant", "mask" (two values, or some infinite) or "varied"; else None."""
     if not tensor.is_floating_point() or not is_strided(tensor) or tensor.numel() < 2:
         return None
     low, high = tensor.detach().aminmax()
     if low == high:
         return "constant"
-    return "varied" if ((tensor > low) & (tensor < high)).any() else "mask"
+    more = tensor.isfinite().all() and ((tensor > low) & (tensor < high)).any()
+    return "varied" if more else "mask"
 
 
 def varied(inputs: Inputs, seed: int, source: BatchSource | None = None) -> Inputs:
@@ -153,10 +155,12 @@ def varied(inputs: Inputs, seed: int, source: BatchSource | None = None) -> Inpu
     kinds = {path: kind_of_values(t) for path, t in tensors}
     chosen = [(path, t) for path, t in tensors if kinds[path]]
     chosen = [(path, t) for path, t in chosen if path in places or path[:-1] in places] or chosen
+    chosen = [(path, t) for path, t in chosen if t.ndim > 1] or chosen
     chosen = [(path, t) for path, t in chosen if kinds[path] == "varied"] or chosen
     # Beside token ids, a constant is a mask; beside a map of labels, one with more dimensions is an image.
     rank = max((t.ndim for _, t in tensors if not t.is_floating_point()), default=0)
-    paths = [path for path, t in chosen if kinds[path] == "varied" or (kinds[path] == "constant" and t.ndim > rank)]
+    images = [path for path, t in chosen if kinds[path] == "constant" and t.ndim > rank]
+    paths = [path for path, _ in chosen if rank < 2 or kinds[path] == "varied" or path in images]
     generator = torch.Generator().manual_seed(seed)
 
     def vary(path: Path, value: Any) -> Any:
@@ -177,5 +181,9 @@ def mapped(tree: Tree, function: Callable[[Path, Any], Any], path: Path = ()) ->
         new = tree
     elif isinstance(tree, (tuple, list)):
         new = type(tree)(*new.values()) if hasattr(tree, "_fields") else type(tree)(list(new.values()))
+    else:
+        parts, new = new, copy.copy(tree)  # of the same type
+        for key, part in parts.items():
+            new[key] = part
     result: Tree = function(path, new) if path else new
     return result

@@ -328,7 +328,7 @@ class _Recorder(TorchFunctionMode):
         index = self._kept_indices(data.numel(), data.device)
         values = data.take(index)
         # The version counter does not move for `x.data = ...`: only the values tell.
-        if last is not None and same(last.values, values):
+        if last is not None and last.shape == data.shape and same(last.values, values):
             return last
         snapshot = self._last[tensor] = Snapshot(data.shape, values, constant=is_constant(data))
         if self._from_input[tensor] and not snapshot.constant:  # nothing asks for the codes of a weight

@@ -82,7 +82,7 @@ class ZeroThreshold(nn.Module):
 
 
 class DeadSign(nn.Module):
-    """Constant until the network has learned to move it."""
+    """Constant: the latent never changes its sign."""
 
     def forward(self, x):
         return Sign.apply(x + 9)
