@@ -146,9 +146,9 @@ def kind_of_values(tensor: Tensor) -> str | None:
 def varied(inputs: Inputs, seed: int, source: BatchSource | None = None) -> Inputs:
     """The inputs with other values in the dense floating-point ones, everything else as it is.
 
-    The values of varied tensors change places. Only if there are none, noise replaces constants (zeros are a stand-in)
-    and masks change places. Token ids, lengths, sparse, nested and complex tensors stay. So do tensors without an entry
-    for each sample, if others have one: regions hold the numbers of their images.
+    The values of varied tensors change places. Only if there are none, noise replaces constants: zeros are a stand-in.
+    Masks, token ids, lengths, sparse, nested and complex tensors stay. So do tensors without an entry for each sample,
+    if others have one: regions hold the numbers of their images.
     """
     places = dict(source.places) if source is not None else {}
     tensors = list(tensors_in(inputs))
