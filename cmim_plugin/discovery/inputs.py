@@ -137,7 +137,7 @@ def kind_of_values(tensor: Tensor) -> str | None:
     if not tensor.is_floating_point() or not is_strided(tensor) or tensor.numel() < 2:
         return None
     low, high = tensor.detach().aminmax()
-    if low == high:
+    if not low < high:  # or NaN, as torch.empty() may give
         return "constant"
     more = tensor.isfinite().all() and ((tensor > low) & (tensor < high)).any()
     return "varied" if more else "mask"
@@ -159,8 +159,7 @@ def varied(inputs: Inputs, seed: int, source: BatchSource | None = None) -> Inpu
     chosen = [(path, t) for path, t in chosen if kinds[path] == "varied"] or chosen
     # Beside token ids, a constant is a mask; beside a map of labels, one with more dimensions is an image.
     rank = max((t.ndim for _, t in tensors if not t.is_floating_point()), default=0)
-    images = [path for path, t in chosen if kinds[path] == "constant" and t.ndim > rank]
-    paths = [path for path, _ in chosen if rank < 2 or kinds[path] == "varied" or path in images]
+    paths = [path for path, t in chosen if kinds[path] == "varied" or (kinds[path] == "constant" and t.ndim > rank)]
     generator = torch.Generator().manual_seed(seed)
 
     def vary(path: Path, value: Any) -> Any:
