@@ -19,15 +19,17 @@ def table(rows: Sequence[Sequence[str]], right: bool = False) -> str:
 
 
 def folded(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Join rows that differ in consecutive numbers in their first cell only: ``layer3.0-5.conv1-2``."""
+    """Join rows that differ in consecutive numbers in their first cell only: ``layer3.0-5.conv1-2 (12)``."""
     by_template: dict[tuple[str, ...], list[list[int]]] = {}
     for name, *rest in rows:
         template = _NUMBERS.sub("{}", name.replace("{", "{{").replace("}", "}}"))
         by_template.setdefault((template, *rest), []).append([int(n) for n in _NUMBERS.findall(name)])
     found: list[tuple[str, ...]] = []
     for (template, *rest), of_rows in by_template.items():
-        names = [template.format(*(f"{a}-{b}" if a < b else f"{a}" for a, b in box)) for box in _boxes(of_rows)]
-        found += [(name, *rest) for name in names]
+        for box in _boxes(of_rows):
+            name = template.format(*(f"{a}-{b}" if a < b else f"{a}" for a, b in box))
+            count = math.prod(b - a + 1 for a, b in box)
+            found.append((f"{name} ({count})" if count > 1 else name, *rest))
     return found
 
 

@@ -632,9 +632,9 @@ def test_models_that_a_dry_run_would_break_are_refused():
 
 def test_names_of_a_resnet_fold_stage_by_stage():
     rows = [(f"layer{stage}.{block}.binary", "16") for stage, block in [(1, 0), (1, 1), (1, 2), (2, 0), (3, 4)]]
-    assert folded(rows) == [("layer1.0-2.binary", "16"), ("layer2.0.binary", "16"), ("layer3.4.binary", "16")]
+    assert folded(rows) == [("layer1.0-2.binary (3)", "16"), ("layer2.0.binary", "16"), ("layer3.4.binary", "16")]
 
 
 def test_names_whose_numbers_cannot_be_counted_stay_as_they_are():
     rows = [("conv01", "4"), ("conv1", "4"), ("{x}.0", "4"), ("{x}.1", "4")]
-    assert folded(rows) == [("conv01", "4"), ("conv1", "4"), ("{x}.0-1", "4")]
+    assert folded(rows) == [("conv01", "4"), ("conv1", "4"), ("{x}.0-1 (2)", "4")]

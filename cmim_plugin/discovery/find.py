@@ -221,7 +221,7 @@ def _reason_against(history: History, b: Binarization) -> str | None:
 
 def _is_layer(event: Event) -> bool:
     """Whether a call is a product, or looks the input up in a table."""
-    if event.name == "getitem":  # by integers that depend on the input: not a slice
+    if event.name in ("getitem", "index_select"):  # by integers that depend on the input: not a slice
         return any(a.from_input and not a.snapshot.values.is_floating_point() for a in event.arguments)
     return event.name in TRAINED
 
