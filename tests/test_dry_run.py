@@ -2291,6 +2291,18 @@ def test_an_object_with_keys_is_varied_and_stays_of_its_type(batch):
     assert len(seen) > 1
 
 
+@pytest.mark.parametrize("kind", [namedtuple("Projected", "queries keys"), types.SimpleNamespace])
+def test_what_has_keys_may_be_no_mapping(kind):
+    act = Of(lambda m, given, of: given.queries + given.keys)
+    model = Of(
+        lambda m, x: m.encoder(m.act(kind(queries=m.first(x), keys=m.first(-x)), dict)),
+        first=nn.Linear(8, 16),
+        act=act,
+        encoder=encoder(16),
+    )
+    assert tapped(model, X8) == ["encoder.2"]
+
+
 def test_the_names_within_a_wrapper_are_those_that_are_chosen_by():
     model = encoder()
     (found,) = find_binary_activations(nn.DataParallel(model), X8)

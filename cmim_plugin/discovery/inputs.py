@@ -34,9 +34,11 @@ def part_of(tree: Any, path: Path) -> Any:
 
 
 def _entries(tree: Any) -> Iterable[tuple[Any, Any]]:
-    if hasattr(tree, "keys"):  # a mapping, a TensorDict, the graphs of torch_geometric
-        return [(key, tree[key]) for key in tree.keys()]  # noqa: SIM118
-    return enumerate(tree) if isinstance(tree, (tuple, list)) else ()
+    if isinstance(tree, (tuple, list)):
+        return enumerate(tree)
+    # A mapping, a TensorDict, a graph of torch_geometric. Not a class, nor an object with a tensor of keys.
+    has_keys = callable(getattr(tree, "keys", None)) and hasattr(tree, "__getitem__") and not isinstance(tree, type)
+    return [(key, tree[key]) for key in tree.keys()] if has_keys else ()  # noqa: SIM118
 
 
 def is_strided(tensor: Tensor) -> bool:
