@@ -643,6 +643,7 @@ def test_codes_may_have_a_scale_for_each_pixel():
         lambda x: x.masked_fill(torch.arange(8) > 5, 0),
         lambda x: F.dropout2d(x, 0.3),
         lambda x: F.channel_shuffle(x, 2),
+        lambda x: torch.cat([x[:, :4].roll(1, 2), x[:, 4:]], 1),  # half of the channels are shifted
     ],
 )
 def test_codes_with_a_scale_for_each_pixel_and_channel_may_be_moved(move):

@@ -24,6 +24,7 @@ TRAINED = CONVOLUTIONS | PRODUCTS | LAYERS | _names("embedding embedding_bag")
 SUMS = _names("add radd iadd sub rsub isub")
 SCALINGS = _names("mul rmul imul multiply div divide true_divide truediv itruediv")
 GATES = SCALINGS | _names("where")
+JOINS = _names("cat concat concatenate stack hstack vstack")
 #: Results with the same elements in the same order.
 RESHAPES = _names("view view_as reshape reshape_as flatten unflatten squeeze unsqueeze ravel")
 #: Views with permuted dimensions.

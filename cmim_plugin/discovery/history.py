@@ -167,14 +167,14 @@ def _sources(operand: Sighting, is_binary: Callable[[Sighting], bool]) -> list[S
 
 
 def _parts(sighting: Sighting) -> list[Sighting]:
-    """The parents whose values a move, a scaling or a sum passes on."""
+    """The parents whose values a move, a scaling, a sum or a join passes on."""
     name, parents = sighting.made_by, sighting.parents()
     if name in functions.MOVES:
         return parents[:1]
     if name in functions.SCALINGS:
         full_size = [a for a in parents if a.distinct == sighting.snapshot.numel]
         return full_size if len(full_size) == 1 else []
-    return parents if name in functions.SUMS else []
+    return parents if name in functions.SUMS | functions.JOINS else []
 
 
 def _binary_parents(sighting: Sighting, is_binary: Callable[[Sighting], bool]) -> list[Sighting]:
