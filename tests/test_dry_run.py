@@ -2292,6 +2292,15 @@ def test_an_object_with_keys_is_varied_and_stays_of_its_type(batch):
     assert len(seen) > 1
 
 
+def test_a_model_that_loops_over_its_samples_has_no_tap_for_each():
+    def forward(m, x):
+        return torch.cat([m.last(Sign.apply(m.first(image[None]))) for image in x])
+
+    model = Of(forward, first=nn.Conv2d(3, 8, 3), last=nn.Conv2d(8, 4, 3))
+    found = reasons(model, X)
+    assert len(found) == 7 and all("the batch is not its first dimension" in reason for reason in found.values())
+
+
 @pytest.mark.parametrize("kind", [namedtuple("Projected", "queries keys"), types.SimpleNamespace])
 def test_what_has_keys_may_be_no_mapping(kind):
     act = Of(lambda m, given, of: given.queries + given.keys)

@@ -28,7 +28,7 @@ def spatial_dims(b: Binarization, latent: Sighting) -> tuple[int | None, str | N
     last = len(shape) - 1
     if consumer.name == "tensordot":
         return None, "which dimensions a tensordot contracts is not known: use matmul, linear or einsum"
-    contracted = _contracted(consumer, operand) if _has_weight(consumer, operand) else set()
+    contracted = _contracted(consumer, operand) if has_weight(consumer, operand) else set()
     found = _dims_at_end(operand, contracted, lambda s: s.snapshot is b.source.snapshot, since=b.source.seq)
     if contracted and found:
         dims = found[1] - {0} or found[1]  # 0 is among them if samples were folded into groups
@@ -48,7 +48,7 @@ def is_attention_like(consumer: Event, operand: Sighting) -> bool:
     return any(a is not operand and a.from_input for a in consumer.arguments)
 
 
-def _has_weight(consumer: Event, operand: Sighting) -> bool:
+def has_weight(consumer: Event, operand: Sighting) -> bool:
     """Whether a parameter, or what was computed from parameters alone, takes part in a product."""
     others = [a for a in consumer.arguments if a is not operand]
     return consumer.parameters > 0 or any(a.requires_grad and not a.from_input for a in others)

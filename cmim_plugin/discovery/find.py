@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from ..wrappers import unwrapped
-from .channels import is_attention_like, spatial_dims
+from .channels import has_weight, is_attention_like, spatial_dims
 from .dry_run import dry_run
 from .functions import TRAINED
 from .history import Binarization, History, is_sign_of, operands, walk_back
@@ -159,7 +159,7 @@ def _described(history: History, b: Binarization) -> BinaryActivation:
     shape, latent_shape = binary.snapshot.shape, latent.snapshot.shape
     spatial, reason = spatial_dims(b, b.latent)
     mixed = _why_mixed(history, binary, latent, spatial)
-    if mixed and (reason or not _has_positions(history, binary, Layout(spatial))):
+    if mixed and (reason or not _has_positions(history, b, binary, Layout(spatial))):
         return refused(reason=mixed)
     if reason is not None:
         return refused(reason=reason)
@@ -250,13 +250,15 @@ def _why_mixed(history: History, binary: Sighting, latent: Sighting, spatial: in
     return None
 
 
-def _has_positions(history: History, binary: Sighting, layout: Layout) -> bool:
+def _has_positions(history: History, b: Binarization, binary: Sighting, layout: Layout) -> bool:
     """Whether a_B has positions to contrast although its samples are mixed: not without a batch, or channels first."""
     shapes = [(trace.batch, s.snapshot.shape) for trace, s in history.in_all_traces(binary)]
     if len({layout.positions(shape) for _, shape in shapes}) > 1:
         return True  # the batch is among the positions
+    # A weight that contracts the last dimension shows that it is the channels, unless it is the batch.
+    last_is_channels = layout.spatial is None and has_weight(b.consumer, b.operand)
     last_is_batch = all(shape[-1:] == (batch,) for batch, shape in shapes)
-    return not last_is_batch and binary.snapshot.shape[:-1].numel() > 1
+    return last_is_channels and not last_is_batch and binary.snapshot.shape[:-1].numel() > 1
 
 
 def _site_of_binarization(history: History, b: Binarization) -> Site:
