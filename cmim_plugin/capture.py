@@ -172,8 +172,7 @@ class Capture:
             if running.training:
                 self.discard_waiting()
 
-    @property
-    def hooked(self) -> bool:
+    def is_hooked(self) -> bool:
         """Whether all hooks are still on the model: other code may have cleared some."""
         return all(map(_is_on, self.handles))
 

@@ -211,10 +211,10 @@ class Pass:
         while self.open_calls:
             self.close(self.open_calls[-1].hook)
 
-    def check(self, owner: object, may_skip_all: bool, hooked: bool) -> None:
+    def check(self, owner: object, may_skip_all: bool, is_hooked: Callable[[], bool]) -> None:
         """Raise CMIMError where an activation could not be captured, or where no tap is left to train. Warn once, for
         ``owner``, of each tap that adds nothing. ``may_skip_all``: layers that are skipped may leave no tap;
-        ``hooked``: no hook is gone."""
+        ``is_hooked``: whether all hooks are still there."""
         self._check_counts()
         for k, pair in self.pairs.items():
             binary = pair.tap.binary
@@ -231,7 +231,7 @@ class Pass:
                 self.leave_out(k, ABSENT, "the forward pass did not reach it")
         lines = self.troubles()
         mismatch = any(pair.left_out == (ABSENT, _MISCOUNTED) for pair in self.pairs.values())
-        if not (reached or unusable or (hooked and (mismatch or may_skip_all))):
+        if not (reached or unusable or ((mismatch or may_skip_all) and is_hooked())):
             raise CMIMError(
                 "The forward pass reached none of the taps. Was the model compiled and run before CMIM was attached "
                 "(attach first, or call torch._dynamo.reset()), were modules replaced or hooks cleared (attach again), "

@@ -187,7 +187,7 @@ class CMIM(nn.Module):
         forward_pass = self._capture.pop()
         # Layers dropped at random may skip all taps: the dry run saw it, or an earlier step went well.
         may_skip_all = self.schedule.steps_taken > 0 or all(self.taps[k].skipped for k in forward_pass.scheduled)
-        forward_pass.check(self, may_skip_all, self._capture.hooked)
+        forward_pass.check(self, may_skip_all, self._capture.is_hooked)
         # DDP averages gradients in the first backward pass after its forward only: both losses must be in that one.
         if any(isinstance(m, nn.parallel.DistributedDataParallel) and m.require_backward_grad_sync for m in path):
             forward_pass.require_one_backward()

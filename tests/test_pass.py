@@ -788,3 +788,28 @@ def test_a_latent_that_the_model_returns_is_captured():
         binary, latent = captured.pairs[0].sides
         assert torch.equal(binary.detach().sign(), latent.detach().sign())
         assert cmim(model) > 0
+
+
+def test_modules_that_were_replaced_are_told_where_code_and_latent_are_of_two_modules():
+    """As in brevitas, which builds new modules when it loads a state."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.alpha = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return x.sign() * self.alpha
+
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return self[2](self[1](self[0](x).detach())) + self[0](x).sum()
+
+    model = Net(nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16)), Scaled(), nn.Linear(16, 4))
+    cmim = CMIM(model, torch.randn(8, 8))
+    model(torch.randn(8, 8))
+    assert cmim(model) > 0
+    model[1] = Scaled()
+    model(torch.randn(8, 8))
+    with pytest.raises(CMIMError, match="were modules replaced"):
+        cmim(model)
