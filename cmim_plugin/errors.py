@@ -19,7 +19,7 @@ class CMIMWarning(UserWarning):
     """Training can go on, but probably not as intended."""
 
 
-def check_saved(argument: str, saved: int, wanted: int) -> None:
+def check_saved(argument: str, saved: object, wanted: object) -> None:
     """Raise CMIMError where a state was saved with another value of an argument of CMIM."""
     if saved != wanted:
         raise CMIMError(

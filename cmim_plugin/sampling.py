@@ -82,8 +82,8 @@ class Schedule(nn.Module):
             self.steps_taken += 1
 
     def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        saved = state.get(prefix + "draws", self.draws)
-        check_saved('num_positions (0: instances="image")', saved.shape[-1], self.positions or 0)
+        counts = state.get(prefix + "draws", self.draws).shape[-1], self.positions
+        check_saved("num_positions", *(count or 'None (instances="image")' for count in counts))
         super()._load_from_state_dict(state, prefix, *args)  # type: ignore[arg-type]
 
     def get_extra_state(self) -> Tensor:

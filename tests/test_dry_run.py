@@ -717,7 +717,7 @@ CONSTANT = {
 @pytest.mark.parametrize("function", CONSTANT.values(), ids=CONSTANT)
 def test_a_sign_that_is_constant_is_listed_as_dead(function):
     (found,) = reasons(wide(Of(function)), X).items()
-    assert found[0] == "2" and "a dead sign or layer" in found[1]
+    assert found[0] == "2" and "a dead sign" in found[1]
 
 
 SUMS = {
@@ -2271,6 +2271,11 @@ class Graph:
     def keys(self):
         return list(self.fields)
 
+    def __getattr__(self, key):
+        if key == "fields" or key not in self.fields:
+            raise AttributeError(key)
+        return self.fields[key]
+
     def __getitem__(self, key):
         return self.fields[key]
 
@@ -2353,3 +2358,83 @@ def test_a_sign_of_codes_has_the_latent_of_the_codes():
     cmim = CMIM(model, X8, num_positions=8)
     model(X8)
     assert torch.equal(waiting(cmim).pairs[0].rows[1], model.latent)
+
+
+def test_codes_may_be_written_by_out():
+    class Written(Sign):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            codes = torch.empty_like(x)
+            torch.sign(x, out=codes)
+            return codes
+
+    assert tapped(nn.Sequential(*encoder()[:2], Of(lambda m, x: Written.apply(x)), nn.Linear(16, 4)), X8) == ["2"]
+
+
+def test_weights_may_be_plain_tensors():
+    weights = {name: torch.randn(shape, requires_grad=True) for name, shape in (("a", (8, 16)), ("b", (16, 4)))}
+    assert tapped(Of(lambda m, x: Sign.apply(x @ m.a) @ m.b, **weights), X8) == ["(model)"]
+
+
+def test_an_empty_tensor_beside_the_input_is_no_batch():
+    model = Of(lambda m, x, boxes: m.net(x.flatten(0, 1)), net=net())
+    assert tapped(model, (torch.randn(4, 3, 3, 8, 8), torch.zeros(0, 8))) == ["net.2", "net.4"]
+
+
+def test_a_model_that_returns_its_latents_names_the_layers_that_they_come_from():
+    def forward(m, x):
+        query, key = m.query(x), m.key(x)
+        return m.a(Sign.apply(query)) * m.b(Sign.apply(key)), query, key
+
+    layers = {name: nn.Linear(8, 8) for name in ("query", "key", "a", "b")}
+    assert tapped(Of(forward, **layers), X8) == ["(model): query", "(model): key"]
+
+
+def test_points_that_are_picked_from_the_input_are_the_input():
+    def forward(m, x):
+        nearest = torch.cdist(x, x).topk(2, largest=False)[1]
+        return m.last(Sign.apply(m.norm(x[nearest].mean(1))))
+
+    model = Of(forward, norm=nn.BatchNorm1d(8), last=nn.Linear(8, 4))
+    assert all("network's input" in reason for reason in reasons(model, X8).values())
+
+
+def test_a_small_shift_from_the_input_may_be_added_to_scaled_codes():
+    def forward(m, x):
+        x = m.norm(m.first(x))
+        shift = m.shift(x.mean((2, 3)))[..., None, None]
+        return m.last(Sign.apply(x) * x.abs().mean(1, keepdim=True) + shift)
+
+    layers = {"first": nn.Conv2d(3, 8, 1), "norm": nn.BatchNorm2d(8), "shift": nn.Linear(8, 8)}
+    assert tapped(Of(forward, last=nn.Conv2d(8, 4, 1), **layers), X) == ["(model)"]
+
+
+def test_lazy_buffers_are_filled_in_by_the_dry_run():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.LazyBatchNorm2d(affine=False), Binary(), nn.Conv2d(8, 4, 1))
+    assert tapped(model, X) == ["2"]
+
+
+def test_windows_of_a_model_that_takes_threes_of_samples_are_told_apart():
+    def forward(m, x):
+        assert len(x) % 3 == 0
+        rows = m.norm(m.first(x)).unflatten(1, (3, 4)).flatten(0, 1)
+        return m.last(Sign.apply(rows))
+
+    layers = {"first": nn.Linear(8, 16), "norm": nn.LayerNorm(16), "last": nn.Linear(16, 4)}
+    (found,) = find_binary_activations(Of(forward, **layers), torch.randn(3, 12, 8))
+    assert found.tapped and found.mixed is None
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        types.MappingProxyType,
+        type("Frozen", (Graph,), {"keys": lambda self, layer: [layer]}),
+        type("Layers", (Graph,), {"keys": nn.Linear(2, 2)}),
+    ],
+)
+def test_objects_with_other_keys_are_in_nobodys_way(kind):
+    given = kind({"x": 1}) if kind is types.MappingProxyType else kind(x=1)
+    model = Of(lambda m, x: m.encoder(m.act(x, given)), act=Of(lambda m, x, given: x), encoder=encoder())
+    assert tapped(model, X8) == ["encoder.2"]

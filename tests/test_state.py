@@ -178,8 +178,8 @@ def test_the_state_of_other_taps_is_refused_even_where_its_shapes_fit():
 @pytest.mark.parametrize(
     "settings, said",
     [
-        ({"num_positions": 9}, "saved with num_positions .*=10, this CMIM has 9"),
-        ({"instances": "image"}, 'instances="image".*=10, this CMIM has 0'),
+        ({"num_positions": 9}, "saved with num_positions=10, this CMIM has 9"),
+        ({"instances": "image"}, r'saved with num_positions=10, this CMIM has None \(instances="image"\)'),
         ({"num_positions": 10, "embed_dim": 7}, "saved with embed_dim=128, this CMIM has 7"),
     ],
 )

@@ -22,7 +22,7 @@ from .trace import Event, Sighting
 _OF_MATRICES = ("matmul", "bmm", "mm", "addmm", "baddbmm", "addbmm", "grouped_mm", "linalg_matmul")
 
 
-def spatial_dims(b: Binarization, latent: Sighting) -> tuple[int | None, str | None]:
+def spatial_dims(b: Binarization) -> tuple[int | None, str | None]:
     """(:attr:`Layout.spatial` of a_B, None), or (None, the reason why its channels cannot be read)."""
     consumer, operand, shape = b.consumer, b.operand, b.source.snapshot.shape
     last = len(shape) - 1
@@ -33,9 +33,9 @@ def spatial_dims(b: Binarization, latent: Sighting) -> tuple[int | None, str | N
     if contracted and found:
         dims = found[1] - {0} or found[1]  # 0 is among them if samples were folded into groups
         if len(dims) > 1 and last in dims:  # flattened for a linear layer
-            dims = _dims_of_layer(latent, len(shape)) or dims & {1} or dims
+            dims = _dims_of_layer(b) or ({1} if 1 in dims else dims)
     else:  # no weight, or a call in between hides which dimensions it sums over
-        dims = _dims_of_layer(latent, len(shape)) or {last}
+        dims = _dims_of_layer(b) or {1 if consumer.name in functions.CONVOLUTIONS else last}
     if last in dims:
         return None, None
     if dims == set(range(1, max(dims) + 1)):  # next to the batch
@@ -44,8 +44,10 @@ def spatial_dims(b: Binarization, latent: Sighting) -> tuple[int | None, str | N
 
 
 def is_attention_like(consumer: Event, operand: Sighting) -> bool:
-    """Whether a call is a product of the operand with another activation."""
-    return any(a is not operand and a.from_input for a in consumer.arguments)
+    """Whether a call is a product of the operand with another activation of the same batch."""
+    rows = operand.snapshot.shape[:1]
+    others = [a for a in consumer.arguments if a is not operand and a.in_graph and a.from_input]
+    return consumer.name in functions.PRODUCTS and any(a.snapshot.shape[:1] == rows for a in others)
 
 
 def has_weight(consumer: Event, operand: Sighting) -> bool:
@@ -54,12 +56,12 @@ def has_weight(consumer: Event, operand: Sighting) -> bool:
     return consumer.parameters > 0 or any(a.requires_grad and not a.from_input for a in others)
 
 
-def _dims_of_layer(latent: Sighting, rank: int) -> set[int]:
-    """The dimensions of a latent of this rank that come from the output channels of a trained layer."""
-    if len(latent.snapshot.shape) != rank:
+def _dims_of_layer(b: Binarization) -> set[int]:
+    """The dimensions of the latent that come from the output channels of a trained layer."""
+    if b.latent is None or len(b.latent.snapshot.shape) != len(b.source.snapshot.shape):
         return set()
-    dims = range(1, rank)
-    ends = {dim: _dims_at_end(latent, {dim}, lambda s: _channel_dim(s) is not None) for dim in dims}
+    latent, is_layer = b.latent, lambda s: _channel_dim(s) is not None
+    ends = {dim: _dims_at_end(latent, {dim}, is_layer) for dim in range(1, len(latent.snapshot.shape))}
     return {dim for dim, found in ends.items() if found and _channel_dim(found[0]) in found[1]}
 
 
@@ -76,7 +78,7 @@ def _contracted(consumer: Event, operand: Sighting) -> set[int]:
     last = len(shape) - 1
     if name in functions.CONVOLUTIONS:
         return {1}
-    if consumer.equation:
+    if name == "einsum" and consumer.equation:
         terms, _, result = consumer.equation.replace(" ", "").partition("->")
         # einsum(equation, a, b) or einsum(equation, [a, b])
         number = path[-1] - 1 if len(path) == 2 else path[-1]
@@ -108,17 +110,17 @@ def _dims_at_end(
 
 def _dims_in_argument(result: Sighting, argument: Sighting, dims: set[int]) -> set[int]:
     """The dimensions of an argument that became ``dims`` of the result, empty if that is not known."""
-    name, old, new = result.made_by, argument.snapshot.shape, result.snapshot.shape
-    if name in functions.PRODUCTS:
+    event, old, new = result.producer, argument.snapshot.shape, result.snapshot.shape
+    if event is None or event.name in functions.PRODUCTS:
         return set()
-    if name in functions.RESHAPES:
+    if event.name in functions.RESHAPES and old.numel() == new.numel():
         return _overlapping(old, _contiguous_strides(old), new, _contiguous_strides(new), dims)
-    if name == "unfold":  # F.unfold: blocks of a map. Tensor.unfold: windows of one dimension, which come last
+    if event.name == "unfold":  # F.unfold: blocks of a map. Tensor.unfold: windows of one dimension, which come last
         return dims & ({1} if len(old) > len(new) else set(range(len(old))))
-    if len(old) == len(new) and name not in functions.REORDERS:
+    if len(old) == len(new) and event.name not in functions.REORDERS:
         return dims
     # Views. Not rows picked by a tensor of indices, a second argument: they are copied, their strides tell nothing.
-    if name in functions.REORDERS | functions.SELECTIONS and len(result.parents()) == 1:
+    if event.name in functions.REORDERS | functions.SELECTIONS and len(event.arguments) == 1:
         return _overlapping(old, argument.strides, new, result.strides, dims)
     # Some dimensions are gone. Those of a common start or end stay; in both, one is ambiguous: either may have gone.
     start, end = _common_prefix(old, new), _common_prefix(old[::-1], new[::-1])

@@ -28,9 +28,11 @@ def sign_pattern(x: Tensor, index: Tensor) -> Tensor | None:
     value, it is the sign of that value.
     """
     if x.dtype == torch.bool:
+        if x.numel() < _MIN_GROUP or is_constant(x):
+            return None
         return 2 * x.take(index).to(torch.int8) - 1
     tolerance = _TOLERANCE.get(x.dtype, _DEFAULT_TOLERANCE)
-    x = x.detach().float()
+    x = x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().float()
     for group_dims in _groupings(x.ndim):
         reduced = [d for d in range(x.ndim) if d not in group_dims]
         group_size = torch.Size(x.shape[d] for d in reduced).numel()
@@ -85,13 +87,14 @@ def is_split_by_threshold(values: Tensor, pattern: Tensor, index: Tensor, shape:
             group = group * shape[d] + coordinates[d]
         num_groups = math.prod(shape[d] for d in group_dims)
         # With few values in each group a threshold splits anything.
-        if len(values) < 4 * num_groups:
+        if num_groups > 1 and len(values) < 4 * num_groups:
             continue
         # By group, then by value: a threshold splits a group in which the code changes at most once.
         order = values.argsort()
         order = order[group[order].argsort(stable=True)]
         changes = (group[order].diff() == 0) & (is_high[order][1:] != is_high[order][:-1])
-        if bool((group[order][1:][changes].bincount() <= 1).all()):
+        ties = changes & (values[order].diff() == 0)  # a value with both codes: nothing splits these
+        if not bool(ties.any()) and bool((group[order][1:][changes].bincount() <= 1).all()):
             return True
     return False
 

@@ -71,8 +71,8 @@ def _check(model: nn.Module, inputs: Inputs) -> None:
     if not tensors:
         raise CMIMError(
             "example_input holds no tensor: pass an input of the model, as torch.zeros(2, 3, 32, 32), not its shape. "
-            "Tensors are looked for in tuples, lists and dicts, not in objects: let the model take tensors, or attach "
-            "to the inner network."
+            "Tensors are looked for in tuples, lists and dicts, and in objects with keys(): let the model take one "
+            "of these, or attach to the inner network."
         )
     if any(tensor.is_meta for tensor in parameters + tensors):
         raise CMIMError(
@@ -83,7 +83,7 @@ def _check(model: nn.Module, inputs: Inputs) -> None:
         raise CMIMError("The model is sharded already: attach CMIM first, then call fully_shard().")
     if any(nn.parameter.is_lazy(p) for p in parameters):
         raise CMIMError("The model has lazy parameters without a shape yet. Run it once: model(example_input).")
-    if not any(p.requires_grad for p in parameters):
+    if parameters and not any(p.requires_grad for p in parameters):
         raise CMIMError(
             "The model is frozen: none of its parameters requires a gradient. Attach to a model in training, after "
             "model.requires_grad_(True) for the parts that are trained."
@@ -135,7 +135,7 @@ def _fill_zero_weights(model: nn.Module) -> None:
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
             matrix = sum(n > 1 for n in p.shape) > 1
-            weight = (matrix or hasattr(module, "eps")) and name.endswith("weight")
+            weight = (matrix or hasattr(module, "eps")) and name.endswith("weight") and p.is_floating_point()
             if weight and type(p.data) is Tensor and not p.any():
                 p.data.copy_(torch.randn(p.shape, generator=generator, device="cpu"))
 
@@ -162,17 +162,18 @@ def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_I
     as_given: list[_InputsOf] = [lambda n: (varied(inputs, n, source), batch, False), lambda n: (inputs, batch, False)]
     if source is None:
         return as_given
-    samples = max(batch, 4)  # over two or three, batch normalization gives two values
 
-    def with_twins(different: int, n: int) -> tuple[Inputs, int, bool]:
+    def with_twins(samples: int, different: int, n: int) -> tuple[Inputs, int, bool]:
         """All samples in pass 0. Then so many different ones, and the last of them again."""
         some = varied(resampled(inputs, source, [i % batch for i in range(samples)]), n, source)
         if n == 0:
             return some, samples, False
         return resampled(some, source, [*range(different), different - 1]), different + 1, True
 
-    # One sample more tells the batch from what is as long by accident. A model may take no other number.
-    return [partial(with_twins, samples), partial(with_twins, max(samples - 1, 2)), *as_given]
+    # Four, for over two or three samples batch normalization gives two values. One sample more tells the batch from
+    # what is as long by accident. A model may take no other number than that of the example.
+    sizes = [(max(batch, 4), max(batch, 4)), (max(batch, 4), max(batch - 1, 3)), (max(batch, 3), max(batch - 1, 2))]
+    return [*(partial(with_twins, *size) for size in dict.fromkeys(sizes)), *as_given]
 
 
 def _traces(model: nn.Module, inputs_of: _InputsOf, kept: list[Trace], example: Inputs) -> list[Trace]:

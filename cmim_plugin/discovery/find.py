@@ -157,7 +157,7 @@ def _described(history: History, b: Binarization) -> BinaryActivation:
         return refused(reason=reason)
     binary, latent = _cheapest(b.source.snapshot.sightings, b.latent.snapshot.sightings, site.module)
     shape, latent_shape = binary.snapshot.shape, latent.snapshot.shape
-    spatial, reason = spatial_dims(b, b.latent)
+    spatial, reason = spatial_dims(b)
     mixed = _why_mixed(history, binary, latent, spatial)
     if mixed and (reason or not _has_positions(history, b, binary, Layout(spatial))):
         return refused(reason=mixed)
@@ -209,7 +209,7 @@ def _reason_against(history: History, b: Binarization) -> str | None:
     if all(s.snapshot.one_hot for _, s in history.in_all_traces(b.source)):
         return "it is one-hot: a choice, not a code"
     if snapshot.pattern is None:
-        return "it was constant in the dry run: a dead sign or layer (is a ReLU before the sign?)"
+        return "it was constant in the dry run: a dead sign (behind a ReLU?) or layer, or too few samples to tell"
     if b.latent is None:
         return "no tensor in the graph was found that it is the sign of"
     if bool(b.latent.snapshot.values[snapshot.pattern == 0].any()):
@@ -220,10 +220,11 @@ def _reason_against(history: History, b: Binarization) -> str | None:
 
 
 def _is_layer(event: Event) -> bool:
-    """Whether a call is a product, or looks the input up in a table."""
+    """Whether a call is a trained product, or looks the input up in a table."""
     if event.name in ("getitem", "index_select"):  # by integers that depend on the input: not a slice
-        return any(a.from_input and not a.snapshot.values.is_floating_point() for a in event.arguments)
-    return event.name in TRAINED
+        indices = [a for a in event.arguments if a.from_input and not a.snapshot.values.is_floating_point()]
+        return event.has_gradient and bool(indices)
+    return event.name in TRAINED and (event.has_gradient or not event.enabled)
 
 
 def _why_mixed(history: History, binary: Sighting, latent: Sighting, spatial: int | None) -> str | None:
@@ -233,11 +234,11 @@ def _why_mixed(history: History, binary: Sighting, latent: Sighting, spatial: in
     if time_major and spatial is None:
         return f"its first dimension is time, not the batch: {time_major}, without batch_first, takes it so"
     for side in (binary, latent):
-        rows = side.snapshot.shape[0]
+        rows = side.snapshot.shape[0] if side.snapshot.shape else 0
         shapes = f"{tuple(side.snapshot.shape)} for {batch} samples"
         counts = [(trace.batch, s.snapshot.shape[:1].numel()) for trace, s in history.in_all_traces(side)]
         # The number of rows has to grow with the batch.
-        if rows % batch or any(n * batch != rows * samples for samples, n in counts if samples != batch):
+        if not rows or rows % batch or any(n * batch != rows * samples for samples, n in counts if samples != batch):
             return f"the batch is not its first dimension, or is mixed with another: {shapes}"
         if rows == batch:
             continue
@@ -277,12 +278,12 @@ def _child(history: History, latent: Sighting, site: Site) -> str:
     start_of_call = next(s.seq for s in history.trace.sightings if s.site.in_same_call(site))
 
     def parents(s: Sighting) -> list[Sighting]:
-        found = [a for a in s.parents() if a.snapshot.numel >= s.snapshot.numel]
+        found = [a for a in s.parents() if a.snapshot.numel >= s.snapshot.numel and a.requires_grad]
         return found[:1] if s.made_by not in TRAINED else []
 
     for current in walk_back([latent], parents):
         outputs = [s.site for s in current.snapshot.sightings if s.site.kind == "output" and s.seq > start_of_call]
-        names = [s.module for s in outputs if s.module.startswith(prefix)]
+        names = [s.module for s in outputs if s.module.startswith(prefix) and s.module != site.module]
         if names:
             return min(names, key=len).removeprefix(prefix)
     return ""

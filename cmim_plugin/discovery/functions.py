@@ -55,14 +55,15 @@ RANDOM = _names(
 
 
 def plain_name(function: Any) -> str:
-    """The name of a torch function, or of an attribute that is read, as it stands in the sets above."""
+    """The name of a torch function, or of an attribute that is read or set, as it stands in the sets above."""
     name = getattr(function, "__name__", str(function))
-    if name == "__get__":
+    if name in ("__get__", "__set__"):
         name = getattr(getattr(function, "__self__", None), "__name__", name)
     return str(name).strip("_")
 
 
-def writes(function: Any) -> bool:
+def writes(function: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a torch function writes into one of its arguments."""
     name = getattr(function, "__name__", "")
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+    return in_place or name == "__setitem__" or kwargs.get("out") is not None

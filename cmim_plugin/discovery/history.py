@@ -73,7 +73,7 @@ class History:
         made = [(source, event) for source, event in made if event is None or event.name not in functions.NORMS]
         # A dead sign is constant: no pattern shows that it is binary. It is listed.
         if not made and operand.snapshot.constant and operand.from_input and operand.requires_grad:
-            constants = _sources(operand, lambda s: s.snapshot.constant)
+            constants = _sources(operand, lambda s: s.snapshot.constant and s.snapshot.numel > 1)
             return [Binarization(source, None, None, consumer, operand) for source in constants[:1]]
         return [Binarization(source, event, self._latent(source, event), consumer, operand) for source, event in made]
 
@@ -81,8 +81,8 @@ class History:
         """The last call before the source that made its codes."""
         key = source.snapshot.pattern_key
         calls = [call for call in self._binarizing_calls.get(key, ()) if call.results[0].seq <= source.seq]
-        # A sum rebuilds codes, as in the detach trick `sign(x).detach() - f(x).detach() + f(x)`.
-        calls = [call for call in calls if call.name not in functions.SUMS]
+        # A sum rebuilds codes, as in the detach trick `sign(x).detach() - f(x).detach() + f(x)`: the last resort.
+        calls = [call for call in calls if call.name not in functions.SUMS] or calls[-1:]
         # `o[o >= 0] = 1; o[o < 0] = -1` compares twice, the second time what is half overwritten: the first one counts.
         for call in reversed(calls):
             written = [a for a in call.arguments if a.producer and a.producer.writes]
@@ -93,11 +93,11 @@ class History:
 
     def _latent(self, source: Sighting, event: Event | None) -> Sighting | None:
         """The first sighting of a_F in the graph."""
-        if event is None:
+        if event is None or event.name in functions.SUMS:
             return self._latent_by_values(source)
         binarized = event.results[0]
-        varied = [a for a in event.arguments if not a.snapshot.constant]
-        arguments = [a for a in varied if a.snapshot.numel == binarized.snapshot.numel]
+        continuous = [a for a in event.arguments if a.snapshot.continuous]
+        arguments = [a for a in continuous if a.snapshot.numel == binarized.snapshot.numel]
         walk = walk_back(arguments, lambda s: [] if s.snapshot.first_in_graph else s.parents(same_size=True))
         found = [s.snapshot.first_in_graph for s in walk if s.snapshot.first_in_graph]
         # Thresholds and scales that are expanded to this size come last.
@@ -108,36 +108,44 @@ class History:
     def _before_rounding(self, binarized: Sighting, latent: Sighting) -> Sighting:
         """What was rounded to make a latent of few values, as in ``clamp(round(x), 0, 1)``; else the latent."""
         walk = walk_back([latent], lambda s: s.parents(same_size=True) if s.snapshot.num_values else [])
-        firsts = [s.snapshot.first_in_graph for s in walk if not s.snapshot.constant]
-        finer = [f for f in firsts if f and not f.snapshot.num_values]
+        firsts = [s.snapshot.first_in_graph for s in walk if s.snapshot.continuous]
+        finer = [f for f in firsts if f and not f.snapshot.num_values and not f.snapshot.two_valued]
         return next((f for f in finer if is_sign_of(self.trace, binarized, f)), latent)
 
     def _latent_by_values(self, source: Sighting) -> Sighting | None:
         """The last tensor before the source that a threshold splits into its codes.
 
-        For codes that no known call made: they were assigned to a mask (BiBERT), or made outside torch.
+        For codes that no call, or a sum, returned: they were assigned to a mask (BiBERT), or made outside torch.
         """
         pattern, numel = source.snapshot.pattern, source.snapshot.numel
         assert pattern is not None
         for s in reversed(self.trace.sightings[: source.seq]):
             latent = s.snapshot
-            fits = s.in_graph and not latent.constant and not latent.two_valued and latent.numel == numel
+            fits = s.in_graph and latent.continuous and not latent.two_valued and latent.numel == numel
             if not fits or not _is_split(latent, pattern):
                 continue
             # Not `codes + x` of the estimator `codes + x - x.detach()`: an addend of it is constant for each code.
-            addends = [a.snapshot.values for a in s.parents(same_size=True)]
+            addends = [a.snapshot.values for a in s.parents(same_size=True) if a.snapshot.continuous]
             by_code = [(values[pattern > 0], values[pattern < 0]) for values in addends]
             if not any(all(len(v) > 0 and is_constant(v) for v in pair) for pair in by_code):
                 return latent.first_in_graph
         return None
 
     def pair_differs(self, binary: Sighting, latent: Sighting, layout: Layout) -> bool:
-        """Whether another trace has, at the sites of a_B and a_F, other channels, or an a_B that is not a_F's sign."""
+        """Whether another trace has, at the sites of a_B and a_F, other channels, or an a_B that is not a_F's sign.
+
+        Traces that call the modules and functions of the sites another number of times, or in another order, say
+        nothing: in training, such a pass is left out.
+        """
+        is_sign = is_sign_of(self.trace, binary, latent)
+        sites = self.trace.sites_of(binary, latent)
+        same_call = binary.site.in_same_call(latent.site)
         for trace, other in self.in_all_traces(binary)[1:]:
-            if other_latent := trace.by_site.get(latent.site):
+            other_latent = trace.by_site.get(latent.site)
+            if other_latent and (same_call or trace.sites_of(other, other_latent) == sites):
                 if layout.channels(other.snapshot.shape) != layout.channels(binary.snapshot.shape):
                     return True
-                if other.snapshot.two_valued and not is_sign_of(trace, other, other_latent):
+                if is_sign and other.snapshot.two_valued and not is_sign_of(trace, other, other_latent):
                     return True
         return False
 
@@ -160,8 +168,8 @@ def _sources(operand: Sighting, is_binary: Callable[[Sighting], bool]) -> list[S
         return _binary_parents(s, is_binary) if is_binary(s) else _parts(s)
 
     ends = [s for s in walk_back([operand], parents) if not parents(s)]
-    # A trained shift may be added.
-    if any(not is_binary(s) and s.from_input for s in ends):
+    # A trained shift may be added, or something of at most an eighth of the size that is expanded.
+    if any(not is_binary(s) and s.from_input and s.distinct * 8 > operand.snapshot.numel for s in ends):
         return []
     return [s.snapshot.sightings[0] for s in ends if is_binary(s)]
 
@@ -179,22 +187,25 @@ def _parts(sighting: Sighting) -> list[Sighting]:
 
 def _binary_parents(sighting: Sighting, is_binary: Callable[[Sighting], bool]) -> list[Sighting]:
     """The parents that have the codes of a binary tensor already: the search for a_B goes on to them."""
-    name, parents = sighting.made_by, sighting.parents()
-    if name in functions.DETACHES:
-        return []  # no gradient goes on to the parents
-    # `sign(x) + (x - x.detach())`: the zeros bring the gradient.
-    if name in functions.SUMS and any(a.made_by in functions.SUMS and not a.snapshot.values.any() for a in parents):
-        return []
-    had_codes = [a for a in parents if is_binary(a) and a.snapshot.first_in_graph]
+    event, parents = sighting.producer, sighting.parents()
+    if event is None or (event.name in functions.DETACHES and any(a.in_graph for a in event.arguments)):
+        return []  # detached: no gradient goes on to the parents
+    if event.name in functions.SUMS:
+        # `sign(x) + (x - x.detach())`: the zeros bring the gradient.
+        zeros = [a for a in parents if a.in_graph and a.snapshot.constant and not bool(a.snapshot.values.any())]
+        if any(a.made_by in functions.SUMS for a in zeros):
+            return []
+    in_graph = sighting.snapshot.first_in_graph is not None
+    had_codes = [a for a in parents if is_binary(a) and (a.snapshot.first_in_graph or not in_graph)]
     full_size = [a for a in parents if a.from_input and a.distinct == sighting.snapshot.numel]
     # A latent, a scale or a gate may have two values, too. Only a parent whose codes the result keeps counts.
-    if name in functions.SUMS | functions.STEPS | functions.GATES:
+    if sighting.snapshot.two_valued and event.name in functions.SUMS | functions.STEPS | functions.GATES:
         # Single codes may flip if all full arguments carry the same: by bit errors, or by a scale of both signs.
-        only_codes = name in functions.GATES and len({a.snapshot.pattern_key for a in full_size}) == 1
+        only_codes = event.name in functions.GATES and len({a.snapshot.pattern_key for a in full_size}) == 1
         had_codes = [a for a in had_codes if _keeps_codes(sighting, a) or (only_codes and a in full_size)]
     # `sign(x) * (|x| > t)` has three values: the product itself is a_B.
     gates = {a for a in full_size if a.snapshot.two_valued} - set(had_codes)
-    return [] if name in functions.SCALINGS and gates else had_codes
+    return [] if event.name in functions.SCALINGS and gates else had_codes
 
 
 def _keeps_codes(result: Sighting, argument: Sighting) -> bool:
@@ -227,7 +238,7 @@ def operands(trace: Trace, module: str = "") -> Iterator[tuple[Event, Sighting]]
         elif name in functions.PRODUCTS:
             for s in event.arguments:
                 slot = s.site.path[1]
-                is_addend = name in functions.WITH_ADDEND and slot == 0
+                is_addend = name in functions.WITH_ADDEND and slot in (0, "input")
                 is_mask = "attention" in name and slot not in (0, 1, 2, "query", "key", "value")
                 if not is_addend and not is_mask:
                     yield event, s
@@ -251,10 +262,10 @@ def is_sign_of(trace: Trace, binary: Sighting, latent: Sighting) -> bool:
     if _is_split(latent.snapshot, pattern):
         return True
     between = [e for e in trace.events if latent.seq <= e.seq <= binary.seq]
-    # Codes that were drawn, as by `rand_like(p) < p`, are accepted: the ranks of few of them show little.
+    # Drawn from the latent itself, as by `rand_like(p) < p`: accepted, for the ranks of few codes show little.
     key = binary.snapshot.pattern_key
-    draws = [e for e in between if _is_draw(e) and any(r.snapshot.pattern_key == key for r in e.results)]
-    if any(a.snapshot.numel == numel for e in draws for a in e.arguments):
+    draws = [e for e in between if any(r.snapshot.pattern_key == key for r in e.results) and _is_draw(e)]
+    if any(a.snapshot.numel == numel and bool((a.snapshot.values == values).all()) for e in draws for a in e.arguments):
         return True
     ranks = values.argsort().argsort() / len(values)
     # NaN if one of the codes does not occur: that compares false.

@@ -20,7 +20,7 @@ Path = tuple[Any, ...]
 
 
 def tensors_in(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """Every tensor in nested tuples, lists and mappings, with the keys that lead to it."""
+    """Every tensor in nested tuples, lists, mappings and objects with keys(), with the keys that lead to it."""
     if isinstance(tree, Tensor):
         yield path, tree
     for key, value in _entries(tree):
@@ -34,11 +34,16 @@ def part_of(tree: Any, path: Path) -> Any:
 
 
 def _entries(tree: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(tree, Mapping):
+        return tree.items()
     if isinstance(tree, (tuple, list)):
         return enumerate(tree)
-    # A mapping, a TensorDict, a graph of torch_geometric. Not a class, nor an object with a tensor of keys.
-    has_keys = callable(getattr(tree, "keys", None)) and hasattr(tree, "__getitem__") and not isinstance(tree, type)
-    return [(key, tree[key]) for key in tree.keys()] if has_keys else ()  # noqa: SIM118
+    if not hasattr(tree, "keys") or not hasattr(tree, "__getitem__") or isinstance(tree, (type, nn.Module)):
+        return ()
+    try:  # a graph of torch_geometric, whose keys are attributes; other objects may mean something else by keys()
+        return [(key, tree[key]) for key in list(tree.keys()) if isinstance(key, str) and hasattr(tree, key)]
+    except Exception:
+        return ()
 
 
 def is_strided(tensor: Tensor) -> bool:
@@ -72,7 +77,10 @@ class BatchSource:
         for path, dim in self.places:
             try:
                 found = part_of((args, kwargs), path)
-                return len(found) if dim is None else int(found.size(dim))
+                if dim is None and not isinstance(found, Tensor):
+                    return len(found)
+                if dim is not None and isinstance(found, Tensor):
+                    return int(found.size(dim))
             except Exception:  # not contextlib.suppress: torch 2.6 does not compile it
                 continue
         return None
@@ -100,13 +108,14 @@ def batch_sources(model: nn.Module, inputs: Inputs, stated: int | None = None) -
     for path, t in tensors:
         places[t.size(0)].append((path, 0))
     if stated is not None and stated not in places:
-        places[stated] = [(path, t.shape.index(stated)) for path, t in tensors if stated in t.shape]
+        dense = [(path, t.shape) for path, t in tensors if not t.is_nested]
+        places[stated] = [(path, shape.index(stated)) for path, shape in dense if stated in shape]
     names = positional_names(model)
     sources = {}
     for size, found in places.items():
         # In training, an input may come by keyword that the example had by position, or the reverse.
         ways = [(way, dim) for path, dim in found for way in (path, _other_way(path, names)) if way]
-        if ways:
+        if size and ways:
             sources[size] = BatchSource(tuple(ways))
     return sources
 
@@ -177,13 +186,14 @@ def varied(inputs: Inputs, seed: int, source: BatchSource | None = None) -> Inpu
 
 def mapped(tree: Tree, function: Callable[[Path, Any], Any], path: Path = ()) -> Tree:
     """The tree with a function of (path, value) applied from the leaves up; unchanged parts are the same objects."""
-    new: Any = {key: mapped(value, function, (*path, key)) for key, value in _entries(tree)}
-    if all(new[key] is value for key, value in _entries(tree)):
+    old = dict(_entries(tree))
+    new: Any = {key: mapped(value, function, (*path, key)) for key, value in old.items()}
+    if all(new[key] is value for key, value in old.items()):
         new = tree
     elif isinstance(tree, (tuple, list)):
         new = type(tree)(*new.values()) if hasattr(tree, "_fields") else type(tree)(list(new.values()))
-    else:
-        parts, new = new, copy.copy(tree)  # of the same type
+    elif hasattr(tree, "__setitem__"):  # of the same type: a model may read its fields as attributes
+        parts, new = new, copy.copy(tree)
         for key, part in parts.items():
             new[key] = part
     result: Tree = function(path, new) if path else new

@@ -91,7 +91,7 @@ def register_undo(undo: contextlib.ExitStack, values: Iterable[Any]) -> list[Ten
             continue
         visited.add(id(value))
         if isinstance(value, Tensor):
-            if is_strided(value):
+            if is_strided(value) and not nn.parameter.is_lazy(value):
                 tensors.append(value)
         elif isinstance(value, nn.Module):
             # modules() of the model does not list one in a list or tuple.

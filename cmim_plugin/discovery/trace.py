@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .. import _compat
 from .codes import is_constant, sign_pattern
 from .functions import RANDOM, SHAPE_ONLY, plain_name, writes
-from .inputs import Inputs, Path, tensors_in
+from .inputs import Inputs, Path, is_strided, tensors_in
 from .state import register_undo, same
 
 _KEPT = 2048  # elements of a snapshot
@@ -76,6 +76,10 @@ class Snapshot:
         return self.pattern is not None
 
     @property
+    def continuous(self) -> bool:
+        return self.values.is_floating_point() and not self.constant
+
+    @property
     def first_in_graph(self) -> Sighting | None:
         """The first sighting in the graph. The forward of an autograd.Function is not in it: it has no gradients."""
         return next((s for s in self.sightings if s.in_graph), None)
@@ -110,11 +114,11 @@ class Sighting:
     @property
     def producer(self) -> Event | None:
         """The function call that first returned the tensor with these values."""
-        return next((s.event for s in self.snapshot.sightings if s.event), None)
+        return next((s.event for s in self.snapshot.sightings if s.event and s.seq <= self.seq), None)
 
     @property
     def made_by(self) -> str:
-        """The name of that call; "" if there is none."""
+        """The name of that call, "" if there is none."""
         return self.producer.name if self.producer else ""
 
     def parents(self, same_size: bool = False) -> list[Sighting]:
@@ -133,6 +137,7 @@ class Event:
     module: str  # qualified name of the module whose forward called it
     parameters: int  # number of the model's parameters among the arguments
     has_gradient: bool  # a parameter, or another tensor that requires a gradient, is an argument
+    enabled: bool  # with gradients enabled: not under no_grad, nor in the forward of an autograd.Function
     arguments: list[Sighting]  # without parameters
     equation: str = ""  # of torch.einsum
     results: list[Sighting] = field(default_factory=list)
@@ -256,6 +261,7 @@ class _Recorder(TorchFunctionMode):
             module=self._scopes[-1][0],
             parameters=len(tensors) - len(activations),
             has_gradient=len(tensors) > len(activations) or any(t.requires_grad for t in tensors),
+            enabled=torch.is_grad_enabled(),
             arguments=self._record((args, kwargs), "argument", *function_call),
             equation=args[0] if args and isinstance(args[0], str) else "",
         )
@@ -263,7 +269,7 @@ class _Recorder(TorchFunctionMode):
         if self._twins:
             off = {"dropout_p": 0.0} | ({"training": False} if "drop" in name else {})
             kwargs |= {key: off[key] for key in off.keys() & kwargs}
-        target = activations[0] if from_input and writes(func) else None
+        target = kwargs.get("out", activations[0]) if from_input and writes(func, kwargs) else None
         # A write into a view changes all of the tensor.
         written = [t for t in (target, _compat.base_of(target)) if t is not None] if isinstance(target, Tensor) else []
         overwritten = [self._last.get(tensor) for tensor in written]
@@ -284,10 +290,12 @@ class _Recorder(TorchFunctionMode):
     def _note_draw(self, numbers: Tensor) -> None:
         """Note the draw of a single random number. Copy many from one of two equal samples to the other."""
         self.trace.draws_scalars |= numbers.numel() == 1
-        if self._twins and numbers.ndim and numbers.is_floating_point():  # not a permutation
-            end, rows = len(numbers), len(numbers) // self.trace.batch
+        if not self._twins:
+            return
+        rows, rest = divmod(len(numbers) if numbers.ndim else 0, self.trace.batch)
+        if rows and not rest and numbers.is_floating_point():  # not a permutation
             with _compat.unseen():
-                numbers.data[end - rows :] = numbers.data[end - 2 * rows : end - rows]
+                numbers.data[-rows:] = numbers.data[-2 * rows : -rows].clone()
 
     def _record(self, tree: Any, kind: str, *function_call: Any, from_input: bool | None = None) -> list[Sighting]:
         """Record the tensors of a tree. ``function_call``: the function and both indices of its call. ``from_input``:
@@ -299,14 +307,16 @@ class _Recorder(TorchFunctionMode):
                     continue
                 # A tensor of unknown origin, as from C++ code, is taken to depend on the input if it has a grad_fn.
                 new = tensor.grad_fn is not None if from_input is None else from_input
-                depends = self._from_input.get(tensor, new)
+                depends = bool(from_input) or self._from_input.get(tensor, new)
                 if (base := _compat.base_of(tensor)) is not None:
                     depends |= self._from_input.get(base, False)
                 self._from_input[tensor] = depends
+                if not is_strided(tensor) or tensor.is_complex() or tensor.numel() == 0:
+                    continue
                 try:
                     snapshot = self._snapshot_of(tensor)
-                except RuntimeError:
-                    continue  # it cannot be read: empty, sparse, complex, float8, quantized, within torch.func.vmap
+                except (RuntimeError, NotImplementedError):
+                    continue  # of a dtype or subclass that cannot be read: float8, quantized, within torch.func.vmap
                 sighting = Sighting(
                     seq=len(self.trace.sightings),
                     site=Site(*self._scopes[-1], kind, path, *function_call),
@@ -330,7 +340,8 @@ class _Recorder(TorchFunctionMode):
         # The version counter does not move for `x.data = ...`: only the values tell.
         if last is not None and last.shape == data.shape and same(last.values, values):
             return last
-        snapshot = self._last[tensor] = Snapshot(data.shape, values, constant=is_constant(data))
+        snapshot = self._last[tensor] = Snapshot(data.shape, values)
+        snapshot.constant = is_constant(data)
         if self._from_input[tensor] and not snapshot.constant:  # nothing asks for the codes of a weight
             snapshot.pattern = sign_pattern(data, index)
             snapshot.one_hot = snapshot.two_valued and _is_one_hot(data)
@@ -362,9 +373,11 @@ def kept_indices(numel: int, device: torch.device) -> Tensor:
 
 def _is_one_hot(x: Tensor) -> bool:
     """Whether, along a dimension but the first, a single element is not zero; or, along two of them, above the mean, as
-    in ``7 I - A`` with an attention map A."""
+    in ``7 I - A`` with an attention map A. Tensors too large to be gates are not searched."""
+    if x.numel() > 1 << 16 or x.ndim < 2:
+        return False
     x = x.float()
     nonzero, larger = x.abs() >= 1e-4, x > x.mean()
     single = [d for d in range(1, x.ndim) if x.shape[d] > 1 and bool((nonzero.sum(d) == 1).all())]
-    above = [d for d in range(1, x.ndim) if bool((larger.sum(d) == 1).all())]
+    above = [d for d in range(1, x.ndim) if x.shape[d] > 2 and bool((larger.sum(d) == 1).all())]
     return len(single) > 0 or len(above) > 1
