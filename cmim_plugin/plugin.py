@@ -426,7 +426,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
         ("heads_lr", real, lambda v: 0 <= v < math.inf, "a number, zero or more"),
         ("temperature", real, lambda v: 0 < v < math.inf, "positive"),
         ("layer_decay", real, lambda v: 0 < v <= 1, "in (0, 1]"),
-        ("num_positions", integer, lambda v: v >= 2, "an integer, 2 or more"),
+        ("num_positions", integer, lambda v: v >= 1, "an integer, 1 or more"),
         ("queue_size", integer, lambda v: v >= 0, "an integer, 0 or more"),
         ("taps_per_step", integer | None, lambda v: v is None or v >= 1, "an integer, 1 or more, or None for all"),
         ("embed_dim batch_size", integer | None, lambda v: v is None or v >= 1, "an integer, 1 or more, or None"),

@@ -275,7 +275,7 @@ def test_printing_says_how_many_taps_a_step_has():
         ({"weight": -1}, "weight must be a number, zero or more, or a 0-d tensor; found -1"),
         ({"weight": "0.3"}, "weight must be a number, zero or more, or a 0-d tensor; found '0.3'"),
         ({"heads_lr": -1}, "heads_lr must be a number, zero or more; found -1"),
-        ({"num_positions": 1}, "num_positions must be an integer, 2 or more; found 1"),
+        ({"num_positions": 0}, "num_positions must be an integer, 1 or more; found 0"),
         ({"taps_per_step": 0}, "taps_per_step must be an integer, 1 or more, or None for all; found 0"),
         ({"embed_dim": 0}, "embed_dim must be an integer, 1 or more, or None; found 0"),
         ({"batch_size": 0}, "batch_size must be an integer, 1 or more, or None; found 0"),
