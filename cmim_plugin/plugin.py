@@ -389,11 +389,7 @@ def _chosen(
         raise CMIMError(f"taps must be a list of names, or a function of (name, module); found {taps!r}.")
     wrong = [name for name in taps if name not in names]
     if wrong or not taps:
-        what = (
-            f"names {wrong}, which are no binary activations that can be tapped"
-            if wrong
-            else "chose none of the binary activations"
-        )
+        what = f"names {wrong}, none of which can be tapped" if wrong else "chose none of the binary activations"
         raise CMIMError(f"taps= {what}. Found:\n{listing}")
     return tuple(f for f in tappable if f.name in taps)
 

@@ -240,7 +240,7 @@ def test_a_network_with_an_untappable_activation_trains_on_the_others():
     model = nn.Sequential(Binary(), nn.Conv2d(2, 4, 3, padding=1), Binary(), nn.Conv2d(4, 4, 3))
     cmim = CMIM(model, X)
     assert [tap.name for tap in cmim.taps] == ["2"]
-    with pytest.raises(CMIMError, match=r"names \['0'\], which are no binary activations that can be tapped"):
+    with pytest.raises(CMIMError, match=r"names \['0'\], none of which can be tapped"):
         CMIM(copy.deepcopy(model), X, taps=["0"])
     assert a_loss(model, cmim).isfinite()
 

@@ -129,6 +129,8 @@ def _found_in(trace: Trace, others: list[Trace]) -> list[_Keyed]:
             earlier = found.get(snapshot)
             if earlier and earlier.tapped:
                 continue
+            if not b.source.from_input:
+                continue  # a constant: a weight, a mask or a learned token
             activation = _described(history, b)
             # One that was refused may be tapped here: this product may show channels that the first one did not.
             if earlier and not activation.tapped:

@@ -193,8 +193,9 @@ def mapped(tree: Tree, function: Callable[[Path, Any], Any], path: Path = ()) ->
     elif isinstance(tree, (tuple, list)):
         new = type(tree)(*new.values()) if hasattr(tree, "_fields") else type(tree)(list(new.values()))
     elif hasattr(tree, "__setitem__"):  # of the same type: a model may read its fields as attributes
-        parts, new = new, copy.copy(tree)
-        for key, part in parts.items():
-            new[key] = part
+        changed: Any = copy.copy(tree)
+        for key, part in new.items():
+            changed[key] = part
+        new = changed
     result: Tree = function(path, new) if path else new
     return result
