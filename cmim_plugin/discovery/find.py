@@ -143,7 +143,7 @@ def _found_in(trace: Trace, others: list[Trace]) -> list[_Keyed]:
             found[snapshot] = activation
         values = operand.snapshot.num_values
         is_quantized = 2 < values <= MAX_QUANTIZED_VALUES and operand.snapshot.numel >= _MIN_QUANTIZED
-        if is_quantized and operand.requires_grad and not binarizations:
+        if is_quantized and operand.requires_grad and operand.from_input and not binarizations:
             reason = f"a {event.name} receives {values} values, not two"
             found[operand.snapshot] = BinaryActivation("", 0, reason, operand.site.module)
     firsts = sorted(((snapshot.sightings[0], f) for snapshot, f in found.items()), key=lambda entry: entry[0].seq)
