@@ -164,7 +164,7 @@ def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_I
         return as_given
 
     def with_twins(samples: int, different: int, n: int) -> tuple[Inputs, int, bool]:
-        """All samples in pass 0. Then so many different ones, and the last of them again."""
+        """So many samples in pass 0. Then so many different ones of them, and the last of these again."""
         some = varied(resampled(inputs, source, [i % batch for i in range(samples)]), n, source)
         if n == 0:
             return some, samples, False
@@ -172,7 +172,8 @@ def _attempts(inputs: Inputs, batch: int, source: BatchSource | None) -> list[_I
 
     # Four, for over two or three samples batch normalization gives two values. One sample more tells the batch from
     # what is as long by accident. A model may take no other number than that of the example.
-    sizes = [(max(batch, 4), max(batch, 4)), (max(batch, 4), max(batch - 1, 3)), (max(batch, 3), max(batch - 1, 2))]
+    four, three = max(batch, 4), max(batch, 3)
+    sizes = [(four, four), (four, four - 1), (three, three - 1)]
     return [*(partial(with_twins, *size) for size in dict.fromkeys(sizes)), *as_given]
 
 

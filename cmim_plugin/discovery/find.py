@@ -226,7 +226,7 @@ def _is_layer(event: Event) -> bool:
     if event.name in ("getitem", "index_select"):  # by integers that depend on the input: not a slice
         indices = [a for a in event.arguments if a.from_input and not a.snapshot.values.is_floating_point()]
         return event.has_gradient and bool(indices)
-    return event.name in TRAINED and (event.has_gradient or not event.enabled)
+    return event.name in TRAINED and (event.has_gradient or not event.grad_enabled)
 
 
 def _why_mixed(history: History, binary: Sighting, latent: Sighting, spatial: int | None) -> str | None:

@@ -137,7 +137,7 @@ class Event:
     module: str  # qualified name of the module whose forward called it
     parameters: int  # number of the model's parameters among the arguments
     has_gradient: bool  # a parameter, or another tensor that requires a gradient, is an argument
-    enabled: bool  # with gradients enabled: not under no_grad, nor in the forward of an autograd.Function
+    grad_enabled: bool  # not under no_grad, nor in the forward of an autograd.Function
     arguments: list[Sighting]  # without parameters
     equation: str = ""  # of torch.einsum
     results: list[Sighting] = field(default_factory=list)
@@ -261,7 +261,7 @@ class _Recorder(TorchFunctionMode):
             module=self._scopes[-1][0],
             parameters=len(tensors) - len(activations),
             has_gradient=len(tensors) > len(activations) or any(t.requires_grad for t in tensors),
-            enabled=torch.is_grad_enabled(),
+            grad_enabled=torch.is_grad_enabled(),
             arguments=self._record((args, kwargs), "argument", *function_call),
             equation=args[0] if args and isinstance(args[0], str) else "",
         )
